@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT
+// The algebra of the fused soft-argmax, shared by the CPU and the CUDA kernels. No torch, no CUDA API.
+//
+// With logits h, inverse temperature beta and pixels r = (x, y) measured from the centre of the map:
+//
+//   key    k = h * sign(beta)                  so that the maximum of z = beta * h is always the maximum of the keys
+//   peak   p = max k
+//   weight w = exp2((k - p) * scale)           scale = |beta| * log2(e)
+//   state  (p, sum w, sum w x, sum w y)        partial states merge associatively
+//   mean   mu = (sum w x, sum w y) / sum w     soft-argmax, in centred pixels
+//   dh     = beta * w / sum w * (g . (r - mu)) g: gradient with respect to mu
+//   dbeta  = sum h * dh / beta = sign(beta) * sum (k - p) * w / sum w * (g . (r - mu)), because sum dh = 0
+//
+// The difference k - p is taken before it is scaled: it is exact near the peak, whatever the size of the logits, and no
+// finite logit overflows. That is also why stats keep (peak, sum) and not their log-sum-exp, whose rounding at logits
+// of 1e4 would already cost half a percent of P.
+//
+// Degenerate maps: k = -inf has weight zero; a map without any weight gives 0 / 0 = NaN; NaN or k = +inf gives NaN.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define KPFUSED_HD __host__ __device__ __forceinline__
+#else
+#define KPFUSED_HD inline
+#endif
+
+namespace kpfused {
+
+template <class T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float lowest = -3.402823466e+38f;
+  static constexpr float smallest = 1.175494351e-38f;
+};
+template <>
+struct Limits<double> {
+  static constexpr double lowest = -1.7976931348623157e+308;
+  static constexpr double smallest = 2.2250738585072014e-308;
+};
+
+// beta split into what the element loop needs.
+template <class T>
+struct Sharpness {
+  T sign;   // +1 or -1
+  T scale;  // |beta| * log2(e), never zero: -inf stays at weight zero even at beta = 0, where finite logits weigh the same
+};
+
+template <class T>
+KPFUSED_HD Sharpness<T> sharpness(T beta) {
+  const T scale = (beta < T(0) ? -beta : beta) * T(1.4426950408889634074);
+  // Written so that a NaN beta stays NaN.
+  return {beta < T(0) ? T(-1) : T(1), scale < Limits<T>::smallest ? Limits<T>::smallest : scale};
+}
+
+template <class T>
+struct State {
+  T peak, sum, sum_x, sum_y;
+};
+
+// The state of no pixels. A finite peak keeps (peak - peak) * scale defined where every key of a part is -inf.
+template <class T>
+KPFUSED_HD State<T> empty_state() {
+  return {Limits<T>::lowest, T(0), T(0), T(0)};
+}
+
+// Rescales a state to another peak. `exp2` is the caller's: the hardware instruction, libm's or a vector's.
+template <class T, class Exp2>
+KPFUSED_HD State<T> rebase(const State<T>& s, T peak, T scale, Exp2 exp2) {
+  const T w = exp2((s.peak - peak) * scale);
+  return {peak, s.sum * w, s.sum_x * w, s.sum_y * w};
+}
+
+// Written so that a NaN peak does not win over a number; the NaN then lives on in the sums.
+template <class T>
+KPFUSED_HD T larger(T a, T b) {
+  return b > a ? b : a;
+}
+
+// Merges two partial states. Commutative in exact arithmetic; kernels call it in a fixed order.
+template <class T, class Exp2>
+KPFUSED_HD State<T> merge(const State<T>& a, const State<T>& b, T scale, Exp2 exp2) {
+  const T peak = larger(a.peak, b.peak);
+  const State<T> x = rebase(a, peak, scale, exp2), y = rebase(b, peak, scale, exp2);
+  return {peak, x.sum + y.sum, x.sum_x + y.sum_x, x.sum_y + y.sum_y};
+}
+
+// What forward leaves for backward: kStats values, in this order.
+template <class T>
+struct Stats {
+  T peak, sum, mean_x, mean_y;
+};
+
+template <class T>
+KPFUSED_HD Stats<T> finish(const State<T>& s) {
+  return {s.peak, s.sum, s.sum_x / s.sum, s.sum_y / s.sum};
+}
+
+// The backward polynomial q = x * X + y * Y + C, with the map's 1 / sum folded in:
+// dh = beta * w * q and dbeta = sign(beta) * sum (k - p) * w * q.
+template <class T>
+struct Polynomial {
+  T x, y, constant;
+};
+
+// grad_x, grad_y: gradient with respect to the mean in centred pixels, i.e. upstream times Units::scale.
+template <class T>
+KPFUSED_HD Polynomial<T> backward_polynomial(const Stats<T>& s, T grad_x, T grad_y) {
+  const T x = grad_x / s.sum, y = grad_y / s.sum;
+  return {x, y, -(x * s.mean_x + y * s.mean_y)};
+}
+
+// beta * q, for kernels that are not asked for dbeta.
+template <class T>
+KPFUSED_HD Polynomial<T> scaled(const Polynomial<T>& q, T beta) {
+  return {q.x * beta, q.y * beta, q.constant * beta};
+}
+
+// The distance of a key below the peak as dbeta uses it: finite, so that weight zero times it is zero.
+template <class T>
+KPFUSED_HD T finite_distance(T d) {
+  return d < Limits<T>::lowest ? Limits<T>::lowest : d;
+}
+
+}  // namespace kpfused

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+// What host code hands to a kernel: plain pointers, sizes and strides. No torch, no CUDA API, no ownership.
+#pragma once
+
+#include <cstdint>
+
+namespace kpfused {
+
+enum class Dtype : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+constexpr int element_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// The accumulation dtype, and that of coordinates, stats and beta: float64 for float64 maps, float32 for all others.
+constexpr int accumulator_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
+
+// A batch of maps in memory. Map number n = o * inner + i starts at o * stride_outer + i * stride_inner; all strides
+// count elements and are never negative. Two leading extents are enough for every layout that is read in place:
+// contiguous maps and their slices have stride_x == 1, channels_last maps have stride_inner == 1.
+struct MapView {
+  int64_t outer, inner;
+  int64_t height, width;
+  int64_t stride_outer, stride_inner, stride_y, stride_x;
+
+  constexpr int64_t maps() const { return outer * inner; }
+};
+
+// beta of map n is values[(n / divisor) % modulus] in the accumulation dtype, or `value` where values is null.
+// The pair (divisor, modulus) covers a scalar (1, 1), one per keypoint (1, K), one per sample (K, B) and one per map.
+struct BetaView {
+  const void* values;
+  double value;
+  int64_t divisor, modulus;
+};
+
+// Kernels measure pixels from the centre of the map, ((W - 1) / 2, (H - 1) / 2), where float32 sums lose least.
+// A coordinate in the caller's units is scale * centred + offset; every preset is such an affine map.
+struct Units {
+  double scale_x, offset_x;
+  double scale_y, offset_y;
+};
+
+// Per map, `stats` keeps what backward needs to recompute P exactly, four values of the accumulation dtype:
+// peak (see moments.h), sum, centred mean x, centred mean y.
+constexpr int kStats = 4;
+
+struct ForwardParams {
+  Dtype dtype;
+  const void* heatmap;
+  MapView view;
+  BetaView beta;
+  Units units;
+  void* coordinates;  // [maps, 2], (x, y)
+  void* stats;        // [maps, kStats]
+  void* workspace;    // partial states of split maps: ForwardPlan's bytes; null where the plan asks for none
+};
+
+struct BackwardParams {
+  Dtype dtype;
+  const void* heatmap;
+  MapView view;
+  BetaView beta;
+  Units units;
+  const void* stats;             // as forward left it
+  const void* grad_coordinates;  // of map n: [n * grad_stride_map] for x, one grad_stride_xy further for y
+  int64_t grad_stride_map, grad_stride_xy;
+  void* grad_heatmap;  // same dtype as heatmap
+  MapView grad_view;   // same extents as view; same kind of layout, dense
+  void* grad_beta;     // [maps], d loss / d beta of that map, in the accumulation dtype; null where it is not wanted
+  void* workspace;     // partial sums of grad_beta of split maps; null where the plan asks for none
+};
+
+}  // namespace kpfused
