@@ -19,4 +19,7 @@ int64_t soft_argmax2d_backward_workspace(const BackwardParams& params);
 int soft_argmax2d_forward(const ForwardParams& params, Stream stream);
 int soft_argmax2d_backward(const BackwardParams& params, Stream stream);
 
+// The CUDA runtime's text for such an error.
+const char* error_string(int error);
+
 }  // namespace kpfused::cuda

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: MIT
+// From sizes and strides of any rank to the MapView that kernels read in place. Pure; no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace kpfused {
+
+// Sizes of a tensor (..., H, W) and the strides of up to two tensors of that shape that one kernel walks together
+// (heatmap and its gradient): their leading dimensions must fold to the same (outer, inner).
+struct Layout {
+  MapView first, second;
+  bool in_place;  // false: no kernel reads this layout; copy to contiguous first
+};
+
+namespace detail {
+
+struct Run {
+  int64_t size, first, second;
+};
+
+constexpr bool readable(const MapView& v) { return v.stride_x == 1 || v.stride_inner == 1; }
+
+inline MapView view_of(const Run& outer, const Run& inner, int64_t height, int64_t width, const int64_t* strides,
+                       int64_t dims, bool second) {
+  MapView v{outer.size, inner.size, height, width, second ? outer.second : outer.first,
+            second ? inner.second : inner.first, strides[dims - 2], strides[dims - 1]};
+  // The stride of an axis of one pixel means nothing; say what a dense row would.
+  if (width == 1) v.stride_x = 1;
+  if (height == 1) v.stride_y = v.stride_x * width;
+  return v;
+}
+
+}  // namespace detail
+
+// `second` may be null. dims >= 2; strides are never negative in torch.
+inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* first, const int64_t* second) {
+  const int64_t height = sizes[dims - 2], width = sizes[dims - 1];
+  const int64_t* other = second ? second : first;
+  detail::Run runs[2] = {{1, 0, 0}, {1, 0, 0}};  // inner, outer
+  int used = 0;
+  for (int64_t d = dims - 3; d >= 0; --d) {
+    const int64_t n = sizes[d];
+    if (n == 1) continue;
+    if (used > 0) {
+      detail::Run& last = runs[used - 1];
+      if (first[d] == last.first * last.size && other[d] == last.second * last.size) {
+        last.size *= n;
+        continue;
+      }
+    }
+    if (used == 2) return {{}, {}, false};
+    runs[used++] = {n, first[d], other[d]};
+  }
+  Layout layout{detail::view_of(runs[1], runs[0], height, width, first, dims, false),
+                detail::view_of(runs[1], runs[0], height, width, other, dims, true), true};
+  const bool rows = layout.first.stride_x == 1 && layout.second.stride_x == 1;
+  const bool channels = layout.first.stride_inner == 1 && layout.second.stride_inner == 1;
+  layout.in_place = rows || channels;
+  return layout;
+}
+
+// Where every map takes its beta from. `sizes` are the leading sizes of the heatmap, `beta` those of a contiguous
+// tensor that broadcasts against them. False where its broadcast dimensions do not leave one contiguous run.
+inline bool fold_beta(const int64_t* sizes, int64_t dims, const int64_t* beta, int64_t beta_dims, BetaView* view) {
+  int64_t divisor = 1, modulus = 1;
+  int stage = 0;  // 0: broadcast dimensions behind the run, 1: in the run, 2: broadcast dimensions in front of it
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    const int64_t b = d - (dims - beta_dims);
+    const int64_t kept = b >= 0 ? beta[b] : 1;
+    if (sizes[d] == 1) continue;
+    if (kept == 1) {
+      if (stage == 0) divisor *= sizes[d];
+      if (stage == 1) stage = 2;
+    } else {
+      if (stage == 2) return false;
+      stage = 1;
+      modulus *= kept;
+    }
+  }
+  view->divisor = divisor;
+  view->modulus = modulus;
+  return true;
+}
+
+}  // namespace kpfused

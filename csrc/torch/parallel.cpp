@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: MIT
+#include "../cpu/parallel.h"
+
+#include "tensors.h"
+
+namespace kpfused::cpu {
+
+void parallel_ranges(int64_t count, int64_t grain, RangeBody body, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
+}  // namespace kpfused::cpu

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: MIT
+// The ops kpfused::soft_argmax2d and kpfused::soft_argmax2d_backward: from tensors to a kernel's parameters.
+//
+// Users reach the ops through kpfused/functional.py, whose checks name the argument at fault. What is checked here is
+// what would otherwise touch memory that is not there.
+#include <optional>
+#include <tuple>
+
+#include "../cpu/soft_argmax2d.h"
+#include "../cuda/soft_argmax2d.h"
+#include "../units.h"
+#include "tensors.h"
+
+namespace kpfused {
+namespace {
+
+struct Cpu {
+  static int64_t workspace(const ForwardParams& p) { return cpu::soft_argmax2d_forward_workspace(p.view, p.dtype); }
+  static int64_t workspace(const BackwardParams& p) {
+    return cpu::soft_argmax2d_backward_workspace(p.view, p.dtype, p.grad_beta != nullptr);
+  }
+  static void run(const ForwardParams& p, const Tensor&) { cpu::soft_argmax2d_forward(p); }
+  static void run(const BackwardParams& p, const Tensor&) { cpu::soft_argmax2d_backward(p); }
+};
+
+#if KPFUSED_CUDA
+// Weak, so that the library loads where torch has no CUDA; the ops that call it are then out of reach.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+struct Cuda {
+  static int64_t workspace(const ForwardParams& p) { return cuda::soft_argmax2d_forward_workspace(p); }
+  static int64_t workspace(const BackwardParams& p) { return cuda::soft_argmax2d_backward_workspace(p); }
+  template <class Params>
+  static void run(const Params& p, const Tensor& heatmap) {
+    const torch::stable::accelerator::DeviceGuard guard(heatmap.get_device_index());
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(heatmap.get_device_index(), &stream));
+    check(launch(p, static_cast<cuda::Stream>(stream)));
+  }
+  static int launch(const ForwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_forward(p, stream); }
+  static int launch(const BackwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_backward(p, stream); }
+  static void check(int error) {
+    STD_TORCH_CHECK(error == 0, "kpfused: a CUDA kernel could not be launched: ", cuda::error_string(error));
+  }
+};
+#endif
+
+BetaView beta_view(const Tensor& heatmap, const std::optional<Tensor>& beta, double value) {
+  BetaView view{nullptr, value, 1, 1};
+  if (!beta) return view;
+  STD_TORCH_CHECK(beta->scalar_type() == accumulator_of(dtype_of(heatmap)) && beta->is_contiguous(),
+                  "beta must be contiguous and of the dtype of the coordinates");
+  const auto sizes = heatmap.sizes();
+  const auto beta_sizes = beta->sizes();
+  const int64_t leading = heatmap.dim() - 2, dims = beta->dim();
+  STD_TORCH_CHECK(dims <= leading, "beta must broadcast against the leading dimensions of heatmap");
+  for (int64_t d = 0; d < dims; ++d) {
+    STD_TORCH_CHECK(beta_sizes[d] == 1 || beta_sizes[d] == sizes[leading - dims + d],
+                    "beta must broadcast against the leading dimensions of heatmap");
+  }
+  STD_TORCH_CHECK(fold_beta(sizes.data(), leading, beta_sizes.data(), dims, &view),
+                  "beta broadcasts along separate dimensions; expand it");
+  view.values = beta->const_data_ptr();
+  return view;
+}
+
+// What forward and backward share of their parameters.
+template <class Params>
+Params common_params(const Tensor& heatmap, const MapView& view, const std::optional<Tensor>& beta, double beta_value,
+                     int64_t coordinates) {
+  STD_TORCH_CHECK(0 <= coordinates && coordinates < kCoordinates, "unknown coordinates");
+  STD_TORCH_CHECK(view.height > 0 && view.width > 0, "heatmap must have at least one pixel");
+  Params p{};
+  p.dtype = dtype_of(heatmap);
+  p.heatmap = heatmap.const_data_ptr();
+  p.view = view;
+  p.beta = beta_view(heatmap, beta, beta_value);
+  p.units = units_of(static_cast<Coordinates>(coordinates), view.height, view.width);
+  return p;
+}
+
+template <class Backend, class Params>
+void run(Params& p, const Tensor& heatmap) {
+  if (p.view.maps() == 0) return;
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = Backend::workspace(p)) {
+    workspace = empty(heatmap, {(bytes + 7) / 8}, ScalarType::Double);  // aligned for either accumulator
+    p.workspace = workspace->mutable_data_ptr();
+  }
+  Backend::run(p, heatmap);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value,
+                                   int64_t coordinates) {
+  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
+  Layout layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
+  if (!layout.in_place) {
+    heatmap = torch::stable::contiguous(heatmap);
+    layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
+  }
+  auto p = common_params<ForwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
+  Tensor result = empty(heatmap, leading_sizes(heatmap, {2}), accumulator_of(p.dtype));
+  Tensor stats = empty(heatmap, leading_sizes(heatmap, {kStats}), accumulator_of(p.dtype));
+  p.coordinates = result.mutable_data_ptr();
+  p.stats = stats.mutable_data_ptr();
+  run<Backend>(p, heatmap);
+  return {result, stats};
+}
+
+// The upstream gradient (..., 2) as strides per map and per coordinate. The gradient of a sum is one expanded element;
+// it and contiguous tensors are read in place.
+Tensor readable_grad(Tensor grad, BackwardParams* p) {
+  bool expanded = true;
+  for (const int64_t stride : grad.strides()) expanded &= stride == 0;
+  if (!expanded && !grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  p->grad_coordinates = grad.const_data_ptr();
+  p->grad_stride_map = expanded ? 0 : 2;
+  p->grad_stride_xy = expanded ? 0 : 1;
+  return grad;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, std::optional<Tensor> beta,
+                                    double beta_value, int64_t coordinates, bool needs_grad_beta) {
+  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
+  const Tensor result = torch::stable::empty_like(heatmap);
+  Tensor grad_heatmap = result;
+  Layout layout =
+      fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), grad_heatmap.strides().data());
+  if (!layout.in_place) {
+    heatmap = torch::stable::contiguous(heatmap);
+    const auto sizes = heatmap.sizes();
+    grad_heatmap = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
+    layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
+                         grad_heatmap.strides().data());
+  }
+  auto p = common_params<BackwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
+  const ScalarType accumulator = accumulator_of(p.dtype);
+  STD_TORCH_CHECK(stats.scalar_type() == accumulator && stats.is_contiguous() &&
+                      stats.numel() == p.view.maps() * kStats,
+                  "stats must be what soft_argmax2d returned for this heatmap");
+  STD_TORCH_CHECK(grad_coordinates.scalar_type() == accumulator && grad_coordinates.numel() == p.view.maps() * 2,
+                  "grad_coordinates must have the shape and dtype of the coordinates");
+  p.grad_view = layout.second;
+  p.stats = stats.const_data_ptr();
+  grad_coordinates = readable_grad(grad_coordinates, &p);
+  p.grad_heatmap = grad_heatmap.mutable_data_ptr();
+  Tensor grad_beta = empty(heatmap, needs_grad_beta ? leading_sizes(heatmap) : std::vector<int64_t>{0}, accumulator);
+  p.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
+  run<Backend>(p, heatmap);
+  if (grad_heatmap.get() != result.get()) {
+    Tensor target = result;
+    torch::stable::copy_(target, grad_heatmap);
+  }
+  return {result, grad_beta};
+}
+
+}  // namespace
+
+// Each kernel goes by two names. The one users and compilers see has an autograd formula (kpfused/ops.py); the one with
+// an underscore has none, so that the eager path, which brings its own autograd.Function, passes no Python between the
+// dispatcher and the kernel.
+STABLE_TORCH_LIBRARY(kpfused, m) {
+  m.def(
+      "soft_argmax2d(Tensor heatmap, Tensor? beta, float beta_value, int coordinates) "
+      "-> (Tensor coordinates, Tensor stats)");
+  m.def(
+      "_soft_argmax2d(Tensor heatmap, Tensor? beta, float beta_value, int coordinates) "
+      "-> (Tensor coordinates, Tensor stats)");
+  m.def(
+      "soft_argmax2d_backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, "
+      "int coordinates, bool needs_grad_beta) -> (Tensor grad_heatmap, Tensor grad_beta)");
+  m.def(
+      "_soft_argmax2d_backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, "
+      "int coordinates, bool needs_grad_beta) -> (Tensor grad_heatmap, Tensor grad_beta)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kpfused, CPU, m) {
+  m.impl("soft_argmax2d", TORCH_BOX(&forward<Cpu>));
+  m.impl("_soft_argmax2d", TORCH_BOX(&forward<Cpu>));
+  m.impl("soft_argmax2d_backward", TORCH_BOX(&backward<Cpu>));
+  m.impl("_soft_argmax2d_backward", TORCH_BOX(&backward<Cpu>));
+}
+
+#if KPFUSED_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kpfused, CUDA, m) {
+  m.impl("soft_argmax2d", TORCH_BOX(&forward<Cuda>));
+  m.impl("_soft_argmax2d", TORCH_BOX(&forward<Cuda>));
+  m.impl("soft_argmax2d_backward", TORCH_BOX(&backward<Cuda>));
+  m.impl("_soft_argmax2d_backward", TORCH_BOX(&backward<Cuda>));
+}
+#endif
+
+}  // namespace kpfused

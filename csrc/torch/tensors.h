@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT
+// What the ops need of torch beyond its stable headers.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <vector>
+
+#include "../layout.h"
+#include "../params.h"
+
+namespace kpfused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& heatmap) {
+  switch (heatmap.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: STD_TORCH_CHECK(false, "heatmap must be float32, float64, float16 or bfloat16");
+  }
+}
+
+inline ScalarType accumulator_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// A contiguous uninitialised tensor on the device of `like`. Through the C shim: stable::new_empty goes through the
+// dispatcher with boxed arguments, which costs a multiple of the allocation.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * (sizes[d] > 0 ? sizes[d] : 1);
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, like.get_device_index(),
+      &handle));
+  return Tensor(handle);
+}
+
+// The sizes of the leading dimensions of (..., H, W), followed by `last`.
+inline std::vector<int64_t> leading_sizes(const Tensor& heatmap, std::initializer_list<int64_t> last = {}) {
+  const auto sizes = heatmap.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end() - 2);
+  result.insert(result.end(), last);
+  return result;
+}
+
+}  // namespace kpfused

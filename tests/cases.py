@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Sample maps, memory layouts and tolerances that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kpfused import reference
+
+inf = torch.inf
+
+# Why these sizes: one pixel; one row; one column; below one vector; vector tails of every kernel (odd widths); widths
+# of whole vectors for every dtype; sizes in use; a map of several chunks on the CPU (256 x 256).
+SHAPES = [
+    (2, 3, 1, 1),
+    (2, 3, 1, 9),
+    (2, 3, 9, 1),
+    (5, 3, 3, 3),
+    (2, 2, 4, 5),
+    (2, 5, 7, 9),
+    (2, 17, 12, 10),
+    (2, 3, 8, 17),
+    (1, 2, 47, 53),
+    (2, 3, 16, 47),
+    (2, 17, 64, 48),
+    (1, 3, 96, 72),
+    (1, 2, 256, 256),
+    (2, 1, 1, 20000),
+    (1, 1, 20000, 1),
+    (7, 13, 16),
+    (13, 16),
+    (2, 2, 2, 3, 6, 8),
+]
+
+
+def random(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def flat(shape: tuple[int, ...]) -> Tensor:
+    return random(shape) * 1e-3 + 3
+
+
+def peaked(shape: tuple[int, ...]) -> Tensor:
+    """One sharp peak at a random pixel."""
+    maps = random(shape).flatten(-2)
+    at = torch.randint(maps.shape[-1], (*maps.shape[:-1], 1))
+    return maps.scatter_add(-1, at, torch.full_like(at, 20, dtype=maps.dtype)).view(shape)
+
+
+def two_peaked(shape: tuple[int, ...]) -> Tensor:
+    return peaked(shape) + peaked(shape)
+
+
+def border_peaked(shape: tuple[int, ...]) -> Tensor:
+    """All weight in the last row and column, where coordinates are largest."""
+    maps = random(shape)
+    maps[..., -1, :] += 15
+    maps[..., :, -1] += 15
+    return maps
+
+
+def offset_1e4(shape: tuple[int, ...]) -> Tensor:
+    """Differences that matter on top of logits of 1e4."""
+    return random(shape) * 2 + 1e4
+
+
+def spread_1e4(shape: tuple[int, ...]) -> Tensor:
+    return random(shape).sign() * 1e4 + random(shape)
+
+
+def spread_1e30(shape: tuple[int, ...]) -> Tensor:
+    return random(shape) * 1e30
+
+
+def masked(shape: tuple[int, ...]) -> Tensor:
+    """-inf on about half of the pixels, never on all of a map."""
+    maps = random(shape)
+    maps[torch.rand(shape) < 0.5] = -inf
+    maps[..., -1, -1] = 0.5
+    return maps
+
+
+FINITE: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
+    f.__name__: f
+    for f in (random, flat, peaked, two_peaked, border_peaked, offset_1e4, spread_1e4, spread_1e30, masked)
+}
+
+
+def contiguous(heatmap: Tensor) -> Tensor:
+    return heatmap.contiguous()
+
+
+def channels_last(heatmap: Tensor) -> Tensor:
+    """Keypoints innermost, for any number of leading dimensions."""
+    if heatmap.dim() < 3:
+        return heatmap.contiguous()
+    return heatmap.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def sliced(heatmap: Tensor) -> Tensor:
+    """A window of a larger tensor: rows apart, first element off every vector boundary."""
+    *leading, height, width = heatmap.shape
+    base = torch.full((*leading, height + 2, width + 3), torch.nan, dtype=heatmap.dtype, device=heatmap.device)
+    window = base[..., 1:-1, 1:-2]
+    return window.copy_(heatmap)
+
+
+def sliced_channels_last(heatmap: Tensor) -> Tensor:
+    """channels_last with more channels in memory than in the tensor."""
+    if heatmap.dim() < 3:
+        return sliced(heatmap)
+    base = torch.full_like(channels_last(torch.cat([heatmap, heatmap[..., :1, :, :]], -3)), torch.nan)
+    window = base[..., 1:, :, :]
+    return window.copy_(heatmap)
+
+
+def transposed(heatmap: Tensor) -> Tensor:
+    return heatmap.mT.contiguous().mT
+
+
+def every_other(heatmap: Tensor) -> Tensor:
+    """Every second pixel of a wider tensor along x: no kernel reads it in place."""
+    base = heatmap.repeat_interleave(2, -1)
+    return base[..., ::2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    f.__name__: f for f in (contiguous, channels_last, sliced, sliced_channels_last, transposed, every_other)
+}
+
+
+def oracle(heatmap: Tensor, beta: Tensor | float = 1.0, coordinates: str = "pixel") -> Tensor:
+    """The reference in float64."""
+    beta = beta.double() if isinstance(beta, Tensor) else beta
+    return reference.soft_argmax2d(heatmap.double(), beta, coordinates=coordinates)
+
+
+def gradients(
+    function: Callable[..., Tensor], heatmap: Tensor, *args: object, upstream: Tensor | None = None, **kwargs: object
+) -> Tensor:
+    """d(sum of upstream * function) / d heatmap; a fixed random upstream, in which x and y differ."""
+    leaf = heatmap.detach().requires_grad_()
+    result = function(leaf, *args, **kwargs)
+    if upstream is None:
+        upstream = upstream_of(result)
+    return torch.autograd.grad(result, leaf, upstream.to(result.dtype))[0]
+
+
+def upstream_of(result: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.device)
+
+
+def assert_coordinates(actual: Tensor, expected: Tensor, size: int, scale: float = 1.0) -> None:
+    """Within a few float32 roundings of a coordinate on an axis of ``size`` pixels; ``scale``: one pixel in units."""
+    steps = 4 if actual.dtype == torch.float32 else 64
+    tolerance = steps * torch.finfo(actual.dtype).eps * max(size, 2) * scale
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def assert_gradients(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Relative to the largest gradient of the tensor; ``dtype`` is that of the heatmap, in which it was rounded."""
+    accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    rounding = torch.finfo(actual.dtype).eps if actual.dtype != accumulator else 0.0
+    largest = expected.nan_to_num(0).abs().max().item()
+    steps = 40 if accumulator == torch.float32 else 400
+    tolerance = steps * torch.finfo(accumulator).eps * largest + torch.finfo(actual.dtype).tiny
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=tolerance, equal_nan=True)

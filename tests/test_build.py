@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""setup.py and what the built module says of itself."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kpfused
+from kpfused import _C, info
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    for name in ("KPFUSED_CUDA", "TORCH_CUDA_ARCH_LIST", "DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(SETUP))
+
+
+def fake_nvcc(folder: Path, *architectures: str) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{a}\n" for a in architectures))
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_default_architectures_are_those_nvcc_knows(script: dict[str, Any], tmp_path: Path) -> None:
+    nvcc = fake_nvcc(tmp_path, "75", "80", "86", "90")
+    flags, listed = script["gencode"](nvcc)
+    assert listed == "8.0;8.6;9.0+PTX"
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_architecture_list_is_honoured(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a 12.0+PTX")
+    flags, listed = script["gencode"](tmp_path)
+    assert listed == "9.0a;12.0+PTX"
+    assert flags[0] == "-gencode=arch=compute_90a,code=sm_90a"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST must list numbers"):
+        script["gencode"](tmp_path)
+
+
+def test_cuda_switch(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = script["find_nvcc"]
+    nvcc = fake_nvcc(tmp_path)
+    find.__globals__["CUDA_HOME"] = str(tmp_path)
+    assert find() == nvcc
+    monkeypatch.setenv("KPFUSED_CUDA", "0")
+    assert find() is None
+    monkeypatch.setenv("KPFUSED_CUDA", "maybe")
+    with pytest.raises(SystemExit, match="KPFUSED_CUDA must be 0, 1 or auto; got 'maybe'"):
+        find()
+    find.__globals__["CUDA_HOME"] = None
+    monkeypatch.setenv("KPFUSED_CUDA", "auto")
+    assert find() is None
+    monkeypatch.setenv("KPFUSED_CUDA", "1")
+    with pytest.raises(SystemExit, match="no nvcc was found"):
+        find()
+
+
+@pytest.mark.parametrize("missing", ["torch", "ninja", "pybind11"])
+def test_missing_requirement_is_one_line(missing: str) -> None:
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_path({str(SETUP)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"kpfused: building needs {missing}")
+
+
+def test_version_has_one_source() -> None:
+    assert _C.build_info()["version"] == kpfused.__version__
+
+
+def test_info_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main()
+    printed = capsys.readouterr().out
+    for name in ("kpfused", "torch", "compiler", "flags", "CPU kernels", "CUDA kernels", "CUDA device"):
+        assert f"\n{name} " in f"\n{printed}"
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_info_says_which_kernels_are_in(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = _C.build_info() | {"cuda": cuda, "nvcc": "13.0", "cuda_architectures": "9.0+PTX"}
+    monkeypatch.setattr(_C, "build_info", lambda: build)
+    expected = "in, nvcc 13.0, architectures 9.0+PTX" if cuda else "this is a CPU package"
+    assert expected in info.report()["CUDA kernels"]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import kpfused
+
+
+def heatmap() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 10)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        kpfused.SoftArgmax2d(),
+        kpfused.SoftArgmax2d(3.0, coordinates="corners"),
+        kpfused.SoftArgmax2d(temperature=0.5),
+        kpfused.SoftArgmax2d(torch.tensor([1.0, 2.0, 3.0])),
+        kpfused.SoftArgmax2d(temperature=nn.Parameter(torch.tensor(2.0))),
+        kpfused.SoftArgmax2d(4.0, learnable=True),
+        kpfused.SoftArgmax2d(temperature=2.0, learnable=True, num_keypoints=3),
+    ],
+    ids=repr,
+)
+def test_copies_agree(module: kpfused.SoftArgmax2d) -> None:
+    h = heatmap()
+    expected = module(h)
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(saved, weights_only=False)):
+        torch.testing.assert_close(twin(h), expected, rtol=0, atol=0)
+        twin.load_state_dict(module.state_dict())
+
+
+def test_settings_reach_the_function() -> None:
+    h = heatmap()
+    torch.testing.assert_close(
+        kpfused.SoftArgmax2d(3.0, coordinates="unit")(h), kpfused.soft_argmax2d(h, 3.0, coordinates="unit")
+    )
+    torch.testing.assert_close(kpfused.SoftArgmax2d(temperature=0.25)(h), kpfused.soft_argmax2d(h, 4.0))
+    start = kpfused.SoftArgmax2d(5.0, learnable=True, num_keypoints=3)
+    torch.testing.assert_close(start(h), kpfused.soft_argmax2d(h, 5.0))
+
+
+def test_state_is_small_and_moves() -> None:
+    assert not kpfused.SoftArgmax2d(2.0).state_dict()
+    learnable = kpfused.SoftArgmax2d(learnable=True, num_keypoints=3)
+    assert {name: tuple(v.shape) for name, v in learnable.state_dict().items()} == {"log_beta": (3,)}
+    tensor = kpfused.SoftArgmax2d(torch.ones(3)).to(torch.float64)
+    assert tensor.state_dict()["beta"].dtype == torch.float64
+
+
+def test_learnable_beta_learns() -> None:
+    """Sharpening is the way to the peak, so beta must grow."""
+    torch.manual_seed(0)
+    h = torch.randn(4, 3, 8, 10)
+    h[:, :, 2, 7] += 4
+    module = kpfused.SoftArgmax2d(0.5, learnable=True, num_keypoints=3)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    target = torch.tensor([7.0, 2.0])
+    losses = []
+    for _ in range(30):
+        loss = (module(h) - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+    assert (module.log_beta.exp() > 0.5).all()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""Hypothesis: any shape, stride, dtype and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kpfused
+from tests import cases
+from tests.conftest import DEVICES
+
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
+SEEDS = st.integers(0, 2**31)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> Tensor:
+    """A heatmap as a view: any order of dimensions in memory, any step and offset in each."""
+    rank = draw(st.integers(2, 5))
+    shape = [draw(st.integers(1, 40 if d >= rank - 2 else 4)) for d in range(rank)]
+    steps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in shape]
+    offsets = [draw(st.sampled_from([0, 0, 1])) for _ in shape]
+    order = draw(st.one_of(st.just(list(range(rank))), st.permutations(range(rank))))
+    torch.manual_seed(draw(SEEDS))
+    scale = draw(st.sampled_from([0.0, 1.0, 30.0, 1e3]))
+    sizes = [n * step + offset for n, step, offset in zip(shape, steps, offsets, strict=True)]
+    base = (torch.randn([sizes[d] for d in order]) * scale).to(draw(DTYPES))
+    back = base.permute([order.index(d) for d in range(rank)])
+    slices = tuple(slice(o, o + n * s, s) for n, s, o in zip(shape, steps, offsets, strict=True))
+    view = back[slices]
+    assert list(view.shape) == shape
+    return view
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(heatmap=views(), beta=st.floats(-4, 4), coordinates=st.sampled_from(kpfused.reference.COORDINATES))
+def test_any_view(device: str, heatmap: Tensor, beta: float, coordinates: str) -> None:
+    heatmap = heatmap.to(device)
+    size = max(heatmap.shape[-2:])
+    result = kpfused.soft_argmax2d(heatmap, beta, coordinates=coordinates)
+    cases.assert_coordinates(result, cases.oracle(heatmap, beta, coordinates), size)
+    actual = cases.gradients(kpfused.soft_argmax2d, heatmap, beta, coordinates=coordinates)
+    expected = cases.gradients(cases.oracle, heatmap.double(), beta, coordinates)
+    # exp of a product of size |z| carries |z| roundings; sharp maps have them in every weight.
+    spread = 1 + abs(beta) * (heatmap.double().max() - heatmap.double().min()).item()
+    largest = expected.abs().max().item()
+    eps = torch.finfo(result.dtype).eps
+    rounding = 0.0 if actual.dtype == result.dtype else torch.finfo(actual.dtype).eps
+    tolerance = 40 * eps * min(spread, 100) * max(largest, eps * size) + torch.finfo(actual.dtype).tiny
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    values=st.lists(
+        st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([-torch.inf, 0.0, 1e30, -1e30])),
+        min_size=1,
+        max_size=40,
+    ),
+    width=st.integers(1, 7),
+)
+def test_any_values(device: str, values: list[float], width: int) -> None:
+    """Every float32 there is, infinities included: finite results agree, and NaN comes where the oracle has it."""
+    flat = torch.tensor(values, dtype=torch.float32)[: max(1, len(values) // width) * width]
+    width = min(width, len(flat))
+    heatmap = flat[: len(flat) // width * width].view(1, -1, width).to(device)
+    actual = kpfused.soft_argmax2d(heatmap)
+    expected = cases.oracle(heatmap)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    cases.assert_coordinates(actual, expected, max(heatmap.shape[-2:]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(seed=SEEDS, shift=st.floats(-100, 100), height=st.integers(2, 24), width=st.integers(2, 24))
+def test_invariants(device: str, seed: int, shift: float, height: int, width: int) -> None:
+    """A shift of all logits changes nothing; flipping or transposing the map does the same to the point."""
+    torch.manual_seed(seed)
+    heatmap = torch.randn(2, height, width, dtype=torch.float64, device=device)
+    x, y = kpfused.soft_argmax2d(heatmap).unbind(-1)
+
+    def expect(other: Tensor, want_x: Tensor, want_y: Tensor) -> None:
+        torch.testing.assert_close(kpfused.soft_argmax2d(other), torch.stack((want_x, want_y), -1))
+
+    expect(heatmap + shift, x, y)
+    expect(heatmap.flip(-1), width - 1 - x, y)
+    expect(heatmap.flip(-2), x, height - 1 - y)
+    expect(heatmap.mT, y, x)
+    padded = torch.nn.functional.pad(heatmap, (3, 0, 2, 0), value=-torch.inf)
+    expect(padded, x + 3, y + 2)
