@@ -4,7 +4,9 @@
 
 #include "access.h"
 
+#include <cstdio>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "simt.h"
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int kLanes = 32, kWarps = 32, kNobody = -1;
 
-// Who touched a byte, and when: the block, the block's count of barriers, and the thread's own clock.
+// Who touched an element (in shared memory: a byte), and when: the block, the block's count of barriers, and the thread's own clock.
 struct Stamp {
   uint32_t launch = 0, block = 0, phase = 0, clock = 0;
   int32_t thread = kNobody;
@@ -33,7 +35,7 @@ struct Range {
   const char* name = "";
   uintptr_t begin = 0, end = 0;
   size_t element_bytes = 1;
-  std::vector<uint8_t> valid;
+  std::vector<uint8_t> valid;  // per element, as cells; empty: all
   Use use = Use::input;
   std::vector<Cell> cells;
 };
@@ -62,29 +64,30 @@ bool ordered(const Stamp& before, const Cell& cell, bool is_read) {
   return warp.seen[current % kLanes][before.thread % kLanes] >= before.clock;
 }
 
-const char* range_name(const Range& range, size_t byte, char* text, size_t bytes) {
-  std::snprintf(text, bytes, "%s, element %zu (byte %zu)", range.name, byte / range.element_bytes, byte);
+const char* place(const Range& range, size_t element, char* text, size_t bytes) {
+  std::snprintf(text, bytes, "%s, byte %zu (element %zu of %zu)", range.name, element * range.element_bytes, element,
+                range.cells.size());
   return text;
 }
 
-[[noreturn]] void race(const Range& range, size_t byte, const char* now, const char* before, const Stamp& stamp) {
+[[noreturn]] void race(const Range& range, size_t element, const char* now, const char* before, const Stamp& stamp) {
   char text[256];
   const bool same_block = stamp.block == block_count;
   fault("race: %s %s, which thread %d of %s block %s before, with no barrier between", now,
-        range_name(range, byte, text, sizeof text), stamp.thread, same_block ? "this" : "another", before);
+        place(range, element, text, sizeof text), stamp.thread, same_block ? "this" : "another", before);
 }
 
 Stamp now() {
   return {launch_count, block_count, phase, warps[current / kLanes].clock[current % kLanes], current};
 }
 
-void on_read(Range& range, size_t byte) {
-  Cell& cell = range.cells[byte];
+void on_read(Range& range, size_t element) {
+  Cell& cell = range.cells[element];
   ++cell.reads;
   if (range.use == Use::input) return;
   char text[256];
-  if (!cell.written) fault("read of uninitialised memory: %s", range_name(range, byte, text, sizeof text));
-  if (!ordered(cell.write, cell, false)) race(range, byte, "reads", "wrote", cell.write);
+  if (!cell.written) fault("read of uninitialised memory: %s", place(range, element, text, sizeof text));
+  if (!ordered(cell.write, cell, false)) race(range, element, "reads", "wrote", cell.write);
   const bool this_phase = cell.read.launch == launch_count && cell.read.block == block_count && cell.read.phase == phase;
   if (this_phase && cell.read.thread != current) {
     // Readers of several warps: no thread's stamp stands for all; keep one that only a barrier orders.
@@ -99,24 +102,24 @@ void on_read(Range& range, size_t byte) {
   cell.read = now();
 }
 
-void on_write(Range& range, size_t byte) {
-  Cell& cell = range.cells[byte];
+void on_write(Range& range, size_t element) {
+  Cell& cell = range.cells[element];
   char text[256];
-  if (range.use == Use::input) fault("write to an input: %s", range_name(range, byte, text, sizeof text));
+  if (range.use == Use::input) fault("write to an input: %s", place(range, element, text, sizeof text));
   if (range.use == Use::output && cell.written)
-    fault("output written twice: %s", range_name(range, byte, text, sizeof text));
-  if (!ordered(cell.write, cell, false)) race(range, byte, "writes", "wrote", cell.write);
-  if (!ordered(cell.read, cell, true)) race(range, byte, "writes", "read", cell.read);
+    fault("output written twice: %s", place(range, element, text, sizeof text));
+  if (!ordered(cell.write, cell, false)) race(range, element, "writes", "wrote", cell.write);
+  if (!ordered(cell.read, cell, true)) race(range, element, "writes", "read", cell.read);
   cell.write = now();
   cell.written = true;
 }
 
 void check(Range& range, uintptr_t address, size_t bytes, bool write) {
-  const size_t begin = address - range.begin;
+  const size_t offset = address - range.begin;
   char text[256];
-  for (size_t i = begin; i < begin + bytes; ++i) {
-    if (i >= range.cells.size() || (!range.valid.empty() && !range.valid[i / range.element_bytes]))
-      fault("%s outside the map: %s", write ? "write" : "read", range_name(range, i, text, sizeof text));
+  for (size_t i = offset / range.element_bytes; i * range.element_bytes < offset + bytes; ++i) {
+    if (i >= range.cells.size() || (!range.valid.empty() && !range.valid[i]))
+      fault("%s outside the map: %s", write ? "write" : "read", place(range, i, text, sizeof text));
     write ? on_write(range, i) : on_read(range, i);
   }
 }
@@ -132,8 +135,8 @@ void on_access(const void* pointer, size_t bytes, size_t alignment, bool write) 
     if (address - range.begin < range.end - range.begin) return check(range, address, bytes, write);
   for (const auto& [begin, end] : guarded)
     if (address + bytes > begin && address < end)
-      fault("%s outside every map, %+td bytes from the next: %s", write ? "write" : "read",
-            static_cast<ptrdiff_t>(address - begin), "a guarded allocation");
+      fault("%s outside the map: %td bytes into an allocation, where kernels have no business", write ? "write" : "read",
+            static_cast<ptrdiff_t>(address - begin));
 }
 
 Range* find(const char* name) {
@@ -146,7 +149,7 @@ template <class Count>
 size_t sum_valid(const Range& range, Count count) {
   size_t sum = 0;
   for (size_t i = 0; i < range.cells.size(); ++i)
-    if (range.valid.empty() || range.valid[i / range.element_bytes]) sum += count(range.cells[i]);
+    if (range.valid.empty() || range.valid[i]) sum += count(range.cells[i]);
   return sum;
 }
 
@@ -160,7 +163,7 @@ void watch(const char* name, const void* begin, size_t elements, size_t element_
   range.element_bytes = element_bytes;
   if (valid) range.valid.assign(valid, valid + elements);
   range.use = use;
-  range.cells.resize(elements * element_bytes);
+  range.cells.resize(elements);
   ranges.push_back(std::move(range));
 }
 
@@ -174,14 +177,14 @@ void forget_all() {
   guarded.clear();
 }
 
-double reads_per_byte(const char* name) {
+double reads_per_element(const char* name) {
   const Range& range = *find(name);
   const size_t reads = sum_valid(range, [](const Cell& cell) { return size_t{cell.reads}; });
-  const size_t bytes = sum_valid(range, [](const Cell&) { return size_t{1}; });
-  return static_cast<double>(reads) / static_cast<double>(bytes);
+  const size_t elements = sum_valid(range, [](const Cell&) { return size_t{1}; });
+  return static_cast<double>(reads) / static_cast<double>(elements);
 }
 
-size_t unwritten_bytes(const char* name) {
+size_t unwritten_elements(const char* name) {
   return sum_valid(*find(name), [](const Cell& cell) { return size_t{!cell.written}; });
 }
 

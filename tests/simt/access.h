@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
-// What every thread reads and writes, byte by byte. The kernels are compiled with -fsanitize=thread, which makes the
+// What every thread reads and writes, element by element. The kernels are compiled with -fsanitize=thread, which makes the
 // compiler call a function at each access; access.cpp supplies these functions in place of ThreadSanitizer's runtime
 // and finds, whatever the order the threads ran in:
-//   - races: two threads touch a byte, one writes, and no barrier lies between. As in CUDA, __syncthreads and
+//   - races: two threads touch an element, one writes, and no barrier lies between. As in CUDA, __syncthreads and
 //     __syncwarp order memory; shuffles and votes do not;
 //   - reads of shared memory and of outputs that nobody has written;
 //   - accesses outside the pixels of the maps, even where the allocation goes on: row padding, sliced-off columns;
-//   - output bytes written twice or never, and how often the maps were read.
+//   - outputs written twice or never, and how often the maps were read.
 // Builds under AddressSanitizer cannot be instrumented so, and leave these calls empty.
 #pragma once
 
@@ -26,10 +26,10 @@ void watch(const char* name, const void* begin, size_t elements, size_t element_
 void guard(const void* begin, size_t bytes);
 void forget_all();
 
-// Over the valid bytes of a watched range: how often the average one was read since it was watched, and how many were
-// never written.
-double reads_per_byte(const char* name);
-size_t unwritten_bytes(const char* name);
+// Over the valid elements of a watched range: how often the average one was read since it was watched, and how many
+// were never written.
+double reads_per_element(const char* name);
+size_t unwritten_elements(const char* name);
 
 // For the scheduler.
 void start_launch();
@@ -42,8 +42,8 @@ constexpr bool kEnabled = false;
 inline void watch(const char*, const void*, size_t, size_t, const uint8_t*, Use) {}
 inline void guard(const void*, size_t) {}
 inline void forget_all() {}
-inline double reads_per_byte(const char*) { return 0; }
-inline size_t unwritten_bytes(const char*) { return 0; }
+inline double reads_per_element(const char*) { return 0; }
+inline size_t unwritten_elements(const char*) { return 0; }
 inline void start_launch() {}
 inline void start_block(const char*, size_t) {}
 inline void start_thread(int) {}
