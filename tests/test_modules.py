@@ -64,10 +64,10 @@ def test_learnable_beta_learns() -> None:
     h = torch.randn(4, 3, 8, 10)
     h[:, :, 2, 7] += 4
     module = kpfused.SoftArgmax2d(0.5, learnable=True, num_keypoints=3)
-    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    optimizer = torch.optim.Adam(module.parameters(), 0.1)
     target = torch.tensor([7.0, 2.0])
     losses = []
-    for _ in range(30):
+    for _ in range(100):
         loss = (module(h) - target).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -119,7 +119,7 @@ void check(Range& range, uintptr_t address, size_t bytes, bool write) {
   char text[256];
   for (size_t i = offset / range.element_bytes; i * range.element_bytes < offset + bytes; ++i) {
     if (i >= range.cells.size() || (!range.valid.empty() && !range.valid[i]))
-      fault("%s outside the map: %s", write ? "write" : "read", place(range, i, text, sizeof text));
+      fault("%s outside the maps: %s", write ? "write" : "read", place(range, i, text, sizeof text));
     write ? on_write(range, i) : on_read(range, i);
   }
 }
@@ -131,12 +131,15 @@ void on_access(const void* pointer, size_t bytes, size_t alignment, bool write) 
   if (address % alignment != 0) fault("misaligned %s of %zu bytes", write ? "write" : "read", bytes);
   if (address - shared_range.begin < shared_range.end - shared_range.begin)
     return check(shared_range, address, bytes, write);
+  if (address - (shared_range.begin - kMargin) < shared_range.end - shared_range.begin + 2 * kMargin)
+    fault("%s outside shared memory of %zu bytes, at byte %td", write ? "write" : "read", shared_range.cells.size(),
+          static_cast<ptrdiff_t>(address - shared_range.begin));
   for (Range& range : ranges)
     if (address - range.begin < range.end - range.begin) return check(range, address, bytes, write);
   for (const auto& [begin, end] : guarded)
     if (address + bytes > begin && address < end)
-      fault("%s outside the map: %td bytes into an allocation, where kernels have no business", write ? "write" : "read",
-            static_cast<ptrdiff_t>(address - begin));
+      fault("%s outside the maps: at byte %td of an allocation, where kernels have no business",
+            write ? "write" : "read", static_cast<ptrdiff_t>(address - begin));
 }
 
 Range* find(const char* name) {
@@ -198,7 +201,7 @@ void start_block(const char* shared, size_t bytes) {
   shared_range.end = shared_range.begin + bytes;
   shared_range.use = Use::workspace;
   shared_range.cells.assign(bytes, Cell{});
-  std::memset(warps, 0, sizeof warps);
+  for (Warp& warp : warps) warp = Warp{};
   for (Warp& warp : warps)
     for (uint32_t& clock : warp.clock) clock = 1;
 }

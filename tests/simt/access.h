@@ -19,6 +19,8 @@ enum class Use { input, output, workspace };
 
 #if defined(KPFUSED_SIMT_ACCESS)
 constexpr bool kEnabled = true;
+// Bytes that belong to nobody on both sides of shared memory.
+constexpr size_t kMargin = 1024;
 
 // Memory that kernels may touch. `valid` has one entry per element: non-zero where kernels may go. Null: everywhere.
 void watch(const char* name, const void* begin, size_t elements, size_t element_bytes, const uint8_t* valid, Use use);
@@ -39,6 +41,7 @@ void barrier();
 void sync_warp(int warp, unsigned mask);
 #else
 constexpr bool kEnabled = false;
+constexpr size_t kMargin = 0;
 inline void watch(const char*, const void*, size_t, size_t, const uint8_t*, Use) {}
 inline void guard(const void*, size_t) {}
 inline void forget_all() {}

@@ -264,8 +264,8 @@ uint64_t collective_result(const Thread* first, int lane) {
     case Call::shuffle_xor: source = (lane ^ t.argument) <= last ? lane ^ t.argument : lane; break;
   }
   if (!(t.mask >> source & 1))
-    fault("%s reads lane %d, which is not in its mask %08x, at %s:%d", call_name(t.call), source, t.mask, t.site.file,
-          t.site.line);
+    fault("%s: lane %d reads lane %d, which is not in the mask %08x, at %s:%d", call_name(t.call), lane, source, t.mask,
+          t.site.file, t.site.line);
   return first[source].value;
 }
 
@@ -356,8 +356,8 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, Thre
   prepare_fibers(s.count);
   // An allocation of its own for each launch: AddressSanitizer sees an access behind it.
   void* shared = nullptr;
-  if (posix_memalign(&shared, 16, shared_bytes) != 0) fault("no memory for shared memory");
-  s.shared = static_cast<char*>(shared);
+  if (posix_memalign(&shared, 16, shared_bytes + 2 * access::kMargin) != 0) fault("no memory for shared memory");
+  s.shared = static_cast<char*>(shared) + access::kMargin;
   access::start_launch();
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+// What the harness runs: maps, their layout in memory, beta and values.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "params.h"
+#include "units.h"
+#include "values.h"
+
+namespace harness {
+
+enum class Betas { value, tensor, per_keypoint, per_sample, per_map, negative, zero, nan };
+enum class Upstream { dense, expanded, transposed };  // how grad_coordinates lies in memory
+
+struct Case {
+  const char* group;
+  Dtype dtype;
+  int64_t outer, inner, height, width;
+  bool channels_last = false;
+  int64_t row_pad = 0;  // elements behind every row (channels_last: channels left out behind every pixel)
+  int64_t map_pad = 0;  // elements behind every map (channels_last: pixels left out behind every row)
+  int lead = 0;         // elements in front of the first map, to misalign it
+  Values values = Values::random;
+  Betas betas = Betas::value;
+  Upstream upstream = Upstream::dense;
+  kpfused::Coordinates units = kpfused::Coordinates::pixel;
+  int orders = 4;      // of simt::Order; big maps run in fewer
+  bool alone = false;  // the first and last map (channels_last: sample) are run by themselves as well
+
+  std::string name() const;
+  kpfused::MapView view() const;
+  kpfused::MapView grad_view() const;
+  size_t beta_count() const;
+  Real beta(int64_t map) const;
+};
+
+std::vector<Case> all_cases();
+
+}  // namespace harness

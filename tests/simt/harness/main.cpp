@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+// Runs the cases whose names contain every filter and ends with "N passed, N failed".
+//
+//   harness [--order ascending|descending|warps|random|all] [--seed N] [--shard K/N] [--list] [--verbose] [filter ...]
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "run.h"
+
+#if defined(KPFUSED_SIMT_ASAN)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace {
+
+struct Options {
+  std::vector<simt::Order> orders{simt::Order::ascending, simt::Order::descending, simt::Order::warps,
+                                  simt::Order::random};
+  uint64_t seed = 1;
+  int shard = 0, shards = 1;
+  bool list = false, verbose = false;
+  std::vector<std::string> filters;
+};
+
+[[noreturn]] void usage(const char* complaint) {
+  std::fprintf(stderr, "%s\nusage: harness [--order NAME|all] [--seed N] [--shard K/N] [--list] [--verbose] [filter ...]\n",
+               complaint);
+  std::exit(2);
+}
+
+std::vector<simt::Order> parse_order(const std::string& name) {
+  for (int i = 0; i < simt::kOrders; ++i)
+    if (name == simt::order_name(static_cast<simt::Order>(i))) return {static_cast<simt::Order>(i)};
+  if (name != "all") usage("unknown order");
+  return Options{}.orders;
+}
+
+Options parse(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    const auto value = [&] { return ++i < argc ? std::string(argv[i]) : (usage("a value is missing"), ""); };
+    if (word == "--order") {
+      options.orders = parse_order(value());
+    } else if (word == "--seed") {
+      options.seed = std::strtoull(value().c_str(), nullptr, 10);
+    } else if (word == "--shard") {
+      if (std::sscanf(value().c_str(), "%d/%d", &options.shard, &options.shards) != 2 || options.shards < 1)
+        usage("--shard takes K/N");
+    } else if (word == "--list") {
+      options.list = true;
+    } else if (word == "--verbose") {
+      options.verbose = true;
+    } else if (word[0] == '-') {
+      usage("unknown option");
+    } else {
+      options.filters.push_back(word);
+    }
+  }
+  return options;
+}
+
+bool matches(const harness::Case& c, const std::vector<std::string>& filters) {
+  const std::string name = c.name();
+  for (const std::string& filter : filters)
+    if (name.find(filter) == std::string::npos) return false;
+  return true;
+}
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+struct Group {
+  std::string name;
+  int passed = 0, failed = 0;
+  double worst = 0, started = seconds();
+
+  void report() const {
+    if (passed + failed == 0) return;
+    std::printf("%-24s %4d passed %4d failed   largest error %3.0f%% of its tolerance   %5.1f s\n", name.c_str(), passed,
+                failed, 100 * worst, seconds() - started);
+    std::fflush(stdout);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options = parse(argc, argv);
+#if defined(KPFUSED_SIMT_ASAN)
+  __sanitizer_set_death_callback([] { std::fprintf(stderr, "  case: %s\n", simt::context); });
+#endif
+  Group group;
+  int passed = 0, failed = 0, number = 0;
+  for (const harness::Case& c : harness::all_cases()) {
+    if (!matches(c, options.filters) || number++ % options.shards != options.shard) continue;
+    if (options.list) {
+      std::printf("%s\n", c.name().c_str());
+      continue;
+    }
+    if (group.name != c.group) {
+      group.report();
+      group = Group{};
+      group.name = c.group;
+    }
+    std::vector<simt::Order> orders = options.orders;
+    if (static_cast<int>(orders.size()) > c.orders) orders.erase(orders.begin(), orders.end() - c.orders);
+    const double started = seconds();
+    const harness::Outcome outcome = harness::run_case(c, orders, options.seed);
+    if (options.verbose) std::printf("%6.2f s  %s\n", seconds() - started, c.name().c_str());
+    for (const std::string& failure : outcome.failures) std::printf("FAILED %s: %s\n", c.name().c_str(), failure.c_str());
+    ++(outcome.failures.empty() ? group.passed : group.failed);
+    ++(outcome.failures.empty() ? passed : failed);
+    if (outcome.worst > group.worst) group.worst = outcome.worst;
+  }
+  group.report();
+  if (options.list) return 0;
+  std::printf("%d passed, %d failed\n", passed, failed);
+  // A filter that matches nothing has shown nothing.
+  return failed == 0 && passed > 0 ? 0 : 1;
+}

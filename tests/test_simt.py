@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels, run on the CPU: one fiber per CUDA thread, under sanitizers (tests/simt).
+
+Three things are shown: the emulator catches faults (toy.cpp), the project's kernels have none and agree with a
+reference in extended precision, and faults planted in copies of those kernels are all reported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from simt import build
+from simt.faults import FAULTS, Fault, planted
+
+pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"needs a C++ compiler; {build.CXX} is none")
+
+JOBS = os.cpu_count() or 1
+KINDS = tuple(build.KINDS)
+
+# What a report says, for every fault that the build is to catch; toy.cpp has the faults.
+MEMORY = "AddressSanitizer: heap-buffer-overflow"
+WRONG = "wrong result in order"
+TOY_REPORTS = {
+    "read_past_end": (MEMORY, "read outside the maps"),
+    "read_before_start": (MEMORY, "read outside the maps"),
+    "write_past_end": (MEMORY, "written twice"),
+    "shared_past_end": (MEMORY, "outside shared memory"),
+    "misaligned": ("runtime error: .* misaligned", None),
+    "missing_barrier": (WRONG, "uninitialised memory: shared memory"),
+    "overwritten_early": (WRONG, "race: writes shared memory"),
+    "missing_warp_barrier": (WRONG, "uninitialised memory: shared memory"),
+    "shuffle_without_self": ("does not name the calling lane",) * 2,
+    "shuffle_from_outside_mask": ("is not in the mask",) * 2,
+    "shuffle_after_exit": ("lanes named by the mask do not arrive",) * 2,
+    "shuffle_kinds_differ": ("lanes named by the mask do not arrive",) * 2,
+    "shuffle_width": ("no power of two",) * 2,
+    "barrier_in_branch": ("divergent __syncthreads",) * 2,
+    "barriers_differ": ("divergent __syncthreads",) * 2,
+    "exit_before_barrier": ("has exited",) * 2,
+    "uninitialised_shared": (WRONG, "uninitialised memory: shared memory"),
+    "written_twice": (None, "written twice"),
+    "never_written": (WRONG, WRONG),
+    "wrong_warp_count": (WRONG, WRONG),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_emulator_accepts_a_right_kernel(kind: str) -> None:
+    passed, output = build.run(build.build_toy(kind), ["none"])
+    assert passed, output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", TOY_REPORTS)
+def test_emulator_catches(kind: str, fault: str) -> None:
+    report = TOY_REPORTS[fault][KINDS.index(kind)]
+    if report is None:
+        pytest.skip("the other build's to catch")
+    passed, output = build.run(build.build_toy(kind), [fault])
+    assert not passed
+    assert re.search(report, output), output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels(kind: str) -> None:
+    passed, output = build.run(build.build(kind), shards=JOBS)
+    print(output)
+    assert passed, output
+    assert len(re.findall(r"^\d+ passed, 0 failed$", output, re.MULTILINE)) == JOBS, output
+
+
+def outcome(fault: Fault) -> tuple[bool, str]:
+    with planted(fault) as csrc:
+        binary = build.build(fault.kind, csrc, fault.flags, jobs=1)
+        return build.run(binary, fault.arguments)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[str, Future[tuple[bool, str]]]]:
+    """Compiling is most of the work: all planted faults are under way while the first is looked at."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        yield {fault.name: pool.submit(outcome, fault) for fault in FAULTS}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_fault_is_reported(fault: Fault, outcomes: dict[str, Future[tuple[bool, str]]]) -> None:
+    passed, output = outcomes[fault.name].result()
+    assert not passed, f"{fault.name} went unnoticed: {output}"
+    assert re.search(fault.report, output), output
