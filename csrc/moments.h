@@ -18,14 +18,7 @@
 // Degenerate maps: k = -inf has weight zero; a map without any weight gives 0 / 0 = NaN; NaN or k = +inf gives NaN.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
-#if defined(__CUDACC__)
-#define KPFUSED_HD __host__ __device__ __forceinline__
-#else
-#define KPFUSED_HD inline
-#endif
+#include "macros.h"
 
 namespace kpfused {
 
@@ -117,6 +110,23 @@ KPFUSED_HD Polynomial<T> backward_polynomial(const Stats<T>& s, T grad_x, T grad
 template <class T>
 KPFUSED_HD Polynomial<T> scaled(const Polynomial<T>& q, T beta) {
   return {q.x * beta, q.y * beta, q.constant * beta};
+}
+
+// The backward polynomial q = X (x - mean x) + Y (y - mean y), with the map's 1 / sum folded into X and Y:
+// dh = beta * w * q and dbeta = sign(beta) * sum (k - p) * w * q. Kept as two terms, each zero where the pixel is the
+// mean: for a map of one certain pixel the gradient is zero to the bit.
+template <class T>
+struct Slope {
+  T x, y, mean_x, mean_y;
+  KPFUSED_HD T along_x(T at) const { return x * (at - mean_x); }
+  KPFUSED_HD T along_y(T at) const { return y * (at - mean_y); }
+};
+
+// grad_x, grad_y: gradient with respect to the mean in centred pixels, i.e. upstream times Units::scale.
+// factor: beta, or 1 for kernels that need q itself for dbeta.
+template <class T>
+KPFUSED_HD Slope<T> backward_slope(const Stats<T>& s, T grad_x, T grad_y, T factor) {
+  return {grad_x / s.sum * factor, grad_y / s.sum * factor, s.mean_x, s.mean_y};
 }
 
 // The distance of a key below the peak as dbeta uses it: finite, so that weight zero times it is zero.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "macros.h"
+
 namespace kpfused {
 
 enum class Dtype : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
@@ -23,7 +25,7 @@ struct MapView {
   int64_t height, width;
   int64_t stride_outer, stride_inner, stride_y, stride_x;
 
-  constexpr int64_t maps() const { return outer * inner; }
+  KPFUSED_HD constexpr int64_t maps() const { return outer * inner; }
 };
 
 // beta of map n is values[(n / divisor) % modulus] in the accumulation dtype, or `value` where values is null.

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+// Backward where lanes are channels (stride_inner == 1, channels_last): the formula and the bytes of backward_rows.h.
+//
+// Pixels in the order of memory, all channels of a block at each; what belongs to a channel waits in the first-level
+// cache, with Y y + C of the row folded into one value.
+#pragma once
+
+#include "backward_rows.h"
+#include "lanes.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+template <class A>
+struct LaneGradients {
+  struct Group {
+    Vec<A> peak, slope, x, y, constant, beta;
+    Vec<A> of_row, dbeta;
+  };
+  Group group[kGroups<A>];
+};
+
+template <class T>
+struct GradientChunk {
+  const T* h;
+  T* out;
+  int64_t stride_y, stride_x, out_y, out_x, rows, cols, row, col;
+  int64_t channels;  // at least one vector of them
+};
+
+// The backward of one thread's range of (outer, part, block of channels).
+template <class T, bool kBeta>
+class BackwardLanes {
+ public:
+  using A = Acc<T>;
+  static constexpr int L = kLanes<A>;
+
+  explicit BackwardLanes(const BackwardParams& params)
+      : params_(params), view_(params.view), parts_(part_tiling(view_)), blocks_(channel_blocks(view_.inner)) {}
+
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item % blocks_.count, part = item / blocks_.count % parts_.count();
+      const int64_t outer = item / blocks_.count / parts_.count();
+      const int64_t first = blocks_.begin(block), channels = blocks_.begin(block + 1) - first;
+      LaneGradients<A> lanes;
+      load_maps(outer * view_.inner + first, channels, lanes);
+      const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
+      const int64_t row = parts_.y.begin(i), col = parts_.x.begin(j);
+      const MapView &v = view_, &g = params_.grad_view;
+      const T* h = static_cast<const T*>(params_.heatmap) + outer * v.stride_outer + first * v.stride_inner;
+      T* out = static_cast<T*>(params_.grad_heatmap) + outer * g.stride_outer + first * g.stride_inner;
+      const GradientChunk<T> all = {h + row * v.stride_y + col * v.stride_x,
+                                    out + row * g.stride_y + col * g.stride_x,
+                                    v.stride_y,
+                                    v.stride_x,
+                                    g.stride_y,
+                                    g.stride_x,
+                                    parts_.y.size(i),
+                                    parts_.x.size(j),
+                                    row,
+                                    col,
+                                    channels};
+      channels < L ? padded(all, lanes) : pixels(all, lanes);
+      for (int64_t c = 0; kBeta && c < channels; ++c) {
+        const int64_t map = outer * view_.inner + first + c, count = parts_.count();
+        const int64_t group = c / L, lane = c - group_begin<A>(group, at_least(channels, L));
+        A* to = static_cast<A*>(count == 1 ? params_.grad_beta : params_.workspace);
+        to[map * count + part] = lanes.group[group].dbeta[lane];
+      }
+    }
+  }
+
+ private:
+  // Lanes beyond the channels of a padded buffer repeat the last channel.
+  void load_maps(int64_t map, int64_t channels, LaneGradients<A>& lanes) const {
+    const int64_t padded = at_least(channels, L), groups = ceil_div(padded, L);
+    for (int64_t g = 0; g < groups; ++g) {
+      typename LaneGradients<A>::Group& group = lanes.group[g];
+      for (int i = 0; i < L; ++i) {
+        const int64_t c = at_most(group_begin<A>(g, padded) + i, channels - 1);
+        const MapGradient<A> m = map_gradient<A>(params_, map + c);
+        group.peak[i] = m.at.peak, group.slope[i] = m.at.slope, group.beta[i] = m.beta;
+        group.x[i] = m.q.x, group.y[i] = m.q.y, group.constant[i] = m.q.constant;
+      }
+      group.dbeta = Vec<A>{};
+    }
+  }
+
+  void pixels(const GradientChunk<T>& chunk, LaneGradients<A>& lanes) const {
+    const int64_t groups = ceil_div(chunk.channels, L);
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
+      for (int64_t g = 0; g < groups; ++g) lanes.group[g].of_row = lanes.group[g].y * y + lanes.group[g].constant;
+      const T* h = chunk.h + r * chunk.stride_y;
+      T* out = chunk.out + r * chunk.out_y;
+      Vec<A> x = splat(centred<A>(chunk.col, view_.width));
+      for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += A(1)) {
+        for (int64_t g = 0; g < groups; ++g) {
+          typename LaneGradients<A>::Group& m = lanes.group[g];
+          const int64_t k = group_begin<A>(g, chunk.channels);
+          Vec<A> v[1] = {load(h + k)}, q[1] = {m.x * x + m.of_row}, dbeta[1];
+          gradient<A, kBeta, 1>(v, q, m.peak, m.slope, m.beta, dbeta);
+          store(out + k, v[0]);
+          if (kBeta) m.dbeta += dbeta[0];
+        }
+      }
+    }
+  }
+
+  // Fewer channels than lanes: through buffers in which every pixel fills a vector.
+  void padded(const GradientChunk<T>& all, LaneGradients<A>& lanes) const {
+    const Tiling chunks = lane_chunks<T>(all.rows, all.cols, all.channels);
+    T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
+    __builtin_memset(from, 0, sizeof(from));
+    for (int64_t i = 0; i < chunks.y.count; ++i) {
+      for (int64_t j = 0; j < chunks.x.count; ++j) {
+        const int64_t row = chunks.y.begin(i), col = chunks.x.begin(j), rows = chunks.y.size(i);
+        const int64_t cols = chunks.x.size(j);
+        copy_pixels(all.h + row * all.stride_y + col * all.stride_x, all.stride_y, all.stride_x, from, cols * L,
+                    int64_t(L), rows, cols, all.channels);
+        pixels({from, to, cols * L, L, cols * L, L, rows, cols, all.row + row, all.col + col, L}, lanes);
+        copy_pixels<T>(to, cols * L, int64_t(L), all.out + row * all.out_y + col * all.out_x, all.out_y, all.out_x,
+                       rows, cols, all.channels);
+      }
+    }
+  }
+
+  const BackwardParams& params_;
+  const MapView& view_;
+  Tiling parts_;
+  ChannelBlocks blocks_;
+};
+
+}  // namespace kpfused::cpu::KPFUSED_ISA

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: MIT
+// From parameters to kernels on one instruction set: dtype, layout and whether dbeta is wanted become template arguments
+// here, and work is handed to threads.
+#pragma once
+
+#include "backward_lanes.h"
+#include "forward_lanes.h"
+#include "forward_rows.h"
+#include "parallel.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+// Work items: (map, part), or (outer, part, block of channels) with channels in the lanes.
+KPFUSED_INLINE int64_t count_items(const MapView& view) {
+  const int64_t parts = part_tiling(view).count();
+  return parts * (is_channels_last(view) ? view.outer * channel_blocks(view.inner).count : view.maps());
+}
+
+template <class Kernel, class Params>
+void run(const Params& params) {
+  const MapView& view = params.view;
+  const int64_t items = count_items(view);
+  const int64_t elements = view.maps() * view.height * view.width / items;
+  const auto body = [&](int64_t begin, int64_t end) { Kernel(params).run(begin, end); };
+  parallel_for(items, at_least(kGrainElements / at_least(elements, 1), 1), body);
+}
+
+// Split maps: the states of their parts, in order.
+template <class A>
+void merge_parts(const ForwardParams& params, int64_t parts) {
+  const A* states = static_cast<const A*>(params.workspace);
+  for (int64_t map = 0; map < params.view.maps(); ++map) {
+    const A scale = sharpness(beta_of<A>(params.beta, map)).scale;
+    State<A> total = {states[0], states[1], states[2], states[3]};
+    states += 4;
+    for (int64_t i = 1; i < parts; ++i, states += 4) {
+      total = merge(total, State<A>{states[0], states[1], states[2], states[3]}, scale, ScalarExp2{});
+    }
+    write_result(params, map, total);
+  }
+}
+
+template <class A>
+void merge_parts(const BackwardParams& params, int64_t parts) {
+  const A* partial = static_cast<const A*>(params.workspace);
+  for (int64_t map = 0; map < params.view.maps(); ++map) {
+    A total = A(0);
+    for (int64_t i = 0; i < parts; ++i) total += *partial++;
+    static_cast<A*>(params.grad_beta)[map] = total;
+  }
+}
+
+template <class T>
+void forward_of(const ForwardParams& params) {
+  is_channels_last(params.view) ? run<ForwardLanes<T>>(params) : run<ForwardRows<T>>(params);
+  const int64_t parts = part_tiling(params.view).count();
+  if (parts > 1) merge_parts<Acc<T>>(params, parts);
+}
+
+template <class T>
+void backward_of(const BackwardParams& params) {
+  if (!params.grad_beta) {
+    return is_channels_last(params.view) ? run<BackwardLanes<T, false>>(params) : run<BackwardRows<T, false>>(params);
+  }
+  is_channels_last(params.view) ? run<BackwardLanes<T, true>>(params) : run<BackwardRows<T, true>>(params);
+  const int64_t parts = part_tiling(params.view).count();
+  if (parts > 1) merge_parts<Acc<T>>(params, parts);
+}
+
+void forward(const ForwardParams& params) {
+  switch (params.dtype) {
+    case Dtype::float32: return forward_of<float>(params);
+    case Dtype::float64: return forward_of<double>(params);
+    case Dtype::float16: return forward_of<Half>(params);
+    case Dtype::bfloat16: return forward_of<BFloat16>(params);
+  }
+}
+
+void backward(const BackwardParams& params) {
+  switch (params.dtype) {
+    case Dtype::float32: return backward_of<float>(params);
+    case Dtype::float64: return backward_of<double>(params);
+    case Dtype::float16: return backward_of<Half>(params);
+    case Dtype::bfloat16: return backward_of<BFloat16>(params);
+  }
+}
+
+}  // namespace kpfused::cpu::KPFUSED_ISA

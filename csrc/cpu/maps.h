@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+// What forward and backward share: where maps lie, their beta, and the coordinate tables of small maps.
+#pragma once
+
+#include "../moments.h"
+#include "exp2.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+// Accumulators that a table on the stack may hold.
+constexpr int64_t kTableBytes = 8192;
+template <class A>
+constexpr int64_t kTable = kTableBytes / int64_t(sizeof(A));
+// Bytes of a stack buffer that gathers elements too far apart for a vector.
+constexpr int64_t kGatherBytes = 16384;
+// Register blocks: this many vectors side by side.
+constexpr int kBlock = 4;
+
+KPFUSED_INLINE int64_t map_offset(const MapView& view, int64_t map) {
+  if (view.inner == 1) return map * view.stride_outer;
+  const int64_t outer = map / view.inner;
+  return outer * view.stride_outer + (map - outer * view.inner) * view.stride_inner;
+}
+
+// map_offset() of one map after the other, without a division for each.
+struct MapWalk {
+  const MapView& view;
+  int64_t index, row;
+
+  KPFUSED_INLINE MapWalk(const MapView& v, int64_t map) : view(v), index(map % v.inner), row(map / v.inner) {}
+  KPFUSED_INLINE int64_t offset() const { return row * view.stride_outer + index * view.stride_inner; }
+  KPFUSED_INLINE void advance() {
+    if (++index == view.inner) index = 0, ++row;
+  }
+};
+
+template <class A>
+KPFUSED_INLINE A beta_of(const BetaView& beta, int64_t map) {
+  if (!beta.values) return A(beta.value);
+  const int64_t index = beta.modulus == 1 ? 0 : map / beta.divisor % beta.modulus;
+  return static_cast<const A*>(beta.values)[index];
+}
+
+// The centred coordinate of pixel i, exact to the last bit below 2^23 pixels.
+template <class A>
+KPFUSED_INLINE A centred(int64_t i, int64_t extent) {
+  return A(double(i) - 0.5 * double(extent - 1));
+}
+
+// The loops work on h itself: k - peak = (h - sign * peak) * sign, and the sign joins the scale. Negation is exact.
+template <class A>
+struct Logits {
+  A peak, slope;
+};
+
+template <class A>
+KPFUSED_INLINE Logits<A> logits(const Sharpness<A>& sharp, A peak) {
+  return {peak * sharp.sign, sharp.scale * sharp.sign};
+}
+
+template <class T>
+KPFUSED_INLINE Vec<Acc<T>> weight(const T* p, Vec<Acc<T>> peak, Vec<Acc<T>> slope) {
+  return exp2<Acc<T>>((load(p) - peak) * slope);
+}
+
+KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(ahead)), 0, 2);
+}
+
+// Maps whose rows would leave too many lanes idle are run through as one row of all their pixels, the coordinates of
+// which come from two tables. Rows shorter than a vector leave no other way; rows of up to four vectors may choose.
+template <class A>
+KPFUSED_INLINE bool is_flat(const MapView& view) {
+  const int64_t w = view.width;
+  const bool dense = view.stride_y == w || view.height == 1;
+  return w < kLanes<A> || (dense && w % kLanes<A> != 0 && w < 4 * kLanes<A> && w * view.height <= kTable<A>);
+}
+
+template <class A>
+struct FlatTable {
+  A x[kTable<A>], y[kTable<A>];
+
+  int64_t rows;
+
+  // As many rows as fit, and the map has: x from the centre of the map, y from that of these rows.
+  void fill(int64_t height, int64_t width) {
+    rows = at_most(height, kTable<A> / width);
+    for (int64_t i = 0; i < kLanes<A>; ++i) x[i] = y[i] = A(0);
+    for (int64_t r = 0, i = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < width; ++c, ++i) x[i] = centred<A>(c, width), y[i] = centred<A>(r, rows);
+    }
+  }
+
+  // What to add to y where the table is laid on the rows from `row` on. Twice it is whole.
+  A shift(int64_t row, int64_t height) const { return A(0.5 * double(2 * row + rows - height)); }
+};
+
+// How one map is cut on this instruction set. Chunks are those of the part at hand.
+template <class T>
+struct RowPlan {
+  bool flat;
+  Tiling parts;
+
+  explicit RowPlan(const MapView& view) : flat(is_flat<Acc<T>>(view)), parts(part_tiling(view)) {}
+
+  Tiling chunks(int64_t rows, int64_t cols) const {
+    return tile(rows, cols, flat ? kTable<Acc<T>> : kChunkBytes / int64_t(sizeof(T)), kRowMultiple);
+  }
+};
+
+// The result of a map, into its two destinations.
+template <class A>
+KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const State<A>& state) {
+  const Stats<A> stats = finish(state);
+  A* out = static_cast<A*>(params.stats) + map * kStats;
+  out[0] = stats.peak, out[1] = stats.sum, out[2] = stats.mean_x, out[3] = stats.mean_y;
+  A* coordinates = static_cast<A*>(params.coordinates) + map * 2;
+  coordinates[0] = A(params.units.scale_x * double(stats.mean_x) + params.units.offset_x);
+  coordinates[1] = A(params.units.scale_y * double(stats.mean_y) + params.units.offset_y);
+}
+
+// The state of one part of a split map, to be merged. Item: map * parts + part.
+template <class A>
+KPFUSED_INLINE void write_state(const ForwardParams& params, int64_t item, const State<A>& state) {
+  A* out = static_cast<A*>(params.workspace) + item * 4;
+  out[0] = state.peak, out[1] = state.sum, out[2] = state.sum_x, out[3] = state.sum_y;
+}
+
+// Copies rows that do not follow each other in memory, for the flat kernels.
+template <class T>
+KPFUSED_INLINE void gather_rows(const T* p, int64_t stride_y, int64_t rows, int64_t width, T* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < width; ++c) *out++ = p[r * stride_y + c];
+  }
+}
+
+}  // namespace kpfused::cpu::KPFUSED_ISA

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: MIT
+// Vectors of whatever width the including file asks for (KPFUSED_VECTOR_BYTES), over the GCC and Clang vector
+// extensions, with intrinsics only where the extensions have no good word: half precision and reductions.
+//
+// The file is compiled once per instruction set, each time in a namespace of its own (KPFUSED_ISA), so that no function
+// with AVX instructions in it can be linked in place of another's.
+#pragma once
+
+#include "plan.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+constexpr int kVectorBytes = KPFUSED_VECTOR_BYTES;
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Accumulator = float;
+  using Int = int32_t;
+};
+template <>
+struct Traits<double> {
+  using Accumulator = double;
+  using Int = int64_t;
+};
+template <>
+struct Traits<Half> {
+  using Accumulator = float;
+};
+template <>
+struct Traits<BFloat16> {
+  using Accumulator = float;
+};
+
+// What elements of type T are computed in.
+template <class T>
+using Acc = typename Traits<T>::Accumulator;
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+template <class A>
+using Mask = Vec<typename Traits<A>::Int>;
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class A>
+KPFUSED_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};  // x - 0 keeps every value, -0 and NaN included
+}
+
+template <class A>
+KPFUSED_INLINE Vec<A> load_vector(const A* p) {
+  Vec<A> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A>
+KPFUSED_INLINE void store_vector(A* p, Vec<A> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// 0, 1, 2, ...
+template <class A>
+KPFUSED_INLINE Vec<A> iota() {
+  A values[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) values[i] = A(i);
+  return load_vector(values);
+}
+
+// All bits set in the last `count` lanes.
+template <class A>
+KPFUSED_INLINE Mask<A> last_lanes(int64_t count) {
+  return iota<A>() >= splat(A(kLanes<A> - count));
+}
+
+// The larger; where either is NaN, b. Compilers do not see through a comparison with a constant, hence the intrinsics.
+#if KPFUSED_AVX512
+KPFUSED_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
+KPFUSED_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
+  return (Vec<double>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+}
+#elif KPFUSED_AVX2
+KPFUSED_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+}
+KPFUSED_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
+  return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
+#elif KPFUSED_SSE2
+KPFUSED_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm_max_ps((__m128)a, (__m128)b); }
+KPFUSED_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
+  return (Vec<double>)_mm_max_pd((__m128d)a, (__m128d)b);
+}
+#else
+KPFUSED_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+KPFUSED_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+#endif
+
+// Zero where the mask is not set, whatever was there.
+template <class A>
+KPFUSED_INLINE Vec<A> keep(Vec<A> v, Mask<A> mask) {
+  return (Vec<A>)((Mask<A>)v & mask);
+}
+
+// ---- Elements to vectors of their accumulator, and back, at any alignment -------------------------------------------
+
+KPFUSED_INLINE Vec<float> load(const float* p) { return load_vector(p); }
+KPFUSED_INLINE Vec<double> load(const double* p) { return load_vector(p); }
+KPFUSED_INLINE void store(float* p, Vec<float> v) { store_vector(p, v); }
+KPFUSED_INLINE void store(double* p, Vec<double> v) { store_vector(p, v); }
+
+KPFUSED_INLINE VecU32 load_u16(const void* p) {
+  VecU16 v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, VecU32);
+}
+
+// The low halves of the lanes, which hold nothing above them.
+KPFUSED_INLINE void store_u16(void* p, VecU32 v) {
+#if KPFUSED_AVX2
+  const __m256i wide = (__m256i)v;
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(static_cast<__m128i*>(p), packed);
+#else
+  const VecU16 narrow = __builtin_convertvector(v, VecU16);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
+
+KPFUSED_INLINE Vec<float> load(const BFloat16* p) { return (Vec<float>)(load_u16(p) << 16); }
+
+// Rounds to nearest even; a NaN stays one, quiet.
+KPFUSED_INLINE void store(BFloat16* p, Vec<float> v) {
+  const VecU32 bits = (VecU32)v;
+  const VecU32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  store_u16(p, ((VecU32)(v == v ? (Vec<float>)rounded : (Vec<float>)(bits | 0x400000))) >> 16);
+}
+
+#if KPFUSED_AVX2
+KPFUSED_INLINE Vec<float> load(const Half* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+KPFUSED_INLINE void store(Half* p, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif KPFUSED_AVX512
+// The forms with a mask, all of it set, because GCC 12 warns of the undefined operand in the ones without.
+KPFUSED_INLINE Vec<float> load(const Half* p) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+KPFUSED_INLINE void store(Half* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Shifts the fields into place and lets a multiplication correct the exponent, which serves subnormals as well.
+KPFUSED_INLINE Vec<float> load(const Half* p) {
+  const VecU32 bits = load_u16(p), magnitude = (bits & 0x7fff) << 13;
+  const VecU32 number = (VecU32)((Vec<float>)magnitude * 0x1p112f), special = magnitude | 0x7f800000;
+  return (Vec<float>)((magnitude < 0x0f800000 ? number : special) | (bits & 0x8000) << 16);
+}
+// Rounds to nearest even. For subnormals the addition of 0.5, whose last bit is their step, does the rounding.
+KPFUSED_INLINE void store(Half* p, Vec<float> v) {
+  const VecU32 bits = (VecU32)v, magnitude = bits & 0x7fffffff;
+  const VecU32 normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
+  const VecU32 subnormal = (VecU32)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+  const VecU32 zero = {}, infinity = zero + 0x7c00, nan = zero + 0x7e00;
+  VecU32 half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x47800000 ? infinity : half;
+  half = magnitude > 0x7f800000 ? nan : half;
+  store_u16(p, half | (bits & 0x80000000) >> 16);
+}
+#endif
+
+// ---- Reductions over the lanes, in a fixed order --------------------------------------------------------------------
+
+template <class A>
+struct Triple {
+  A sum, x, y;
+};
+
+template <class A>
+KPFUSED_INLINE A reduce_generic(Vec<A> v) {
+  A values[kLanes<A>];
+  store_vector(values, v);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) values[i] += values[i + half];
+  }
+  return values[0];
+}
+
+template <class A>
+KPFUSED_INLINE A reduce_max(Vec<A> v) {
+  A values[kLanes<A>];
+  store_vector(values, v);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) values[i] = values[i + half] > values[i] ? values[i + half] : values[i];
+  }
+  return values[0];
+}
+
+template <class A>
+KPFUSED_INLINE Triple<A> reduce(Vec<A> sum, Vec<A> x, Vec<A> y) {
+  return {reduce_generic<A>(sum), reduce_generic<A>(x), reduce_generic<A>(y)};
+}
+
+#if KPFUSED_AVX2 || KPFUSED_AVX512
+#if KPFUSED_AVX512
+KPFUSED_INLINE __m256 half_sum(Vec<float> v) {
+  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+}
+KPFUSED_INLINE __m256 half_max(Vec<float> v) {
+  return _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+}
+#else
+KPFUSED_INLINE __m256 half_sum(Vec<float> v) { return (__m256)v; }
+KPFUSED_INLINE __m256 half_max(Vec<float> v) { return (__m256)v; }
+#endif
+
+// Small maps spend as much on the reductions as on their elements: three horizontal additions serve all three sums.
+template <>
+KPFUSED_INLINE Triple<float> reduce<float>(Vec<float> sum, Vec<float> x, Vec<float> y) {
+  const __m256 s = half_sum(sum), b = half_sum(y);
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(s, half_sum(x)), _mm256_hadd_ps(b, b));
+  const __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  return {all[0], all[1], all[2]};
+}
+
+template <>
+KPFUSED_INLINE float reduce_max<float>(Vec<float> v) {
+  const __m256 a = half_max(v);
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_max_ss(m, _mm_movehdup_ps(m))[0];
+}
+#endif
+
+}  // namespace kpfused::cpu::KPFUSED_ISA

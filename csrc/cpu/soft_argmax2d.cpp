@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+// Chooses the instruction set, once per process.
+#include "soft_argmax2d.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "plan.h"
+
+namespace kpfused::cpu {
+
+#define KPFUSED_DECLARE(isa)                \
+  namespace isa {                           \
+  void forward(const ForwardParams&);       \
+  void backward(const BackwardParams&);     \
+  }
+KPFUSED_DECLARE(baseline)
+#if defined(__x86_64__)
+KPFUSED_DECLARE(avx2)
+KPFUSED_DECLARE(avx512)
+#endif
+#undef KPFUSED_DECLARE
+
+namespace {
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const ForwardParams&);
+  void (*backward)(const BackwardParams&);
+};
+
+Kernels choose() {
+#if defined(__x86_64__)
+  const char* wish = std::getenv("KPFUSED_CPU_CAPABILITY");
+  const auto below = [wish](const char* name) { return wish && std::strcmp(wish, name) == 0; };
+  const bool baseline_only = below("baseline"), no_avx512 = baseline_only || below("avx2");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && !no_avx512) return {"avx512", avx512::forward, avx512::backward};
+  if (has_avx2 && !baseline_only) return {"avx2", avx2::forward, avx2::backward};
+#endif
+  return {"baseline", baseline::forward, baseline::backward};
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+int64_t soft_argmax2d_forward_workspace(const MapView& view, Dtype dtype) {
+  const int64_t parts = part_tiling(view).count();
+  return parts == 1 ? 0 : view.maps() * parts * 4 * accumulator_size(dtype);
+}
+
+int64_t soft_argmax2d_backward_workspace(const MapView& view, Dtype dtype, bool grad_beta) {
+  const int64_t parts = part_tiling(view).count();
+  return parts == 1 || !grad_beta ? 0 : view.maps() * parts * accumulator_size(dtype);
+}
+
+void soft_argmax2d_forward(const ForwardParams& params) {
+  if (params.view.maps() > 0) kernels().forward(params);
+}
+
+void soft_argmax2d_backward(const BackwardParams& params) {
+  if (params.view.maps() > 0) kernels().backward(params);
+}
+
+const char* capability() { return kernels().name; }
+
+}  // namespace kpfused::cpu

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT
+// The kernels with AVX-512 (F, BW, DQ, VL). See soft_argmax2d_avx2.cpp.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../params.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define KPFUSED_ISA avx512
+#define KPFUSED_SSE2 0
+#define KPFUSED_AVX2 0
+#define KPFUSED_AVX512 1
+#define KPFUSED_VECTOR_BYTES 64
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

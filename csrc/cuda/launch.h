@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MIT
+// From parameters to a launch, for one element type; each type is compiled in a file of its own.
+#pragma once
+
+#include "channels.h"
+#include "soft_argmax2d.h"
+
+namespace kpfused::cuda {
+
+inline bool multiple_of_vector(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+
+// Whether whole vectors along rows, or along channels, are aligned in every map of a view.
+inline bool vectors_aligned(const MapView& v, int size, bool channels) {
+  const auto whole = [size](int64_t stride) { return stride * size % kVectorBytes == 0; };
+  return whole(v.stride_y) && (v.outer == 1 || whole(v.stride_outer)) &&
+         (channels ? whole(v.stride_x) : v.inner == 1 || whole(v.stride_inner));
+}
+
+inline PlanKey plan_key(Dtype dtype, const MapView& view, bool aligned) {
+  return {dtype, view.height, view.width, view.stride_x == 1 ? 0 : view.inner, aligned};
+}
+
+inline Plan plan_of(const ForwardParams& p) {
+  const bool channels = p.view.stride_x != 1;
+  return choose_plan(plan_key(p.dtype, p.view,
+                              multiple_of_vector(p.heatmap) &&
+                                  vectors_aligned(p.view, element_size(p.dtype), channels)));
+}
+
+inline Plan plan_of(const BackwardParams& p) {
+  const bool channels = p.view.stride_x != 1;
+  const int size = element_size(p.dtype);
+  return choose_plan(plan_key(p.dtype, p.view,
+                              multiple_of_vector(p.heatmap) && multiple_of_vector(p.grad_heatmap) &&
+                                  vectors_aligned(p.view, size, channels) &&
+                                  vectors_aligned(p.grad_view, size, channels)));
+}
+
+inline dim3 grid_of(const Plan& plan, const MapView& view) {
+  const int64_t items =
+      view.stride_x == 1 ? view.maps() * plan.parts() : view.outer * plan.tiles * plan.parts();
+  return dim3(static_cast<unsigned>(plan_detail::ceil_div(items, plan.teams())));
+}
+
+inline dim3 merge_grid(const MapView& view) {
+  return dim3(static_cast<unsigned>(plan_detail::ceil_div(view.maps(), kMergeThreads / kWarp)));
+}
+
+// Shared memory to reduce one S a thread and channel, or one a warp.
+template <class S>
+size_t shared_bytes(const Plan& plan, bool channels) {
+  if (channels) return sizeof(S) * static_cast<size_t>(plan.threads * plan.vector);
+  return plan.team > kWarp ? sizeof(S) * static_cast<size_t>(plan.threads / kWarp) : 0;
+}
+
+template <class T, int V>
+int forward(const ForwardParams& p, const Plan& plan, Stream stream) {
+  using A = Acc<T>;
+  const bool channels = p.view.stride_x != 1;
+  const size_t shared = shared_bytes<State<A>>(plan, channels);
+  const dim3 grid = grid_of(plan, p.view);
+  const Launch<ForwardParams> launch{p, plan};
+  if (channels) {
+    KPFUSED_LAUNCH((channels_forward<T, V>), grid, plan.threads, shared, stream, launch);
+  } else {
+    KPFUSED_LAUNCH((rows_forward<T, V>), grid, plan.threads, shared, stream, launch);
+  }
+  if (plan.parts() > 1) {
+    KPFUSED_LAUNCH((merge_states<A>), merge_grid(p.view), kMergeThreads, 0, stream, launch);
+  }
+  return static_cast<int>(cudaGetLastError());
+}
+
+template <class T, int V, bool kBeta>
+int backward(const BackwardParams& p, const Plan& plan, Stream stream) {
+  using A = Acc<T>;
+  const bool channels = p.view.stride_x != 1;
+  const size_t shared = kBeta ? shared_bytes<A>(plan, channels) : 0;
+  const dim3 grid = grid_of(plan, p.view);
+  const Launch<BackwardParams> launch{p, plan};
+  if (channels) {
+    KPFUSED_LAUNCH((channels_backward<T, V, kBeta>), grid, plan.threads, shared, stream, launch);
+  } else {
+    KPFUSED_LAUNCH((rows_backward<T, V, kBeta>), grid, plan.threads, shared, stream, launch);
+  }
+  if (kBeta && plan.parts() > 1) {
+    KPFUSED_LAUNCH((add_grad_beta<A>), merge_grid(p.view), kMergeThreads, 0, stream, launch);
+  }
+  return static_cast<int>(cudaGetLastError());
+}
+
+template <class T>
+int forward(const ForwardParams& p, Stream stream) {
+  const Plan plan = plan_of(p);
+  return plan.vector == 1 ? forward<T, 1>(p, plan, stream) : forward<T, kVector<T>>(p, plan, stream);
+}
+
+template <class T>
+int backward(const BackwardParams& p, Stream stream) {
+  const Plan plan = plan_of(p);
+  if (p.grad_beta) {
+    return plan.vector == 1 ? backward<T, 1, true>(p, plan, stream) : backward<T, kVector<T>, true>(p, plan, stream);
+  }
+  return plan.vector == 1 ? backward<T, 1, false>(p, plan, stream) : backward<T, kVector<T>, false>(p, plan, stream);
+}
+
+}  // namespace kpfused::cuda

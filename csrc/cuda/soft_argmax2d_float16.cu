@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+#include "launch.h"
+
+namespace kpfused::cuda {
+
+template int forward<Float16>(const ForwardParams&, Stream);
+template int backward<Float16>(const BackwardParams&, Stream);
+
+}  // namespace kpfused::cuda
