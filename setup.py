@@ -7,6 +7,7 @@ GPU is looked for: CUDA kernels are compiled wherever nvcc is found.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ try:
     import ninja  # noqa: F401
     import pybind11
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(f"kpfused: building needs {error.name}; run: pip install torch==2.13.0 ninja pybind11 setuptools numpy")
 
@@ -32,10 +33,14 @@ def find_nvcc():
     wish = os.environ.get("KPFUSED_CUDA", "auto").lower()
     if wish not in ("0", "1", "auto"):
         sys.exit(f"kpfused: KPFUSED_CUDA must be 0, 1 or auto; got {wish!r}")
-    nvcc = Path(CUDA_HOME or "/nonexistent", "bin/nvcc")
-    if wish == "0" or (wish == "auto" and not nvcc.exists()):
+    if wish == "0":
         return None
-    if not nvcc.exists():
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [Path(home, "bin/nvcc") for home in homes if home]
+    if on_path := shutil.which("nvcc"):
+        candidates.insert(len(candidates) - 1, Path(on_path).resolve())
+    nvcc = next((c for c in candidates if c.exists() and (c.parents[1] / "include/cuda_runtime.h").exists()), None)
+    if nvcc is None and wish == "1":
         sys.exit("kpfused: KPFUSED_CUDA=1 but no nvcc was found; put it on PATH or set CUDA_HOME")
     return nvcc
 
@@ -65,6 +70,7 @@ def extension():
     options = {"include_dirs": [pybind11.get_include()], "extra_link_args": ["-Wl,--exclude-libs,ALL"]}
     cuda, architectures, release = [], "", ""
     if nvcc:
+        cpp_extension.CUDA_HOME = str(nvcc.parents[1])  # a CPU build of torch does not look for it
         gencode_flags, architectures = gencode(nvcc)
         release = re.search(r"release (\S+),", subprocess.check_output([nvcc, "--version"], text=True))[1]
         # -ftz: weights below 2^-126 count as zero, and exp2 is then one hardware instruction. Not --use_fast_math.
@@ -82,7 +88,7 @@ def extension():
         "KPFUSED_FLAGS": f'"{" ".join([*cxx, *cuda[:3]])}"',
     }
     defines = [f"-D{name}={value}" for name, value in macros.items()]
-    return CppExtension(
+    return cpp_extension.CppExtension(
         "kpfused._C",
         sorted(str(Path(source).relative_to(ROOT) if Path(source).is_absolute() else source) for source in sources),
         extra_compile_args={"cxx": cxx + defines, "nvcc": cuda + defines},
@@ -91,4 +97,4 @@ def extension():
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -29,6 +29,8 @@ def fake_nvcc(folder: Path, *architectures: str) -> Path:
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{a}\n" for a in architectures))
     nvcc.chmod(0o755)
+    (folder / "include").mkdir()
+    (folder / "include/cuda_runtime.h").touch()
     return nvcc
 
 
@@ -57,14 +59,15 @@ def test_architecture_list_is_honoured(script: dict[str, Any], tmp_path: Path, m
 def test_cuda_switch(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = script["find_nvcc"]
     nvcc = fake_nvcc(tmp_path)
-    find.__globals__["CUDA_HOME"] = str(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert find() == nvcc
     monkeypatch.setenv("KPFUSED_CUDA", "0")
     assert find() is None
     monkeypatch.setenv("KPFUSED_CUDA", "maybe")
     with pytest.raises(SystemExit, match="KPFUSED_CUDA must be 0, 1 or auto; got 'maybe'"):
         find()
-    find.__globals__["CUDA_HOME"] = None
+    # No nvcc anywhere: every path that could hold one is empty.
+    find.__globals__["Path"] = lambda *parts: tmp_path / "empty"
     monkeypatch.setenv("KPFUSED_CUDA", "auto")
     assert find() is None
     monkeypatch.setenv("KPFUSED_CUDA", "1")

@@ -2,7 +2,7 @@
 // Backward where lanes are channels (stride_inner == 1, channels_last): the formula and the bytes of backward_rows.h.
 //
 // Pixels in the order of memory, all channels of a block at each; what belongs to a channel waits in the first-level
-// cache, with Y y + C of the row folded into one value.
+// cache, with Y (y - mean y) of the row folded into one value.
 #pragma once
 
 #include "backward_rows.h"
@@ -13,7 +13,7 @@ namespace kpfused::cpu::KPFUSED_ISA {
 template <class A>
 struct LaneGradients {
   struct Group {
-    Vec<A> peak, slope, x, y, constant, beta;
+    Vec<A> peak, slope, x, y, mean_x, mean_y, beta;
     Vec<A> of_row, dbeta;
   };
   Group group[kGroups<A>];
@@ -80,7 +80,7 @@ class BackwardLanes {
         const int64_t c = at_most(group_begin<A>(g, padded) + i, channels - 1);
         const MapGradient<A> m = map_gradient<A>(params_, map + c);
         group.peak[i] = m.at.peak, group.slope[i] = m.at.slope, group.beta[i] = m.beta;
-        group.x[i] = m.q.x, group.y[i] = m.q.y, group.constant[i] = m.q.constant;
+        group.x[i] = m.q.x, group.y[i] = m.q.y, group.mean_x[i] = m.q.mean_x, group.mean_y[i] = m.q.mean_y;
       }
       group.dbeta = Vec<A>{};
     }
@@ -90,7 +90,7 @@ class BackwardLanes {
     const int64_t groups = ceil_div(chunk.channels, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
-      for (int64_t g = 0; g < groups; ++g) lanes.group[g].of_row = lanes.group[g].y * y + lanes.group[g].constant;
+      for (int64_t g = 0; g < groups; ++g) lanes.group[g].of_row = lanes.group[g].y * (y - lanes.group[g].mean_y);
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
@@ -98,7 +98,7 @@ class BackwardLanes {
         for (int64_t g = 0; g < groups; ++g) {
           typename LaneGradients<A>::Group& m = lanes.group[g];
           const int64_t k = group_begin<A>(g, chunk.channels);
-          Vec<A> v[1] = {load(h + k)}, q[1] = {m.x * x + m.of_row}, dbeta[1];
+          Vec<A> v[1] = {load(h + k)}, q[1] = {m.x * (x - m.mean_x) + m.of_row}, dbeta[1];
           gradient<A, kBeta, 1>(v, q, m.peak, m.slope, m.beta, dbeta);
           store(out + k, v[0]);
           if (kBeta) m.dbeta += dbeta[0];

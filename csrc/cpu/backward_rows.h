@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Backward where lanes run along rows (stride_x == 1).
 //
-//   dh = beta * w * q,  q = X x + Y y + C,  w = 2^((k - peak) * scale);  dbeta = sum (h - sign peak) * w * q
+//   dh = beta * w * q,  q = X (x - mean x) + Y (y - mean y),  w = 2^((k - peak) * scale)
+//   dbeta = sum (h - sign peak) * w * q
 //
 // Reads every element once and writes its gradient once. The part of q that depends on the column is tabulated once a
 // map, so an element costs its weight, one addition and one multiplication; dbeta adds a clamp of both sides, two
@@ -16,7 +17,7 @@ namespace kpfused::cpu::KPFUSED_ISA {
 template <class A>
 struct MapGradient {
   Logits<A> at;
-  Polynomial<A> q;  // times beta where dbeta is not wanted
+  Slope<A> q;  // times beta where dbeta is not wanted
   A beta;
 };
 
@@ -25,9 +26,9 @@ KPFUSED_INLINE MapGradient<A> map_gradient(const BackwardParams& params, int64_t
   const A* s = static_cast<const A*>(params.stats) + map * kStats;
   const A* g = static_cast<const A*>(params.grad_coordinates) + map * params.grad_stride_map;
   const A beta = beta_of<A>(params.beta, map);
-  const Polynomial<A> q = backward_polynomial(Stats<A>{s[0], s[1], s[2], s[3]}, g[0] * A(params.units.scale_x),
-                                              g[params.grad_stride_xy] * A(params.units.scale_y));
-  return {logits(sharpness(beta), s[0]), params.grad_beta ? q : scaled(q, beta), beta};
+  const Slope<A> q = backward_slope(Stats<A>{s[0], s[1], s[2], s[3]}, g[0] * A(params.units.scale_x),
+                                    g[params.grad_stride_xy] * A(params.units.scale_y), params.grad_beta ? A(1) : beta);
+  return {logits(sharpness(beta), s[0]), q, beta};
 }
 
 // N vectors: h in, dh out, and dbeta's terms. d = h - sign * peak, which dbeta needs finite on whichever side its sign
@@ -137,11 +138,11 @@ class BackwardRows {
                Vec<A>& dbeta) const {
     A table[kTable<A>];
     const Vec<A> x = iota<A>() + centred<A>(col, view_.width);
-    const auto fill = [&](int64_t i) { store_vector(table + i, (x + A(i)) * map.q.x + map.q.constant); };
+    const auto fill = [&](int64_t i) { store_vector(table + i, (x + A(i) - map.q.mean_x) * map.q.x); };
     for (int64_t i = 0; i + L <= cols; i += L) fill(i);
     fill(cols - L);
     for (int64_t r = row; r < row + rows; ++r) {
-      const Vec<A> of_row = splat(map.q.y * centred<A>(r, view_.height));
+      const Vec<A> of_row = splat(map.q.along_y(centred<A>(r, view_.height)));
       backward_span<T, kBeta>(
           h + r * view_.stride_y + col, out + r * params_.grad_view.stride_y + col, cols, map,
           [&](int64_t i) __attribute__((always_inline)) { return load_vector(table + i) + of_row; }, dbeta);
@@ -152,7 +153,7 @@ class BackwardRows {
     for (int64_t i = 0; i < area.chunks.count; ++i) {
       const int64_t r = area.row + area.chunks.begin(i);
       MapGradient<A> shifted = map;
-      shifted.q.constant += map.q.y * table_.shift(r, view_.height);
+      shifted.q.mean_y -= table_.shift(r, view_.height);
       flat_chunk(h + r * view_.stride_y, out + r * params_.grad_view.stride_y, area.chunks.size(i), shifted, dbeta);
     }
   }
@@ -168,7 +169,7 @@ class BackwardRows {
     }
     const bool scatter = !dense(params_.grad_view.stride_y);
     const auto q = [&](int64_t i) __attribute__((always_inline)) {
-      return load_vector(table_.x + i) * map.q.x + (load_vector(table_.y + i) * map.q.y + map.q.constant);
+      return (load_vector(table_.x + i) - map.q.mean_x) * map.q.x + (load_vector(table_.y + i) - map.q.mean_y) * map.q.y;
     };
     Vec<A> more = {};
     backward_span<T, kBeta>(h, scatter ? to : out, at_least(n, L), map, q, more);

@@ -92,10 +92,10 @@ KPFUSED_INLINE Mask<A> last_lanes(int64_t count) {
 // The larger; where either is NaN, b. Compilers do not see through a comparison with a constant, hence the intrinsics.
 #if KPFUSED_AVX512
 KPFUSED_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {
-  return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
 }
 KPFUSED_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
-  return (Vec<double>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+  return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
 }
 #elif KPFUSED_AVX2
 KPFUSED_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {
@@ -162,12 +162,11 @@ KPFUSED_INLINE void store(Half* p, Vec<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif KPFUSED_AVX512
-// The forms with a mask, all of it set, because GCC 12 warns of the undefined operand in the ones without.
 KPFUSED_INLINE Vec<float> load(const Half* p) {
-  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 KPFUSED_INLINE void store(Half* p, Vec<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // Shifts the fields into place and lets a multiplication correct the exponent, which serves subnormals as well.
@@ -224,10 +223,10 @@ KPFUSED_INLINE Triple<A> reduce(Vec<A> sum, Vec<A> x, Vec<A> y) {
 #if KPFUSED_AVX2 || KPFUSED_AVX512
 #if KPFUSED_AVX512
 KPFUSED_INLINE __m256 half_sum(Vec<float> v) {
-  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
 }
 KPFUSED_INLINE __m256 half_max(Vec<float> v) {
-  return _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+  return _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
 }
 #else
 KPFUSED_INLINE __m256 half_sum(Vec<float> v) { return (__m256)v; }

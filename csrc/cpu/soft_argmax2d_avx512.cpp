@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The kernels with AVX-512 (F, BW, DQ, VL). See soft_argmax2d_avx2.cpp.
 #if defined(__x86_64__)
+// GCC 12 warns of the operands that its own intrinsics leave undefined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cmath>
 #include <cstdint>

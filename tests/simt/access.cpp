@@ -16,8 +16,9 @@ namespace simt::access {
 namespace {
 
 constexpr int kLanes = 32, kWarps = 32, kNobody = -1;
+constexpr size_t kGrain = 4;  // of shared memory: the smallest type the kernels keep there
 
-// Who touched an element (in shared memory: a byte), and when: the block, the block's count of barriers, and the thread's own clock.
+// Who touched an element (in shared memory: four bytes), and when: the block, the block's count of barriers, and the thread's own clock.
 struct Stamp {
   uint32_t launch = 0, block = 0, phase = 0, clock = 0;
   int32_t thread = kNobody;
@@ -132,7 +133,7 @@ void on_access(const void* pointer, size_t bytes, size_t alignment, bool write) 
   if (address - shared_range.begin < shared_range.end - shared_range.begin)
     return check(shared_range, address, bytes, write);
   if (address - (shared_range.begin - kMargin) < shared_range.end - shared_range.begin + 2 * kMargin)
-    fault("%s outside shared memory of %zu bytes, at byte %td", write ? "write" : "read", shared_range.cells.size(),
+    fault("%s outside shared memory of %zu bytes, at byte %td", write ? "write" : "read", shared_range.end - shared_range.begin,
           static_cast<ptrdiff_t>(address - shared_range.begin));
   for (Range& range : ranges)
     if (address - range.begin < range.end - range.begin) return check(range, address, bytes, write);
@@ -200,7 +201,8 @@ void start_block(const char* shared, size_t bytes) {
   shared_range.begin = reinterpret_cast<uintptr_t>(shared);
   shared_range.end = shared_range.begin + bytes;
   shared_range.use = Use::workspace;
-  shared_range.cells.assign(bytes, Cell{});
+  shared_range.element_bytes = kGrain;
+  shared_range.cells.assign((bytes + kGrain - 1) / kGrain, Cell{});
   for (Warp& warp : warps) warp = Warp{};
   for (Warp& warp : warps)
     for (uint32_t& clock : warp.clock) clock = 1;

@@ -30,13 +30,14 @@ KEEP_DAYS = 7
 COMMON = ["-std=c++17", "-Wall", "-Wextra", "-DKPFUSED_SIMT"]
 # Frame pointers and -g1 give reports that name lines; more would only slow the compiler down.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-KERNEL = ["-O1", "-g1", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas"]
+KERNEL = ["-O1", "-g1", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 KINDS = {
     "asan": {"host": ["-O2", "-DKPFUSED_SIMT_ASAN"], "kernel": SANITIZE, "link": SANITIZE},
     # No run time of ThreadSanitizer is linked: access.cpp defines what the instrumented kernels call.
     "access": {"host": ["-O2", "-DKPFUSED_SIMT_ACCESS"], "kernel": ["-fsanitize=thread"], "link": []},
 }
 HEADERS = {".h", ".cuh"}
+EMULATOR = (SIMT / "simt.cpp", SIMT / "access.cpp")
 
 
 class BuildError(RuntimeError):
@@ -89,23 +90,27 @@ def compile_object(source: Path, flags: Sequence[str], include: Sequence[Path], 
     return cached(".o", [*COMMON, *flags, source, *reads], command)
 
 
-def build(kind: str, csrc: Path = CSRC, extra: Sequence[str] = (), jobs: int | None = None) -> Path:
-    """The harness around the kernels in ``csrc``. ``extra`` are more flags for compiling the kernels."""
+def build(kind: str, csrc: Path = CSRC, only: Sequence[str] | None = None, jobs: int | None = None) -> Path:
+    """The harness around the kernels in ``csrc``; or around the sources ``only`` of it and the project's own others."""
     flags = KINDS[kind]
-    host = [*SIMT.glob("*.cpp"), *(SIMT / "harness").glob("*.cpp")]
-    host_reads = [*headers(SIMT, SIMT / "harness"), csrc / "params.h", csrc / "units.h", csrc / "cuda/soft_argmax2d.h"]
-    kernels = sorted(path for path in (csrc / "cuda").iterdir() if path.suffix in {".cu", ".cpp"})
-    kernel_reads = headers(SIMT, csrc, csrc / "cuda")
+    host = [*EMULATOR, *sorted((SIMT / "harness").glob("*.cpp"))]
+    public = [CSRC / name for name in ("params.h", "layout.h", "units.h", "cuda/soft_argmax2d.h")]
+    host_reads = [*headers(SIMT, SIMT / "harness"), *public]
+    kernels = sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in {".cu", ".cpp"})
 
     def host_object(source: Path) -> Path:
-        return compile_object(source, flags["host"], [SIMT, csrc], host_reads)
+        return compile_object(source, flags["host"], [SIMT, CSRC], host_reads)
 
     def kernel_object(source: Path) -> Path:
-        return compile_object(source, [*KERNEL, *flags["kernel"], *extra], [SIMT, csrc], kernel_reads)
+        folder = csrc if only is None or source.name in only else CSRC
+        reads = headers(SIMT, folder, folder / "cuda")
+        return compile_object(folder / "cuda" / source.name, [*KERNEL, *flags["kernel"]], [SIMT, folder], reads)
 
+    # The linker keeps the first of several copies of an inline function: those of ``csrc`` come first.
+    kernels.sort(key=lambda source: only is not None and source.name not in only)
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         futures = [pool.submit(kernel_object, source) for source in kernels]
-        futures += [pool.submit(host_object, source) for source in sorted(host)]
+        futures += [pool.submit(host_object, source) for source in host]
         objects = [future.result() for future in futures]
     prune()
     return cached("", [*flags["link"], *(path.name for path in objects)], [CXX, *flags["link"], *objects])
@@ -114,9 +119,7 @@ def build(kind: str, csrc: Path = CSRC, extra: Sequence[str] = (), jobs: int | N
 def build_toy(kind: str) -> Path:
     """The emulator around toy.cpp instead of the project's kernels."""
     flags, reads = KINDS[kind], headers(SIMT)
-    objects = [
-        compile_object(source, flags["host"], [SIMT], reads) for source in (SIMT / "simt.cpp", SIMT / "access.cpp")
-    ]
+    objects = [compile_object(source, flags["host"], [SIMT], reads) for source in EMULATOR]
     objects.append(compile_object(SIMT / "toy.cpp", [*KERNEL, *flags["kernel"], *flags["host"][1:]], [SIMT], reads))
     return cached("", [*flags["link"], *(path.name for path in objects)], [CXX, *flags["link"], *objects])
 

@@ -48,7 +48,8 @@ struct Scheduler {
   unsigned ready_warps = 0, ready_lanes[kMaxWarps] = {};
   int waiting = 0, exited = 0;  // at the barrier; for good
 
-  const char* kernel = "";
+  std::string kernel;
+  std::set<std::string> kernels_run;
   ThreadFunction thread_function = nullptr;
   const void* closure = nullptr;
   char* shared = nullptr;
@@ -236,6 +237,19 @@ void prepare_fibers(int count) {
   }
 }
 
+// From the kernel as a launch writes it and the compiler's name of the closure's type, "... Closure = a::b<float>(...)".
+std::string full_name(const std::string& kernel, const std::string& signature) {
+  std::string name = kernel.front() == '(' ? kernel.substr(1, kernel.size() - 2) : kernel;
+  const size_t type = signature.find("Closure = ");
+  if (type == std::string::npos) return name;
+  std::string caller = signature.substr(type + 10, signature.find('(', type + 10) - type - 10);
+  for (size_t scope; (scope = caller.find("::")) != std::string::npos;) {
+    const size_t word = caller.find_last_of("<, ", scope);
+    caller.erase(word == std::string::npos ? 0 : word + 1, scope + 2 - (word == std::string::npos ? 0 : word + 1));
+  }
+  return name + " by " + caller;
+}
+
 void check_launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) fault("%s: %llu threads in a block", kernel,
@@ -290,7 +304,7 @@ void fault(const char* format, ...) {
   std::vfprintf(stderr, format, arguments);
   va_end(arguments);
   if (s.current >= 0)
-    std::fprintf(stderr, "\n  in %s, block (%u, %u, %u), thread %d of %d, order %s", s.kernel, blockIdx.x, blockIdx.y,
+    std::fprintf(stderr, "\n  in %s, block (%u, %u, %u), thread %d of %d, order %s", s.kernel.c_str(), blockIdx.x, blockIdx.y,
                  blockIdx.z, s.current, s.count, order_name(s.order));
   std::fprintf(stderr, "\n  case: %s\n", context);
   std::fflush(stderr);
@@ -345,11 +359,15 @@ uint64_t collective(Call call, unsigned mask, uint64_t value, int argument, int 
   return t.result;
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, ThreadFunction thread,
-            const void* closure) {
+const std::set<std::string>& kernels_run() { return scheduler.kernels_run; }
+
+void launch(const char* kernel, const char* signature, dim3 grid, dim3 block, size_t shared_bytes,
+            ThreadFunction thread, const void* closure) {
   Scheduler& s = scheduler;
-  check_launch(kernel, grid, block, shared_bytes);
-  s.kernel = kernel, s.thread_function = thread, s.closure = closure;
+  s.kernel = full_name(kernel, signature);
+  s.kernels_run.insert(s.kernel);
+  check_launch(s.kernel.c_str(), grid, block, shared_bytes);
+  s.thread_function = thread, s.closure = closure;
   s.allowed_shared = kStaticLimit;
   s.count = static_cast<int>(block.x * block.y * block.z);
   gridDim = grid, blockDim = block;

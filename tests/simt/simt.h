@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <set>
+#include <string>
 #include <type_traits>
 
 #define __host__
@@ -38,14 +40,20 @@ constexpr int kOrders = 4;
 const char* order_name(Order order);
 void set_order(Order order, uint64_t seed);
 
-// Runs `thread` for every thread of the grid. `arguments` and the closure outlive the call.
+// Runs `thread` for every thread of the grid, and returns when all are done. `signature` names the closure's type, and
+// with it the template arguments of the function that launches.
 using ThreadFunction = void (*)(const void* closure);
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, ThreadFunction thread, const void* closure);
+void launch(const char* kernel, const char* signature, dim3 grid, dim3 block, size_t shared_bytes,
+            ThreadFunction thread, const void* closure);
 
 template <class Closure>
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const Closure& closure) {
-  launch(kernel, grid, block, shared_bytes, [](const void* c) { (*static_cast<const Closure*>(c))(); }, &closure);
+  launch(kernel, __PRETTY_FUNCTION__, grid, block, shared_bytes,
+         [](const void* c) { (*static_cast<const Closure*>(c))(); }, &closure);
 }
+
+// Every kernel that has run, with the function that launched it: "rows_forward<T, V> by forward<float, 4>".
+const std::set<std::string>& kernels_run();
 
 // The running block's dynamic shared memory, at a multiple of 16 bytes and filled with NaN when the block starts.
 void* shared_memory();
@@ -139,3 +147,14 @@ template <class T>
 void __stcs(T* p, T value) {
   *p = value;
 }
+
+// The runtime's names that launchers use.
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+
+// Launches that CUDA would refuse end the program before it comes to this.
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "error"; }

@@ -22,13 +22,6 @@ const char* upstream_name(Upstream upstream) {
   return names[static_cast<int>(upstream)];
 }
 
-// What kpfused::fold_layout makes of these: leading dimensions of one element have no stride.
-MapView folded(MapView v) {
-  if (v.inner == 1) v.stride_inner = 0;
-  if (v.outer == 1) v.stride_outer = 0;
-  return v;
-}
-
 }  // namespace
 
 std::string Case::name() const {
@@ -48,25 +41,28 @@ std::string Case::name() const {
   return name;
 }
 
-MapView Case::view() const {
+Strides Case::strides() const {
   if (channels_last) {
     const int64_t x = inner + row_pad, y = (width + map_pad) * x;
-    MapView v{outer, inner, height, width, height * y, 1, y, x};
-    if (outer == 1) v.stride_outer = 0;
-    return v;
+    return {height * y, 1, y, x};
   }
   const int64_t y = width + row_pad, map = height * y + map_pad;
-  return folded({outer, inner, height, width, inner * map + map_pad, map, y, 1});
+  return {inner * map + map_pad, map, y, 1};
 }
 
-MapView Case::grad_view() const {
-  const int64_t pixels = height * width;
-  if (channels_last) {
-    MapView v{outer, inner, height, width, pixels * inner, 1, width * inner, inner};
-    if (outer == 1) v.stride_outer = 0;
-    return v;
-  }
-  return folded({outer, inner, height, width, inner * pixels, pixels, width, 1});
+Strides Case::grad_strides() const {
+  if (channels_last) return {height * width * inner, 1, width * inner, inner};
+  return {inner * height * width, height * width, width, 1};
+}
+
+MapView Case::view() const {
+  const int64_t sizes[] = {outer, inner, height, width};
+  return kpfused::fold_layout(sizes, 4, strides().data(), nullptr).first;
+}
+
+kpfused::Layout Case::backward_views() const {
+  const int64_t sizes[] = {outer, inner, height, width};
+  return kpfused::fold_layout(sizes, 4, strides().data(), grad_strides().data());
 }
 
 size_t Case::beta_count() const {
@@ -113,71 +109,107 @@ Case maps(const char* group, int64_t outer, int64_t inner, Size size) {
   return c;
 }
 
-// Sizes around every change of kernel and of vector width, each alone and among others.
-void add_sizes(std::vector<Case>& cases) {
-  const Size tiny[] = {{1, 1}, {1, 2}, {2, 1},  {1, 5},   {5, 1},   {3, 3},  {5, 5},   {7, 9},
-                       {8, 8}, {4, 16}, {10, 12}, {1, 17}, {17, 1}, {16, 16}, {1, 128}, {128, 1}, {15, 17}};
-  for (const Size size : tiny) {
-    Case c = maps("tiny", 1, 7, size);
+// Sizes around the changes of kernel, of vector width and of the threads' shape over a map. Each map of its own beta,
+// alone and among others.
+void add_rows(std::vector<Case>& cases) {
+  // Maps for part of a warp: up to 256 elements one at a time, 512 in float32 vectors and 1024 in half-precision ones.
+  const Size team[] = {{1, 1},  {1, 2},   {2, 1},   {1, 5},   {5, 1},   {3, 3},   {5, 5},   {7, 9},   {8, 8},
+                       {4, 16}, {10, 12}, {1, 17},  {17, 1},  {16, 16}, {1, 128}, {128, 1}, {15, 17}, {1, 256},
+                       {1, 257}, {256, 1}, {2, 129}, {16, 32}, {8, 68},  {32, 32}, {33, 32}, {1, 1024}, {300, 1}};
+  for (const Size size : team) {
+    Case c = maps("team", 1, 7, size);
     c.alone = true;
     c.betas = Betas::per_map;
     add(cases, c);
   }
-  const Size block[] = {{17, 31}, {32, 32}, {47, 53}, {48, 64}, {64, 64}, {61, 67}, {96, 72}, {1, 3000}, {3001, 1}};
+  const Size block[] = {{17, 31}, {47, 53}, {48, 64}, {64, 64}, {61, 67}, {96, 72}, {1, 3000}, {3001, 1}, {80, 80}};
   for (const Size size : block) {
     Case c = maps("block", 1, 3, size);
     c.alone = true;
     c.betas = Betas::per_map;
     add(cases, c);
   }
-  const Size large[] = {{80, 80}, {127, 129}, {128, 128}, {160, 160}, {256, 256}};
-  for (const Size size : large) {
-    Case c = maps("large", 1, 2, size);
-    c.alone = size.height < 200;
+  for (const Size size : {Size{127, 129}, Size{160, 160}, Size{5, 2052}}) {
+    Case c = maps("block", 1, 2, size);
     c.orders = 2;
     add(cases, c);
   }
 }
 
-void add_channels_last(std::vector<Case>& cases) {
-  const int64_t channels[] = {1, 2, 3, 4, 5, 7, 8, 16, 17, 24, 32, 33, 64, 128, 133, 512, 1030};
-  for (const int64_t c : channels) {
-    const Size sizes[] = {{7, 9}, {16, 16}, {1, 1}, {31, 23}};
-    for (const Size size : sizes) {
-      if (c > 100 && size.height > 16) continue;
-      Case k = maps("channels-last", 2, c, size);
-      k.channels_last = true;
-      k.alone = c < 40;
-      add(cases, k);
+// A map is split by its size alone, above 512 KB. Parts are rows of it, or of one row; the last may be a short one.
+void add_split(std::vector<Case>& cases) {
+  for (const Dtype dtype : kDtypes) {
+    const int64_t most = (512 << 10) / kpfused::element_size(dtype);
+    const auto one = [&](int64_t inner, Size size, Values values, int orders) {
+      Case c = maps("split", 1, inner, size);
+      c.dtype = dtype;
+      c.values = values;
+      c.orders = orders;
+      c.alone = inner > 1;
+      cases.push_back(c);
+    };
+    one(1, {most / 512, 512}, Values::random, 2);
+    one(2, {most / 512 + 1, 512}, Values::random, 2);
+    one(1, {most / 509 + 1, 509}, Values::peaked, 2);
+    one(1, {1, most + 3}, Values::random, 1);
+    one(1, {2, most / 2 + 16}, Values::random, 1);
+    one(1, {most + 1, 1}, Values::random, 1);
+    one(1, {most / 512 + 1, 512}, Values::left_masked, 1);
+    if (dtype == Dtype::float32) one(5, {most / 512 + 1, 512}, Values::degenerate, 1);
+  }
+}
+
+void add_channels(std::vector<Case>& cases) {
+  for (const int64_t channels : {2, 3, 4, 5, 7, 8, 16, 17, 24, 32, 33, 64, 128, 133, 512, 1030, 1032}) {
+    for (const Size size : {Size{7, 9}, Size{16, 16}, Size{1, 2}, Size{31, 23}}) {
+      if (channels > 100 && size.height > 16) continue;
+      Case c = maps("channels", 2, channels, size);
+      c.channels_last = true;
+      c.alone = channels < 40;
+      c.orders = channels < 40 ? 4 : 2;
+      add(cases, c);
     }
   }
-  const Size sizes[] = {{1, 33}, {33, 1}, {64, 48}, {47, 53}, {80, 80}};
-  for (const Size size : sizes) {
-    for (const int64_t c : {int64_t{4}, int64_t{17}}) {
-      Case k = maps("channels-last", 2, c, size);
-      k.channels_last = true;
-      k.orders = 2;
-      add(cases, k);
+  for (const Size size : {Size{1, 33}, Size{33, 1}, Size{1, 1}, Size{1, 700}, Size{700, 2}, Size{47, 53}}) {
+    for (const int64_t channels : {4, 8, 17}) {
+      Case c = maps("channels", 2, channels, size);
+      c.channels_last = true;
+      c.orders = 2;
+      add(cases, c);
     }
   }
   // A slice of the channels, of the columns, and a first channel that no vector load may start at.
-  for (const int64_t c : {int64_t{8}, int64_t{17}}) {
+  for (const int64_t channels : {8, 17}) {
     for (int variant = 0; variant < 4; ++variant) {
-      Case k = maps("channels-last", 2, c, {9, 14});
-      k.channels_last = true;
-      if (variant == 0) k.row_pad = 8;
-      if (variant == 1) k.row_pad = 1;
-      if (variant == 2) k.map_pad = 2;
-      if (variant == 3) k.lead = 1;
-      k.betas = Betas::per_keypoint;
-      add(cases, k);
+      Case c = maps("channels", 2, channels, {9, 14});
+      c.channels_last = true;
+      c.row_pad = variant == 0 ? 8 : variant == 1 ? 1 : 0;
+      c.map_pad = variant == 2 ? 2 : 0;
+      c.lead = variant == 3 ? 1 : 0;
+      c.betas = Betas::per_keypoint;
+      add(cases, c);
     }
+  }
+  // Images above 96 KB: parts of some rows, or of one.
+  const struct {
+    int64_t channels;
+    Size size;
+  } split[] = {{17, {64, 48}}, {8, {96, 72}}, {16, {3, 2200}}, {5, {40, 300}}, {133, {18, 24}}, {520, {20, 12}}};
+  for (const auto& s : split) {
+    Case c = maps("channels-split", 2, s.channels, s.size);
+    c.channels_last = true;
+    c.orders = 2;
+    c.alone = s.channels == 17;
+    add(cases, c);
+    if (s.channels != 8) continue;
+    c.values = Values::left_masked;
+    add(cases, c);
   }
 }
 
 // Views that start or go on at places where no vector load may: sliced rows, columns and maps.
 void add_views(std::vector<Case>& cases) {
-  const Size sizes[] = {{3, 5}, {7, 9}, {8, 8}, {10, 12}, {16, 32}, {47, 53}, {48, 64}};
+  const Size sizes[] = {{3, 5}, {7, 9}, {8, 8}, {10, 12}, {16, 32}, {40, 48}, {47, 53}};
   for (const Size size : sizes) {
     for (const int lead : {1, 2, 3, 4, 7}) {
       Case c = maps("views", 1, 3, size);
@@ -232,6 +264,14 @@ void add_betas(std::vector<Case>& cases) {
           add(cases, c);
         }
       }
+    }
+  }
+}
+
+// Every preset of coordinates, with gradients that autograd hands over expanded or transposed.
+void add_units(std::vector<Case>& cases) {
+  for (const bool channels_last : {false, true}) {
+    for (const Size size : {Size{7, 9}, Size{32, 40}, Size{1, 12}}) {
       for (int k = 1; k < kpfused::kCoordinates; ++k) {
         Case c = maps("units", 2, 3, size);
         c.channels_last = channels_last;
@@ -248,11 +288,13 @@ void add_betas(std::vector<Case>& cases) {
 
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
-  add_sizes(cases);
-  add_channels_last(cases);
+  add_rows(cases);
+  add_split(cases);
+  add_channels(cases);
   add_views(cases);
   add_values(cases);
   add_betas(cases);
+  add_units(cases);
   return cases;
 }
 

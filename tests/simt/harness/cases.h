@@ -2,9 +2,11 @@
 // What the harness runs: maps, their layout in memory, beta and values.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
+#include "layout.h"
 #include "params.h"
 #include "units.h"
 #include "values.h"
@@ -13,6 +15,8 @@ namespace harness {
 
 enum class Betas { value, tensor, per_keypoint, per_sample, per_map, negative, zero, nan };
 enum class Upstream { dense, expanded, transposed };  // how grad_coordinates lies in memory
+
+using Strides = std::array<int64_t, 4>;
 
 struct Case {
   const char* group;
@@ -30,8 +34,12 @@ struct Case {
   bool alone = false;  // the first and last map (channels_last: sample) are run by themselves as well
 
   std::string name() const;
-  kpfused::MapView view() const;
-  kpfused::MapView grad_view() const;
+  // Strides of a tensor (outer, inner, height, width) that holds the maps, and of their gradients.
+  Strides strides() const;
+  Strides grad_strides() const;
+  kpfused::MapView view() const;           // as forward gets it
+  kpfused::Layout backward_views() const;  // as backward gets them: heatmap and gradient
+  int64_t maps() const { return outer * inner; }
   size_t beta_count() const;
   Real beta(int64_t map) const;
 };

@@ -27,10 +27,10 @@ struct Outcome {
     if (failures.size() < 5) failures.emplace_back(text);
   }
 
-  // NaN must meet NaN; a number must come within the tolerance.
-  bool close(Real got, Real want, Real tolerance) {
+  // NaN must meet NaN; a number must come within the tolerance, and what the result's own rounding takes.
+  bool close(Real got, Real want, Real tolerance, Real rounding = 0) {
     if (std::isnan(want)) return std::isnan(got);
-    const Real share = std::fabs(got - want) / tolerance;
+    const Real share = (std::fabs(got - want) - rounding) / tolerance;
     if (!(share <= 1)) return false;
     worst = std::max(worst, static_cast<double>(share));
     return true;
@@ -40,10 +40,14 @@ struct Outcome {
 // Errors that rounding explains, for sums of some thousand terms with arguments of exp2 up to some thirty. They are a
 // small part of a pixel and of the largest gradient: zero, x for y or a neighbour's place is far outside.
 struct Tolerance {
-  Real unit;  // the accumulation dtype's epsilon
+  static constexpr Real smallest = 0x1p-126L;  // results below it may be flushed to zero
+  Real unit;                                   // the accumulation dtype's epsilon
 
   explicit Tolerance(Dtype dtype) : unit(epsilon(accumulator(dtype))) {}
-  Real pixels(int64_t size) const { return unit * 16 * static_cast<Real>(size); }
+  Real pixels(int64_t size) const { return unit * 8 * static_cast<Real>(size); }
+  // `largest`: of the map's gradients. `terms`: of the two that q = g . (r - mu) is the difference of.
+  Real gradient(Real largest, Real terms) const { return unit * (16 * largest + 2 * terms) + smallest; }
+  Real grad_beta(Real largest, Real terms) const { return unit * (16 * largest + 2 * terms) + smallest; }
 };
 
 // How large g . (r - mu) can be.
@@ -72,19 +76,19 @@ inline void check_coordinates(const Case& c, int64_t map, const Reference& r, co
 // gx, gy: gradient with respect to x and y in pixels.
 inline void check_gradient(const Case& c, int64_t map, const Reference& r, Real gx, Real gy, const void* gradient,
                            Outcome& out) {
-  const kpfused::MapView view = c.grad_view();
+  const Strides strides = c.grad_strides();
   const Tolerance tolerance(c.dtype);
   const Real beta = std::fabs(c.beta(map));
   Real largest = 0;
   for (const Real g : r.gradient) largest = std::max(largest, std::fabs(g));
-  const int64_t base = map / c.inner * view.stride_outer + map % c.inner * view.stride_inner;
+  const int64_t base = map / c.inner * strides[0] + map % c.inner * strides[1];
   for (int64_t i = 0; i < c.height * c.width; ++i) {
     const Real want = r.gradient[static_cast<size_t>(i)];
-    const Real got = load(c.dtype, gradient, base + i / c.width * view.stride_y + i % c.width * view.stride_x);
-    // Rounding of q = g . (r - mu), of the sums, and of the result; the last term is float16's smallest step.
-    const Real bound = tolerance.unit * (4 * beta * r.probability[static_cast<size_t>(i)] * slope_of(c, gx, gy) + 32 * largest) +
-                       epsilon(c.dtype) * 0.51L * std::fabs(want) + (c.dtype == Dtype::float16 ? 0x1p-25L : 0x1p-126L);
-    if (!out.close(got, want, bound))
+    const Real got = load(c.dtype, gradient, base + i / c.width * strides[2] + i % c.width * strides[3]);
+    const Real p = r.probability[static_cast<size_t>(i)];
+    const Real bound = tolerance.gradient(largest, beta * p * slope_of(c, gx, gy));
+    const Real rounding = epsilon(c.dtype) / 2 * std::fabs(want) + (c.dtype == Dtype::float16 ? 0x1p-25L : 0);
+    if (!out.close(got, want, bound, rounding))
       out.fail("gradient of map %lld at (x, y) = (%lld, %lld): %.9Lg instead of %.9Lg, of at most %.3Lg",
                static_cast<long long>(map), static_cast<long long>(i % c.width), static_cast<long long>(i / c.width),
                got, want, largest);
@@ -94,7 +98,7 @@ inline void check_gradient(const Case& c, int64_t map, const Reference& r, Real 
 inline void check_grad_beta(const Case& c, int64_t map, const Reference& r, Real gx, Real gy, const void* grad_beta,
                             Outcome& out) {
   const Tolerance tolerance(c.dtype);
-  const Real bound = tolerance.unit * (32 * r.grad_beta_size + 4 * r.distance * slope_of(c, gx, gy)) + 0x1p-100L;
+  const Real bound = tolerance.grad_beta(r.grad_beta_size, r.distance * slope_of(c, gx, gy));
   const Real got = load(accumulator(c.dtype), grad_beta, map);
   if (!out.close(got, r.grad_beta, bound))
     out.fail("grad_beta of map %lld: %.9Lg instead of %.9Lg", static_cast<long long>(map), got, r.grad_beta);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Runs the cases whose names contain every filter and ends with "N passed, N failed".
 //
-//   harness [--order ascending|descending|warps|random|all] [--seed N] [--shard K/N] [--list] [--verbose] [filter ...]
+//   harness [--order ascending|descending|warps|random|all] [--seed N] [--shard K/N] [--list] [--verbose] [--kernels] [filter ...]
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -21,13 +21,13 @@ struct Options {
                                   simt::Order::random};
   uint64_t seed = 1;
   int shard = 0, shards = 1;
-  bool list = false, verbose = false;
+  bool list = false, verbose = false, kernels = false;
   std::vector<std::string> filters;
 };
 
 [[noreturn]] void usage(const char* complaint) {
-  std::fprintf(stderr, "%s\nusage: harness [--order NAME|all] [--seed N] [--shard K/N] [--list] [--verbose] [filter ...]\n",
-               complaint);
+  std::fprintf(stderr, "%s\nusage: harness [--order NAME|all] [--seed N] [--shard K/N] [--list] [--verbose] [--kernels] "
+               "[filter ...]\n", complaint);
   std::exit(2);
 }
 
@@ -52,6 +52,8 @@ Options parse(int argc, char** argv) {
         usage("--shard takes K/N");
     } else if (word == "--list") {
       options.list = true;
+    } else if (word == "--kernels") {
+      options.kernels = true;
     } else if (word == "--verbose") {
       options.verbose = true;
     } else if (word[0] == '-') {
@@ -119,6 +121,8 @@ int main(int argc, char** argv) {
   }
   group.report();
   if (options.list) return 0;
+  if (options.kernels)
+    for (const std::string& kernel : simt::kernels_run()) std::printf("kernel %s\n", kernel.c_str());
   std::printf("%d passed, %d failed\n", passed, failed);
   // A filter that matches nothing has shown nothing.
   return failed == 0 && passed > 0 ? 0 : 1;

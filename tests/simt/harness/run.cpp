@@ -30,7 +30,8 @@ struct Results {
 // A heatmap, what comes with it, and room for the results; the case's own, or some of its maps by themselves.
 struct Problem {
   Dtype dtype;
-  MapView view, grad_view;
+  MapView view;             // forward's
+  kpfused::Layout backward;  // backward's: of heatmap and gradient
   BetaView beta;
   kpfused::Units units;
   const void* heatmap;
@@ -53,7 +54,7 @@ class Run {
         wide_(size_of(accumulator(problem.dtype))),
         coordinates_(maps_ * 2, wide_),
         stats_(maps_ * kpfused::kStats, wide_),
-        gradient_(extent(problem.grad_view), size_of(problem.dtype)),
+        gradient_(extent(problem.backward.second), size_of(problem.dtype)),
         grad_beta_(maps_, wide_),
         heatmap_(heatmap),
         pixels_(pixels),
@@ -90,9 +91,9 @@ class Run {
   }
 
   void backward(bool with_grad_beta) {
-    BackwardParams params{p_.dtype,     p_.heatmap,           p_.view,           p_.beta,
+    BackwardParams params{p_.dtype,     p_.heatmap,           p_.backward.first, p_.beta,
                           p_.units,     stats_.data(),        p_.grad_coordinates, p_.grad_stride_map,
-                          p_.grad_stride_xy, gradient_.data(), p_.grad_view,
+                          p_.grad_stride_xy, gradient_.data(), p_.backward.second,
                           with_grad_beta ? grad_beta_.data() : nullptr, nullptr};
     const auto bytes = static_cast<size_t>(kpfused::cuda::soft_argmax2d_backward_workspace(params));
     Buffer workspace(bytes, 1);
@@ -159,7 +160,7 @@ class Fixture {
     const bool number = c_.betas == Betas::value;
     return {c_.dtype,
             view_,
-            c_.grad_view(),
+            c_.backward_views(),
             {number ? nullptr : betas_.data(), number ? static_cast<double>(c_.beta(0)) : 0, divisor, modulus},
             kpfused::units_of(c_.units, c_.height, c_.width),
             heatmap_.data(),
@@ -175,11 +176,12 @@ class Fixture {
 
   Reference expected(int64_t map) const {
     std::vector<Real> logits(static_cast<size_t>(c_.height * c_.width));
-    const int64_t base = map / c_.inner * view_.stride_outer + map % c_.inner * view_.stride_inner;
+    const Strides strides = c_.strides();
+    const int64_t base = map / c_.inner * strides[0] + map % c_.inner * strides[1];
     for (int64_t y = 0; y < c_.height; ++y)
       for (int64_t x = 0; x < c_.width; ++x)
         logits[static_cast<size_t>(y * c_.width + x)] =
-            load(c_.dtype, heatmap_.data(), base + y * view_.stride_y + x * view_.stride_x);
+            load(c_.dtype, heatmap_.data(), base + y * strides[2] + x * strides[3]);
     const kpfused::Units units = kpfused::units_of(c_.units, c_.height, c_.width);
     return reference(logits, c_.height, c_.width, c_.beta(map), upstream(map, 0) * units.scale_x,
                      upstream(map, 1) * units.scale_y);
@@ -229,15 +231,12 @@ Results part_of(const Results& all, const Case& c, int64_t first, int64_t count)
 // nobody can make a channels_last tensor.
 void check_alone(const Case& c, const Fixture& fixture, const Results& all, int64_t first, Outcome& out) {
   const int64_t count = c.channels_last ? c.inner : 1;
-  Case one = c;
-  one.outer = 1;
-  one.inner = count;
   Problem problem = fixture.problem();
-  const MapView whole = problem.view;
-  const int64_t offset = first / whole.inner * whole.stride_outer + first % whole.inner * whole.stride_inner;
-  problem.view = one.view();
-  problem.view.stride_y = whole.stride_y, problem.view.stride_x = whole.stride_x;
-  problem.grad_view = one.grad_view();
+  const Strides strides = c.strides(), grad_strides = c.grad_strides();
+  const int64_t offset = first / c.inner * strides[0] + first % c.inner * strides[1];
+  const int64_t sizes[] = {1, count, c.height, c.width};
+  problem.view = kpfused::fold_layout(sizes, 4, strides.data(), nullptr).first;
+  problem.backward = kpfused::fold_layout(sizes, 4, strides.data(), grad_strides.data());
   const auto accumulator_bytes = kpfused::element_size(accumulator(c.dtype));
   problem.grad_coordinates =
       static_cast<const char*>(problem.grad_coordinates) + first * problem.grad_stride_map * accumulator_bytes;
@@ -260,7 +259,7 @@ void check_alone(const Case& c, const Fixture& fixture, const Results& all, int6
 
 void check_results(const Case& c, const Fixture& fixture, const Results& results, Outcome& out) {
   const kpfused::Units units = kpfused::units_of(c.units, c.height, c.width);
-  for (int64_t n = 0; n < c.view().maps(); ++n) {
+  for (int64_t n = 0; n < c.maps(); ++n) {
     const Reference r = fixture.expected(n);
     const Real gx = fixture.upstream(n, 0) * units.scale_x, gy = fixture.upstream(n, 1) * units.scale_y;
     check_coordinates(c, n, r, results.bits[0].data(), out);

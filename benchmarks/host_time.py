@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Host time of one call on tiny maps, forward and forward+backward, beside the peers that do not compile.
+
+    python -m benchmarks.host_time                # CPU, one thread: a table, and JSON with --json PATH
+    python -m benchmarks.host_time --device cuda  # calls are queued, not waited for
+
+On a map this small what is measured is Python, dispatch and autograd; the kernel is a share of it on CPU and none on
+CUDA. Rounds of all peers are interleaved, so that a busy moment of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import OURS, available
+from benchmarks.cases import Case, call, head, heatmaps, row, upstream, write
+
+CASE = Case((1, 1, 8, 8))
+NAMES = (OURS, "eager", "marginals", "dsntnn", "kornia")
+
+
+def _seconds(function: Callable[[], Any], calls: int, synchronize: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    seconds = (time.perf_counter() - start) / calls
+    synchronize()
+    return seconds
+
+
+def measure(device: str, rounds: int = 15, calls: int = 200) -> list[dict[str, Any]]:
+    """Rows of every peer and direction. ``calls`` stays below what a CUDA stream queues before it blocks the host."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    for direction in ("forward", "forward+backward"):
+        heatmap = heatmaps(CASE, device).requires_grad_(direction != "forward")
+        thunks: dict[str, Callable[[], Any]] = {}
+        for peer in available(device):
+            if peer.name in NAMES and peer.build is not None:
+                function = peer.build()
+                gradient = upstream(CASE, device, function(heatmap).dtype)
+                thunks[peer.name] = call(function, heatmap, direction, gradient)
+        seconds: dict[str, list[float]] = {name: [] for name in thunks}
+        for index in range(rounds + 1):
+            for name, thunk in thunks.items():
+                measured = _seconds(thunk, calls, synchronize)
+                if index > 0:  # the first round warms up
+                    seconds[name].append(measured)
+        for name, values in seconds.items():
+            low, middle, high = statistics.quantiles(values, n=4)
+            stats = {"median": middle, "iqr": high - low, "min": min(values), "rounds": rounds, "iterations": calls}
+            extra = {"kind": "host", "peer": name, "case": CASE.label, "direction": direction, "device": device}
+            rows.append(row(f"host[{direction}-{name}]", f"host {direction}", stats, **extra, threads=1))
+    torch.set_num_threads(before)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    rows = measure(options.device, options.rounds)
+    if options.json:
+        write(options.json, head(options.device, "python -m benchmarks.host_time"), rows)
+    ours = {r["extra_info"]["direction"]: r["stats"]["median"] for r in rows if r["extra_info"]["peer"] == OURS}
+    print(f"{'direction':18} {'peer':12} {'median, us':>11} {'min, us':>9} {'of kpfused':>11}")
+    for found in rows:
+        stats, extra = found["stats"], found["extra_info"]
+        ratio = stats["median"] / ours[extra["direction"]]
+        microseconds = f"{stats['median'] * 1e6:11.1f} {stats['min'] * 1e6:9.1f}"
+        print(f"{extra['direction']:18} {extra['peer']:12} {microseconds} {ratio:10.2f}x")
+
+
+if __name__ == "__main__":
+    main()
