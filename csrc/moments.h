@@ -67,10 +67,14 @@ KPFUSED_HD State<T> rebase(const State<T>& s, T peak, T scale, Exp2 exp2) {
   return {peak, s.sum * w, s.sum_x * w, s.sum_y * w};
 }
 
-// Written so that a NaN peak does not win over a number; the NaN then lives on in the sums.
+// A NaN does not win over a number; it lives on in the sums.
 template <class T>
 KPFUSED_HD T larger(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  return max(a, b);  // one instruction, where a comparison and a selection are two
+#else
   return b > a ? b : a;
+#endif
 }
 
 // Merges two partial states. Commutative in exact arithmetic; kernels call it in a fixed order.

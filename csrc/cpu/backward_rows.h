@@ -169,7 +169,8 @@ class BackwardRows {
     }
     const bool scatter = !dense(params_.grad_view.stride_y);
     const auto q = [&](int64_t i) __attribute__((always_inline)) {
-      return (load_vector(table_.x + i) - map.q.mean_x) * map.q.x + (load_vector(table_.y + i) - map.q.mean_y) * map.q.y;
+      const Vec<A> x = load_vector(table_.x + i) - map.q.mean_x, y = load_vector(table_.y + i) - map.q.mean_y;
+      return x * map.q.x + y * map.q.y;
     };
     Vec<A> more = {};
     backward_span<T, kBeta>(h, scatter ? to : out, at_least(n, L), map, q, more);

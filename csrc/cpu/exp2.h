@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // 2^t for t <= 0, one polynomial a vector: t = n + f with n the nearest integer, 2^t = 2^n * p(f), p(0) = 1.
 //
-// Coefficients are the minimax fit of (2^f - 1) / f in relative error on [-1/2, 1/2]: 3e-9 in degree 6 for float32, 2e-17
-// in degree 11 for float64, so what remains is the rounding of the evaluation. Below the range of normal numbers the
+// Coefficients are the minimax fit of (2^f - 1) / f in relative error on [-1/2, 1/2]: 3e-9 in degree 6 for float32,
+// 2e-17 in degree 11 for float64, so what remains is the rounding of the evaluation. Below the range of normal numbers the
 // result is exactly zero, from -inf too, and a NaN stays a NaN. Adding `kRound` rounds t to an integer and leaves that
 // integer, with the exponent's bias, in the low bits: a shift makes 2^n of it. -ffast-math would fold this away.
 #pragma once
@@ -45,8 +45,8 @@ struct Exp2Constants<double> {
 #define KPFUSED_PRODUCT(x) (x)
 #endif
 
-// In place, N vectors a step at a time: compilers keep the order, and a scheduler full of one vector's chain of dependent
-// instructions would have nothing else to start.
+// In place, N vectors a step at a time: compilers keep the order, and a scheduler full of one vector's chain of
+// dependent instructions would have nothing else to start.
 template <class A, int N>
 KPFUSED_INLINE void exp2(Vec<A> (&t)[N]) {
   using K = Exp2Constants<A>;

@@ -5,7 +5,7 @@
 //
 // Reads every element once from memory and once more from the nearest caches; writes 6 accumulators a map. Per vector
 // of float32: load and maximum; then subtract, scale, clamp, 3 to split the exponent, 6 for the polynomial, shift,
-// multiply, and two additions, one to the sum of its column and one to the sum of its row. Columns stay in registers
+// multiply, and two additions, one to the sum of its column and one to that of its row. Columns stay in registers
 // while the rows of a chunk go by, so x costs one multiplication a column and y one a row of the block.
 #pragma once
 
@@ -128,8 +128,8 @@ State<Acc<T>> forward_rows_chunk(const RowsChunk<T>& chunk, const Sharpness<Acc<
   return {peak, total.sum, total.x, total.y};
 }
 
-// n elements in a row whose coordinates are in a table. Where there are fewer than a vector of them, p points to a whole
-// vector all the same, the rest of it copies of the first element.
+// n elements in a row whose coordinates are in a table. Where there are fewer than a vector of them, p points to a
+// whole vector all the same, the rest of it copies of the first element.
 template <class T>
 KPFUSED_INLINE State<Acc<T>> forward_flat_span(const T* p, int64_t n, const FlatTable<Acc<T>>& table,
                                                const Sharpness<Acc<T>>& sharp) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// From parameters to kernels on one instruction set: dtype, layout and whether dbeta is wanted become template arguments
-// here, and work is handed to threads.
+// From parameters to kernels on one instruction set: dtype, layout and whether dbeta is wanted become template
+// arguments here, and work is handed to threads.
 #pragma once
 
 #include "backward_lanes.h"

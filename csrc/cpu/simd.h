@@ -8,6 +8,11 @@
 
 #include "plan.h"
 
+// Vectors only ever go to functions that are inlined: how they would be passed does not matter.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
 namespace kpfused::cpu::KPFUSED_ISA {
 
 constexpr int kVectorBytes = KPFUSED_VECTOR_BYTES;

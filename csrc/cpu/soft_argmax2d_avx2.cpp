@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The kernels with AVX2, FMA and F16C. Everything with a body that follows the pragma is compiled for them, so what other
-// files compile as well (the standard headers, params.h) is included before it.
+// The kernels with AVX2, FMA and F16C. Everything with a body that follows the pragma is compiled for them, so what
+// other files compile as well (the standard headers, params.h) is included before it.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -18,9 +18,10 @@ constexpr int kChannelBlocks = sizeof(Acc<T>) == 8 || (kBeta && V == 8) ? 1 : 2;
 // The part of an image that a block takes, and the thread's place in it.
 struct ChannelsPart {
   int64_t image, part;
-  int64_t channel;           // first of the thread's V
-  int64_t row, row_end, column;
-  int pixel;                 // rank among the threads of the same channels
+  int64_t channel;   // first of the thread's V
+  int64_t top;       // the thread's first row in the image
+  int rows, column;  // from there to the end of the part; its first column
+  int pixel;         // rank among the threads of the same channels
   bool active;
 };
 
@@ -33,76 +34,99 @@ KPFUSED_DEVICE ChannelsPart channels_part(const Plan& plan, const MapView& view)
   const int group = threadIdx.x % plan.groups;
   part.pixel = threadIdx.x / plan.groups;
   part.channel = (tile * plan.groups + group) * plan.vector;
-  const int64_t top = part.part * plan.rows_per_part;
-  part.row_end = top + plan.rows_per_part < view.height ? top + plan.rows_per_part : view.height;
-  part.row = top + part.pixel / plan.tx;
+  const int ry = part.pixel / plan.tx;
   part.column = part.pixel % plan.tx;
-  part.active = part.pixel < plan.tx * plan.ty && part.channel < view.inner;
+  part.top = part.part * plan.rows_per_part;
+  const int64_t below = view.height - part.top;
+  part.rows = static_cast<int>(below < plan.rows_per_part ? below : plan.rows_per_part) - ry;
+  part.top += ry;
+  part.active = ry < plan.ty && part.channel < view.inner;
   return part;
 }
 
-// One thread's channels in one column: running sums relative to a running peak, each its own.
-template <class A, int V>
-struct Channels {
-  A peak[V], sum[V], sum_x[V], sum_y[V];
+// One channel of one thread: running sums relative to a running peak. `column` is the sum of the present column's
+// weights, which x has not weighed yet.
+template <class A>
+struct Channel {
+  State<A> all;
+  A column;
 
   KPFUSED_DEVICE void clear() {
+    all = empty_state<A>();
+    column = 0;
+  }
+
+  // N rows, ty apart, the first at y; as Columns::add.
+  template <int N>
+  KPFUSED_DEVICE void add(const A (&key)[N], A y, int ty, A scale) {
+    A top = all.peak;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      peak[j] = Limits<A>::lowest;
-      sum[j] = sum_x[j] = sum_y[j] = 0;
+    for (int i = 0; i < N; ++i) top = larger(top, key[i]);
+    const A lower = Exp2{}((all.peak - top) * scale);
+    A total = 0, below = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A w = Exp2{}((key[i] - top) * scale);
+      total = i == 0 ? w : total + w;
+      if (i == 1) below = w * static_cast<A>(ty);
+      if (i > 1) below += w * static_cast<A>(i * ty);
     }
+    all.peak = top;
+    all.sum *= lower;
+    all.sum_x *= lower;
+    all.sum_y = all.sum_y * lower + (total * y + below);
+    column = column * lower + total;
+  }
+
+  KPFUSED_DEVICE void end_column(A x) {
+    all.sum += column;
+    all.sum_x += column * x;
+    column = 0;
   }
 };
 
+template <bool kFull, class T, int V, int N>
+KPFUSED_DEVICE void load_packs(const T* p, int64_t step, int rows, int ty, Pack<T, V> (&pack)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i, p += step) {
+    if (kFull || i * ty < rows) pack[i] = load<T, V>(p);
+  }
+}
+
+template <bool kFull, class T, int V>
+KPFUSED_DEVICE void channels_step(const T* p, int64_t step, int rows, const Plan& plan,
+                                  const Sharpness<Acc<T>> (&beta)[V], Acc<T> y, Channel<Acc<T>> (&channel)[V]) {
+  using A = Acc<T>;
+  constexpr int N = kItems<T, V>;
+  Pack<T, V> pack[N];
+  load_packs<kFull>(p, step, rows, plan.ty, pack);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    A key[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      key[i] = kFull || i * plan.ty < rows ? widen(pack[i].value[j]) * beta[j].sign : -INFINITY;
+    }
+    channel[j].add(key, y, plan.ty, beta[j].scale);
+  }
+}
+
 template <class T, int V>
 KPFUSED_DEVICE void channels_states(const T* image, const ChannelsPart& part, const MapView& view, const Plan& plan,
-                                    const Sharpness<Acc<T>> (&beta)[V], Channels<Acc<T>, V>& all) {
+                                    const Sharpness<Acc<T>> (&beta)[V], Channel<Acc<T>> (&channel)[V]) {
   using A = Acc<T>;
   constexpr int N = kItems<T, V>;
   const int64_t step = plan.ty * view.stride_y;
-  for (int64_t column = part.column; column < view.width; column += plan.tx) {
-    A sum[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) sum[j] = 0;
-    const T* p = image + part.row * view.stride_y + column * view.stride_x + part.channel;
-    A y = centred<A>(part.row, view.height);
-    const A x = centred<A>(column, view.width);
-    for (int rows = static_cast<int>(part.row_end - part.row); rows > 0; rows -= N * plan.ty) {
-      Pack<T, V> pack[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i * plan.ty < rows) pack[i] = load<T, V>(p + i * step);
-      }
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        A key[N], top = all.peak[j];
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          key[i] = i * plan.ty < rows ? widen(pack[i].value[j]) * beta[j].sign : -INFINITY;
-          top = larger(top, key[i]);
-        }
-        const A lower = Exp2{}((all.peak[j] - top) * beta[j].scale);
-        all.peak[j] = top;
-        sum[j] *= lower;
-        all.sum[j] *= lower;
-        all.sum_x[j] *= lower;
-        all.sum_y[j] *= lower;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          const A w = Exp2{}((key[i] - top) * beta[j].scale);
-          sum[j] += w;
-          all.sum_y[j] += w * (y + static_cast<A>(i * plan.ty));
-        }
-      }
-      p += N * step;
-      y += static_cast<A>(N * plan.ty);
+  for (int column = part.column; column < view.width; column += plan.tx) {
+    const T* p = image + part.top * view.stride_y + column * view.stride_x + part.channel;
+    A y = centred<A>(part.top, view.height);
+    int rows = part.rows;
+    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty, p += N * step, y += static_cast<A>(N * plan.ty)) {
+      channels_step<true>(p, step, rows, plan, beta, y, channel);
     }
+    if (rows > 0) channels_step<false>(p, step, rows, plan, beta, y, channel);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      all.sum[j] += sum[j];
-      all.sum_x[j] += sum[j] * x;
-    }
+    for (int j = 0; j < V; ++j) channel[j].end_column(centred<A>(column, view.width));
   }
 }
 
@@ -141,15 +165,16 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kChannelBlocks<T
     beta[j] = sharpness(beta_of<A>(p.beta, part.active ? n + j : 0));
     op[j].scale = beta[j].scale;
   }
-  Channels<A, V> all;
-  all.clear();
+  Channel<A> channel[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) channel[j].clear();
   if (part.active) {
     channels_states<T, V>(static_cast<const T*>(p.heatmap) + part.image * p.view.stride_outer, part, p.view, plan, beta,
-                          all);
+                          channel);
   }
   State<A> state[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) state[j] = {all.peak[j], all.sum[j], all.sum_x[j], all.sum_y[j]};
+  for (int j = 0; j < V; ++j) state[j] = channel[j].all;
   reduce_pixels(state, part, plan, shared, op);
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
@@ -162,40 +187,49 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kChannelBlocks<T
   }
 }
 
+template <bool kFull, int V, bool kBeta, class T>
+KPFUSED_DEVICE void channels_gradient_step(const T* from, T* to, int64_t step, int64_t out_step, int rows, int ty,
+                                           const MapSlope<Acc<T>> (&at)[V], const Acc<T> (&along_x)[V], Acc<T> y,
+                                           Acc<T> (&dbeta)[V]) {
+  using A = Acc<T>;
+  constexpr int N = kItems<T, V>;
+  Pack<T, V> pack[N];
+  load_packs<kFull>(from, step, rows, ty, pack);
+#pragma unroll
+  for (int i = 0; i < N; ++i, to += out_step) {
+    if (!kFull && i * ty >= rows) continue;
+    A dh[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const A q = along_x[j] + at[j].slope.along_y(y + static_cast<A>(i * ty));
+      dh[j] = gradient<kBeta>(widen(pack[i].value[j]) * at[j].sharp.sign, q, at[j], dbeta[j]);
+    }
+    store<T, V>(to, narrow(dh, T{}));
+  }
+}
+
 template <class T, int V, bool kBeta>
 KPFUSED_DEVICE void channels_gradient(const T* image, T* out, const ChannelsPart& part, const BackwardParams& p,
                                       const Plan& plan, const MapSlope<Acc<T>> (&at)[V], Acc<T> (&dbeta)[V]) {
   using A = Acc<T>;
   constexpr int N = kItems<T, V>;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
-  for (int64_t column = part.column; column < p.view.width; column += plan.tx) {
-    const A x = centred<A>(column, p.view.width);
+  for (int column = part.column; column < p.view.width; column += plan.tx) {
     A along_x[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) along_x[j] = at[j].slope.along_x(x);
-    const T* from = image + part.row * p.view.stride_y + column * p.view.stride_x + part.channel;
-    T* to = out + part.row * p.grad_view.stride_y + column * p.grad_view.stride_x + part.channel;
-    A y = centred<A>(part.row, p.view.height);
-    for (int rows = static_cast<int>(part.row_end - part.row); rows > 0; rows -= N * plan.ty) {
-      Pack<T, V> pack[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i * plan.ty < rows) pack[i] = load<T, V>(from + i * step);
-      }
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i * plan.ty >= rows) continue;
-        A dh[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const A q = along_x[j] + at[j].slope.along_y(y + static_cast<A>(i * plan.ty));
-          dh[j] = gradient<kBeta>(widen(pack[i].value[j]) * at[j].sharp.sign, q, at[j], dbeta[j]);
-        }
-        store<T, V>(to + i * out_step, narrow(dh, T{}));
-      }
+    for (int j = 0; j < V; ++j) along_x[j] = at[j].slope.along_x(centred<A>(column, p.view.width));
+    const T* from = image + part.top * p.view.stride_y + column * p.view.stride_x + part.channel;
+    T* to = out + part.top * p.grad_view.stride_y + column * p.grad_view.stride_x + part.channel;
+    A y = centred<A>(part.top, p.view.height);
+    int rows = part.rows;
+    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty) {
+      channels_gradient_step<true, V, kBeta>(from, to, step, out_step, rows, plan.ty, at, along_x, y, dbeta);
       from += N * step;
       to += N * out_step;
       y += static_cast<A>(N * plan.ty);
+    }
+    if (rows > 0) {
+      channels_gradient_step<false, V, kBeta>(from, to, step, out_step, rows, plan.ty, at, along_x, y, dbeta);
     }
   }
 }

@@ -72,15 +72,26 @@ struct Columns {
     for (int j = 0; j < V; ++j) sum[j] *= w;
   }
 
-  KPFUSED_DEVICE void add(const A (&key)[V], A y, A scale) {
-    A row = 0;
+  // N rows, ty apart, the first at y. Their distance from the first weighs each row's weight, y weighs all of it once:
+  // a row's own y would cost an addition.
+  template <int N>
+  KPFUSED_DEVICE void add(const A (&key)[N][V], A y, int ty, A scale) {
+    A total = 0, below = 0;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const A w = Exp2{}((key[j] - peak) * scale);
-      sum[j] += w;
-      row += w;
+    for (int i = 0; i < N; ++i) {
+      A row;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const A w = Exp2{}((key[i][j] - peak) * scale);
+        row = j == 0 ? w : row + w;
+        if (V > 1) sum[j] += w;
+      }
+      total = i == 0 ? row : total + row;
+      if (i == 1) below = row * static_cast<A>(ty);
+      if (i > 1) below += row * static_cast<A>(i * ty);
     }
-    sum_y += row * y;
+    if (V == 1) sum[0] += total;
+    sum_y += total * y + below;
   }
 
   // x: of the first column, centred.
@@ -95,19 +106,37 @@ struct Columns {
   }
 };
 
-// `items` vectors, ty rows apart, as keys; rows beyond the end weigh nothing.
-template <class T, int V, int N>
+// N vectors, ty rows apart, as keys, all loaded before the first is used. kFull: all of them lie in the map, as in every
+// step but a thread's last; otherwise rows beyond the end weigh nothing.
+template <bool kFull, class T, int V, int N>
 KPFUSED_DEVICE void load_keys(const T* p, int64_t step, int rows, int ty, Acc<T> sign, Acc<T> (&key)[N][V]) {
   Pack<T, V> pack[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i * ty < rows) pack[i] = load<T, V>(p + i * step);
+  for (int i = 0; i < N; ++i, p += step) {
+    if (kFull || i * ty < rows) pack[i] = load<T, V>(p);
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) key[i][j] = i * ty < rows ? widen(pack[i].value[j]) * sign : -INFINITY;
+    for (int j = 0; j < V; ++j) key[i][j] = kFull || i * ty < rows ? widen(pack[i].value[j]) * sign : -INFINITY;
   }
+}
+
+template <bool kFull, class T, int V>
+KPFUSED_DEVICE void rows_step(const T* p, int64_t step, int rows, const Plan& plan, const Sharpness<Acc<T>>& beta,
+                              Acc<T> y, Columns<Acc<T>, V>& columns) {
+  using A = Acc<T>;
+  constexpr int N = kItems<T, V>;
+  A key[N][V];
+  load_keys<kFull>(p, step, rows, plan.ty, beta.sign, key);
+  A top = columns.peak;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) top = larger(top, key[i][j]);
+  }
+  columns.raise(top, beta.scale);
+  columns.add(key, y, plan.ty, beta.scale);
 }
 
 template <class T, int V>
@@ -125,19 +154,11 @@ KPFUSED_DEVICE State<Acc<T>> rows_state(const T* map, const RowsPart& part, cons
     columns.clear();
     const T* p = column;
     A y = centred<A>(part.top, view.height);
-    for (int rows = part.rows; rows > 0; rows -= N * plan.ty, p += N * step, y += static_cast<A>(N * plan.ty)) {
-      A key[N][V];
-      load_keys(p, step, rows, plan.ty, beta.sign, key);
-      A top = columns.peak;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) top = larger(top, key[i][j]);
-      }
-      columns.raise(top, beta.scale);
-#pragma unroll
-      for (int i = 0; i < N; ++i) columns.add(key[i], y + static_cast<A>(i * plan.ty), beta.scale);
+    int rows = part.rows;
+    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty, p += N * step, y += static_cast<A>(N * plan.ty)) {
+      rows_step<true>(p, step, rows, plan, beta, y, columns);
     }
+    if (rows > 0) rows_step<false>(p, step, rows, plan, beta, y, columns);
     state = merge(state, columns.state(x), beta.scale, Exp2{});
   }
   return state;
@@ -192,6 +213,25 @@ KPFUSED_DEVICE A gradient(A key, A q, const MapSlope<A>& map, A& dbeta) {
   return map.beta * wq;
 }
 
+template <bool kFull, int V, bool kBeta, class T>
+KPFUSED_DEVICE void rows_gradient_step(const T* from, T* to, int64_t step, int64_t out_step, int rows, int ty,
+                                       const MapSlope<Acc<T>>& at, const Acc<T> (&along_x)[V], Acc<T> y,
+                                       Acc<T>& dbeta) {
+  using A = Acc<T>;
+  constexpr int N = kItems<T, V>;
+  A key[N][V];
+  load_keys<kFull>(from, step, rows, ty, at.sharp.sign, key);
+#pragma unroll
+  for (int i = 0; i < N; ++i, to += out_step) {
+    if (!kFull && i * ty >= rows) continue;
+    const A along_y = at.slope.along_y(y + static_cast<A>(i * ty));
+    A dh[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) dh[j] = gradient<kBeta>(key[i][j], along_x[j] + along_y, at, dbeta);
+    store<T, V>(to, narrow(dh, T{}));
+  }
+}
+
 template <class T, int V, bool kBeta>
 KPFUSED_DEVICE Acc<T> rows_gradient(const T* map, T* out, const RowsPart& part, const BackwardParams& p,
                                     const Plan& plan, const MapSlope<Acc<T>>& at) {
@@ -210,22 +250,14 @@ KPFUSED_DEVICE Acc<T> rows_gradient(const T* map, T* out, const RowsPart& part, 
     const T* from = column;
     T* to = out_column;
     A y = centred<A>(part.top, p.view.height);
-    for (int rows = part.rows; rows > 0; rows -= N * plan.ty) {
-      A key[N][V];
-      load_keys(from, step, rows, plan.ty, at.sharp.sign, key);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i * plan.ty >= rows) continue;
-        const A along_y = at.slope.along_y(y + static_cast<A>(i * plan.ty));
-        A dh[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) dh[j] = gradient<kBeta>(key[i][j], along_x[j] + along_y, at, dbeta);
-        store<T, V>(to + i * out_step, narrow(dh, T{}));
-      }
+    int rows = part.rows;
+    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty) {
+      rows_gradient_step<true, V, kBeta>(from, to, step, out_step, rows, plan.ty, at, along_x, y, dbeta);
       from += N * step;
       to += N * out_step;
       y += static_cast<A>(N * plan.ty);
     }
+    if (rows > 0) rows_gradient_step<false, V, kBeta>(from, to, step, out_step, rows, plan.ty, at, along_x, y, dbeta);
   }
   return dbeta;
 }
