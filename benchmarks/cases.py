@@ -92,7 +92,7 @@ def error(peer: Peer, function: Function, case: Case, heatmap: Tensor, direction
         leaf = heatmap.detach().requires_grad_()
         result = function(leaf)
         gradient = torch.autograd.grad(result, leaf, upstream(case, heatmap.device.type, result.dtype))[0]
-        largest = expected_gradient.abs().max().item()
+        largest = expected_gradient.abs().max().item() or 1.0  # zero for maps of one pixel
         off = (gradient[ends].double() - expected_gradient).abs().max().item() / largest
         # Peers in half precision round P and every product; a wrong gradient is off by about 1.
         if not off < (0.2 if heatmap.dtype.itemsize == 2 else 1e-2):

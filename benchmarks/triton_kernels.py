@@ -115,6 +115,20 @@ def _backward(
     tl.store(gradient + at, (probability * slope).to(gradient.dtype.element_ty), mask)
 
 
+@triton.jit
+def _read(source, partial, elements, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(partial + tl.program_id(0), tl.sum(tl.load(source + at, at < elements, 0.0), 0))
+
+
+def read(source: Tensor) -> Tensor:
+    """Sums of runs of a flat float32 tensor: reads every byte once and writes next to nothing. A ceiling, not a peer."""
+    block = 8192
+    partial = torch.empty(triton.cdiv(source.numel(), block), device=source.device)
+    _read[(partial.numel(),)](source, partial, source.numel(), BLOCK=block, num_warps=8)
+    return partial
+
+
 def _warps(elements: int) -> int:
     return 4 if elements <= 2048 else 8 if elements <= 8192 else 16
 

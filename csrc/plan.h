@@ -77,6 +77,11 @@ constexpr int64_t steps(int64_t height, int64_t columns, int64_t tx, int64_t ty,
   return ceil_div(columns, tx) * ceil_div(ceil_div(height, ty), items);
 }
 
+// Rows of a part of about kPartBytes: whole steps of a thread.
+constexpr int64_t part_rows(int64_t height, int64_t row_bytes, int items) {
+  return smaller(height, at_least(kPartBytes / row_bytes / items, 1) * items);
+}
+
 // tx x ty lanes of one warp over height x columns vectors: the fewest lane-steps, and whole rows side by side.
 constexpr void arrange_team(Plan& plan, int64_t height, int64_t columns) {
   plan.tx = static_cast<int>(smaller(columns, 32));
@@ -123,8 +128,8 @@ constexpr Plan choose_rows(const PlanKey& key) {
   plan.columns_per_part = key.width;
   const bool split = key.height * key.width > kSplitBytes / size;
   if (split) {
-    plan.rows_per_part = smaller(key.height, at_least(kPartBytes / size / key.width, 1));
-    plan.columns_per_part = smaller(key.width, kPartBytes / size);
+    plan.columns_per_part = smaller(key.width, kPartBytes / size / plan.items);
+    plan.rows_per_part = part_rows(key.height, plan.columns_per_part * size, plan.items);
   }
   plan.parts_y = ceil_div(key.height, plan.rows_per_part);
   plan.parts_x = ceil_div(key.width, plan.columns_per_part);
@@ -168,7 +173,7 @@ constexpr Plan choose_channels(const PlanKey& key) {
   plan.parts_x = 1;
   const int64_t row_bytes = key.width * plan.groups * plan.vector * size;
   const bool split = key.height > 1 && row_bytes > kImageBytes / key.height;
-  plan.rows_per_part = split ? at_least(kPartBytes / row_bytes, 1) : key.height;
+  plan.rows_per_part = split ? part_rows(key.height, row_bytes, plan.items) : key.height;
   plan.parts_y = ceil_div(key.height, plan.rows_per_part);
   plan.regime = plan.parts_y > 1 ? Regime::channels_split : Regime::channels;
   arrange_channels(plan, plan.rows_per_part, key.width);

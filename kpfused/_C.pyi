@@ -10,4 +10,19 @@ class BuildInfo(TypedDict):
     flags: str
     cpu_capability: str
 
+class LaunchPlan(TypedDict):
+    regime: str
+    vector: int
+    items: int
+    threads: int
+    team: int
+    tx: int
+    ty: int
+    groups: int
+    tiles: int
+    rows_per_part: int
+    columns_per_part: int
+    parts: int
+
+def launch_plan(height: int, width: int, dtype: str, channels: int = 0, aligned: bool = True) -> LaunchPlan: ...
 def build_info() -> BuildInfo: ...

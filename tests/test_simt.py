@@ -71,18 +71,32 @@ def test_emulator_catches(kind: str, fault: str) -> None:
     assert re.search(report, output), output
 
 
+def expected_kernels() -> set[str]:
+    """Every kernel that the sources instantiate, as the harness names it."""
+    names = set()
+    for dtype, vector in (("float", 4), ("double", 2), ("Float16", 8), ("Bfloat16", 8)):
+        for v in (1, vector):
+            forward, backward = f"forward<{dtype}, {v}>", f"backward<{dtype}, {v}, "
+            names |= {f"{kernel} by {forward}" for kernel in ("rows_forward<T, V>", "channels_forward<T, V>")}
+            names |= {f"merge_states<A> by {forward}", f"add_grad_beta<A> by {backward}true>"}
+            for kernel in ("rows_backward<T, V, kBeta>", "channels_backward<T, V, kBeta>"):
+                names |= {f"{kernel} by {backward}{with_beta}>" for with_beta in ("true", "false")}
+    return names
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels(kind: str) -> None:
-    passed, output = build.run(build.build(kind), shards=JOBS)
+    passed, output = build.run(build.build(kind), ["--kernels"], shards=JOBS)
     print(output)
     assert passed, output
     assert len(re.findall(r"^\d+ passed, 0 failed$", output, re.MULTILINE)) == JOBS, output
+    assert set(re.findall(r"^kernel (.+)$", output, re.MULTILINE)) == expected_kernels()
 
 
 def outcome(fault: Fault) -> tuple[bool, str]:
+    """Whether the harness passes with the fault in the kernels, and what it prints."""
     with planted(fault) as csrc:
-        binary = build.build(fault.kind, csrc, fault.flags, jobs=1)
-        return build.run(binary, fault.arguments)
+        return build.run(build.build(fault.kind, csrc, fault.sources, jobs=1), [fault.cases])
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 // 2^t for t <= 0, one polynomial a vector: t = n + f with n the nearest integer, 2^t = 2^n * p(f), p(0) = 1.
 //
 // Coefficients are the minimax fit of (2^f - 1) / f in relative error on [-1/2, 1/2]: 3e-9 in degree 6 for float32,
-// 2e-17 in degree 11 for float64, so what remains is the rounding of the evaluation. Below the range of normal numbers the
-// result is exactly zero, from -inf too, and a NaN stays a NaN. Adding `kRound` rounds t to an integer and leaves that
-// integer, with the exponent's bias, in the low bits: a shift makes 2^n of it. -ffast-math would fold this away.
+// 2e-17 in degree 11 for float64, so what remains is the rounding of the evaluation. Below the range of normal numbers
+// the result is exactly zero, from -inf too, and a NaN stays a NaN. Adding `kRound` rounds t to an integer and leaves
+// that integer, with the exponent's bias, in the low bits: a shift makes 2^n of it. The last step multiplies by it, as
+// adding to the exponent could make a number of a NaN. -ffast-math would fold the rounding away.
 #pragma once
 
 #include "simd.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Forward where lanes run along rows (stride_x == 1).
 //
-//   peak = max k, then sum w, sum w x, sum w y with w = 2^((k - peak) * scale), chunk after chunk, states merged in order
+//   peak = max k, then sum w, sum w x, sum w y with w = 2^((k - peak) * scale); chunk by chunk, merged in order
 //
 // Reads every element once from memory and once more from the nearest caches; writes 6 accumulators a map. Per vector
 // of float32: load and maximum; then subtract, scale, clamp, 3 to split the exponent, 6 for the polynomial, shift,

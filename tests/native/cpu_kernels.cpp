@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels on their own, against a plain float64 reference: no Python, no torch, so that sanitizers see only them.
+// The CPU kernels on their own, against a plain float64 reference: no Python and no torch, so that sanitizers see nothing
+// else.
 //
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined tests/native/cpu_kernels.cpp csrc/cpu/*.cpp -pthread
 //   KPFUSED_CPU_CAPABILITY=baseline ./a.out
@@ -40,7 +41,7 @@ double uniform() {
   return double(random_state >> 11) * 0x1p-53;
 }
 
-// ---- Elements, converted one by one and independently of the kernels' own conversions --------------------------------
+// ---- Elements, converted one by one and independently of the kernels' own conversions ---------------------
 
 double half_value(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -97,7 +98,7 @@ void put(Dtype dtype, char* p, double value) {
   std::memcpy(p, &h, 2);
 }
 
-// ---- Maps in memory ---------------------------------------------------------------------------------------------------
+// ---- Maps in memory ---------------------------------------------------------------------------------------
 
 enum class Layout { contiguous, sliced, channels_last, channels_sliced };
 const char* const kLayoutNames[] = {"contiguous", "sliced", "channels_last", "channels_sliced"};
@@ -137,7 +138,7 @@ struct Buffer {
   double value(int64_t map, int64_t y, int64_t x) { return get(dtype, at(map, y, x)); }
 };
 
-// ---- The reference: the definition, in float64 ------------------------------------------------------------------------
+// ---- The reference: the definition, in float64 ------------------------------------------------------------
 
 struct Expected {
   double x, y, dbeta;
@@ -172,7 +173,7 @@ Expected reference(Buffer& h, int64_t map, double beta, const double (&g)[2]) {
   return e;
 }
 
-// ---- Calling the kernels ----------------------------------------------------------------------------------------------
+// ---- Calling the kernels ----------------------------------------------------------------------------------
 
 struct Accumulators {
   Dtype dtype;
@@ -223,8 +224,8 @@ struct Case {
   }
 };
 
-// Logits of spread 3 about a peak, and by map number: plain, -inf in places, one pixel alone, a NaN, a +inf, no weight at
-// all, huge and opposite.
+// Logits of spread 3 about a peak, and by map number: plain, -inf in places, one pixel alone, a NaN, a +inf, no weight
+// at all, huge.
 void fill(Buffer& h, bool odd) {
   const MapView& v = h.view;
   for (int64_t map = 0; map < v.maps(); ++map) {
@@ -279,8 +280,8 @@ void compare(const Case& c, Call& call, const Units& units, double beta, bool wa
     for (int64_t i = 0; i < c.height * c.width; ++i) {
       const double value = call.grad.value(map, i / c.width, i % c.width), expected = e.grad[size_t(i)];
       const double smallest = c.dtype == Dtype::float16 ? 6e-8 : 1e-37;
-      same = same && near(value, expected,
-                          step * std::fabs(expected) + 100 * unit * (largest + 0.1 * std::fabs(beta) * extent) + smallest);
+      const double rounding = 100 * unit * (largest + 0.1 * std::fabs(beta) * extent);
+      same = same && near(value, expected, step * std::fabs(expected) + rounding + smallest);
       const double key = h.value(map, i / c.width, i % c.width) * (beta < 0 ? -1 : 1);
       zeros = zeros && (key != -kInfinity || std::isnan(expected) || value == 0);
     }
@@ -305,18 +306,18 @@ void run_case(const Case& c, double beta, bool want_beta, bool odd) {
   compare(c, call, units, beta, want_beta);
 }
 
-// ---- The tests --------------------------------------------------------------------------------------------------------
+// ---- The tests --------------------------------------------------------------------------------------------
 
 const Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16};
 const Layout kLayouts[] = {Layout::contiguous, Layout::sliced, Layout::channels_last, Layout::channels_sliced};
 
-// Widths around one, two and four vectors of every size, single rows and columns, more than one chunk, and channel counts
-// below, at and above a vector.
+// Widths around one, two and four vectors of every size, single rows and columns, more than one chunk, and channel
+// counts below, at and above a vector.
 void test_shapes() {
-  const int64_t sizes[][4] = {{2, 3, 1, 1}, {1, 5, 2, 2},  {3, 4, 3, 3},   {2, 7, 5, 5},    {2, 8, 7, 9},   {1, 17, 10, 12},
-                              {2, 2, 6, 16}, {1, 3, 9, 17}, {1, 2, 31, 32}, {1, 9, 16, 48},  {1, 2, 12, 33}, {1, 1, 40, 65},
-                              {1, 3, 1, 71}, {1, 3, 70, 1}, {2, 1, 90, 3},  {1, 16, 8, 8},   {1, 33, 4, 5},  {1, 130, 3, 2},
-                              {1, 2, 70, 72}};
+  const int64_t sizes[][4] = {{2, 3, 1, 1},    {1, 5, 2, 2},   {3, 4, 3, 3},   {2, 7, 5, 5},   {2, 8, 7, 9},
+                              {1, 17, 10, 12}, {2, 2, 6, 16},  {1, 3, 9, 17},  {1, 2, 31, 32}, {1, 9, 16, 48},
+                              {1, 2, 12, 33},  {1, 1, 40, 65}, {1, 3, 1, 71},  {1, 3, 70, 1},  {2, 1, 90, 3},
+                              {1, 16, 8, 8},   {1, 33, 4, 5},  {1, 130, 3, 2}, {1, 2, 70, 72}};
   for (Dtype dtype : kDtypes) {
     for (Layout layout : kLayouts) {
       for (const auto& s : sizes) {
@@ -370,10 +371,10 @@ void test_misalignment() {
       Accumulators coordinates(dtype, 4), stats(dtype, 2 * kStats);
       const BetaView beta = {nullptr, 1.5, 1, 1};
       cpu::soft_argmax2d_forward({dtype, p, v, beta, units, coordinates.bytes.get(), stats.bytes.get(), nullptr});
-      cpu::soft_argmax2d_backward({dtype, p, v, beta, units, stats.bytes.get(), expected.upstream.bytes.get(), 2, 1, q, v,
-                                   nullptr, nullptr});
-      check(std::memcmp(coordinates.bytes.get(), expected.coordinates.bytes.get(), size_t(4 * accumulator_size(dtype))) ==
-                    0 &&
+      cpu::soft_argmax2d_backward({dtype, p, v, beta, units, stats.bytes.get(), expected.upstream.bytes.get(), 2, 1, q,
+                                   v, nullptr, nullptr});
+      const size_t size = size_t(4 * accumulator_size(dtype));
+      check(std::memcmp(coordinates.bytes.get(), expected.coordinates.bytes.get(), size) == 0 &&
                 std::memcmp(q, expected.grad.bytes.get(), size_t(bytes)) == 0,
             "misaligned by " + std::to_string(shift));
     }
@@ -400,7 +401,7 @@ void test_same_bits() {
       threads = 1;
       const size_t n = size_t(2 * h.view.maps() * 4), size = size_t(h.count * 4);
       check(std::memcmp(one.coordinates.bytes.get(), many.coordinates.bytes.get(), n) == 0, c.name() + " threads");
-      check(std::memcmp(one.grad_beta.bytes.get(), many.grad_beta.bytes.get(), n / 2) == 0, c.name() + " threads, beta");
+      check(std::memcmp(one.grad_beta.bytes.get(), many.grad_beta.bytes.get(), n / 2) == 0, c.name() + " threads beta");
       check(std::memcmp(one.grad.bytes.get(), many.grad.bytes.get(), size) == 0, c.name() + " threads, gradient");
       for (int64_t o = 0; o < c.outer; ++o) {  // one sample alone: the same layout, a batch of one
         MapView view = h.view;
@@ -409,9 +410,8 @@ void test_same_bits() {
         Accumulators coordinates(c.dtype, 2 * c.inner), stats(c.dtype, kStats * c.inner);
         cpu::soft_argmax2d_forward({c.dtype, h.at(o * c.inner, 0, 0), view, per_channel, units, coordinates.bytes.get(),
                                     stats.bytes.get(), workspace.empty() ? nullptr : workspace.data()});
-        check(std::memcmp(coordinates.bytes.get(), one.coordinates.bytes.get() + o * c.inner * 8, size_t(c.inner * 8)) ==
-                  0,
-              c.name() + " alone");
+        const char* in_batch = one.coordinates.bytes.get() + o * c.inner * 8;
+        check(std::memcmp(coordinates.bytes.get(), in_batch, size_t(c.inner * 8)) == 0, c.name() + " alone");
       }
     }
   }
@@ -425,9 +425,11 @@ void test_nan_payloads() {
       std::memcpy(&h[size_t(width + 1)], &bits, 4);
       float coordinates[2], stats[4], upstream[2] = {1, 1};
       const MapView v = {1, 1, 4, width, 4 * width, 4 * width, width, 1};
-      cpu::soft_argmax2d_forward({Dtype::float32, h.data(), v, {nullptr, 1, 1, 1}, {1, 0, 1, 0}, coordinates, stats, nullptr});
-      cpu::soft_argmax2d_backward({Dtype::float32, h.data(), v, {nullptr, 1, 1, 1}, {1, 0, 1, 0}, stats, upstream, 2, 1,
-                                   out.data(), v, nullptr, nullptr});
+      const BetaView beta = {nullptr, 1, 1, 1};
+      const Units units = {1, 0, 1, 0};
+      cpu::soft_argmax2d_forward({Dtype::float32, h.data(), v, beta, units, coordinates, stats, nullptr});
+      cpu::soft_argmax2d_backward({Dtype::float32, h.data(), v, beta, units, stats, upstream, 2, 1, out.data(), v,
+                                   nullptr, nullptr});
       bool all = std::isnan(coordinates[0]) && std::isnan(coordinates[1]);
       for (float g : out) all = all && std::isnan(g);
       check(all, "NaN payload");

@@ -15,17 +15,16 @@ from simt.build import CSRC
 
 @dataclass(frozen=True)
 class Fault:
-    """One replacement in one source file. ``old`` must be there exactly ``times`` times: refactoring fails loudly."""
+    """One replacement in one source file. ``old`` must be there exactly once: refactoring fails loudly."""
 
     name: str
     file: str  # below csrc
     old: str
     new: str
-    kind: str  # the build that catches it, see build.KINDS
+    kind: str  # the build that is to catch it, see build.KINDS
     report: str  # a regular expression
-    arguments: tuple[str, ...]  # of the harness: the cases that show it
-    flags: tuple[str, ...] = ()
-    times: int = 1
+    cases: str  # a filter of the harness: cases that show it
+    sources: tuple[str, ...] = ("soft_argmax2d_float32.cu",)  # what is compiled with the fault in it
 
 
 @contextmanager
@@ -36,11 +35,221 @@ def planted(fault: Fault) -> Iterator[Path]:
         shutil.copytree(CSRC, csrc)
         source = csrc / fault.file
         text = source.read_text()
-        found = text.count(fault.old)
-        if found != fault.times:
-            raise AssertionError(f"{fault.file} has {found} times, not {fault.times}: {fault.old!r}; update faults.py")
+        if text.count(fault.old) != 1:
+            raise AssertionError(
+                f"{fault.file} has {text.count(fault.old)} times, not once: {fault.old!r}; mend faults.py"
+            )
         source.write_text(text.replace(fault.old, fault.new))
         yield csrc
 
 
-FAULTS: tuple[Fault, ...] = ()
+MEMORY = "AddressSanitizer: heap-buffer-overflow"
+BLOCK = "block/float32/1x3x48x64"
+TEAM = "team/float32/1x7x7x9"
+
+FAULTS = (
+    # Barriers.
+    Fault(
+        name="missing_barrier_seen_by_its_results",
+        file="cuda/merge.h",
+        old="if (lane == 0) shared[warp] = s;\n  __syncthreads();",
+        new="if (lane == 0) shared[warp] = s;",
+        kind="asan",
+        report="FAILED block/float32",
+        cases=BLOCK,
+    ),
+    Fault(
+        name="missing_barrier_seen_by_its_accesses",
+        file="cuda/merge.h",
+        old="if (lane == 0) shared[warp] = s;\n  __syncthreads();",
+        new="if (lane == 0) shared[warp] = s;",
+        kind="access",
+        report="uninitialised memory: shared memory",
+        cases=BLOCK,
+    ),
+    Fault(
+        name="missing_barrier_in_a_tree",
+        file="cuda/channels.h",
+        old="    }\n    __syncthreads();\n  }",
+        new="    }\n  }",
+        kind="access",
+        report="race: ",
+        cases="channels/float32/2x8x16x16",
+    ),
+    Fault(
+        name="barrier_that_some_threads_skip",
+        file="cuda/merge.h",
+        old="if (lane == 0) shared[warp] = s;\n  __syncthreads();",
+        new="if (lane == 0) shared[warp] = s;\n  if (warp == 0) __syncthreads();",
+        kind="asan",
+        report="simt fault: divergent __syncthreads",
+        cases=BLOCK,
+    ),
+    # Shuffles.
+    Fault(
+        name="wrong_mask",
+        file="cuda/merge.h",
+        old="__shfl_xor_sync(kAllLanes, s.sum_y, lane_mask)",
+        new="__shfl_xor_sync(kAllLanes >> 16, s.sum_y, lane_mask)",
+        kind="asan",
+        report="simt fault: __shfl_xor_sync",
+        cases=BLOCK,
+    ),
+    Fault(
+        name="lanes_return_before_a_shuffle",
+        file="cuda/rows.h",
+        old="  state = reduce_team(state,",
+        new="  if (part.map >= p.view.maps()) return;\n  state = reduce_team(state,",
+        kind="asan",
+        report="simt fault: lanes named by the mask do not arrive.* has exited",
+        cases=TEAM,
+    ),
+    Fault(
+        name="half_a_butterfly",
+        file="cuda/merge.h",
+        old="mask < lanes; mask *= 2",
+        new="mask < lanes / 2; mask *= 2",
+        kind="asan",
+        report="FAILED block/float32.*coordinate",
+        cases=BLOCK,
+    ),
+    # Merging.
+    Fault(
+        name="forgotten_warp",
+        file="cuda/merge.h",
+        old="lane < team / kWarp",
+        new="lane < team / kWarp - 1",
+        kind="asan",
+        report="FAILED block/float32.*coordinate",
+        cases=BLOCK,
+    ),
+    Fault(
+        name="merge_without_rescaling",
+        file="moments.h",
+        old="x = rebase(a, peak, scale, exp2), y = rebase(b, peak, scale, exp2)",
+        new="x = a, y = b",
+        kind="asan",
+        report="FAILED block/float32.*coordinate",
+        cases=BLOCK,
+    ),
+    Fault(
+        name="forgotten_part",
+        file="cuda/merge.h",
+        old="i < parts; i += kWarp) state",
+        new="i < parts - 1; i += kWarp) state",
+        kind="asan",
+        report="FAILED split/float32.*coordinate",
+        cases="split/float32/1x2",
+    ),
+    Fault(
+        name="part_written_behind_the_workspace",
+        file="cuda/rows.h",
+        old="(p.workspace)[part.item] = state",
+        new="(p.workspace)[part.item + 1] = state",
+        kind="asan",
+        report=MEMORY,
+        cases="split/float32/1x2",
+    ),
+    # Reads and writes outside the map.
+    Fault(
+        name="row_read_behind_the_map",
+        file="cuda/rows.h",
+        old="i * ty < rows) pack[i] =",
+        new="i * ty <= rows) pack[i] =",
+        kind="asan",
+        report=f"{MEMORY}.*\n.*READ of size",
+        cases=TEAM,
+    ),
+    Fault(
+        name="row_written_behind_the_map",
+        file="cuda/rows.h",
+        old="if (!kFull && i * ty >= rows) continue;",
+        new="if (!kFull && i * ty > rows) continue;",
+        kind="asan",
+        report=f"{MEMORY}.*\n.*WRITE of size",
+        cases=TEAM,
+    ),
+    Fault(
+        name="row_read_behind_the_image",
+        file="cuda/channels.h",
+        old="i * ty < rows) pack[i] =",
+        new="i * ty <= rows) pack[i] =",
+        kind="asan",
+        report=f"{MEMORY}.*\n.*READ of size",
+        cases="channels/float32/2x8x7x9",
+    ),
+    Fault(
+        name="row_padding_read",
+        file="cuda/rows.h",
+        old="part.columns = ",
+        new="part.columns = 1 + ",
+        kind="access",
+        report="simt fault: read outside the maps: heatmap",
+        cases="views/float32/2x2x7x9/row-pad1",
+    ),
+    Fault(
+        name="rows_beyond_the_end_are_weighed",
+        file="cuda/rows.h",
+        old="widen(pack[i].value[j]) * sign : -INFINITY",
+        new="widen(pack[i].value[j]) * sign : Acc<T>(0)",
+        kind="asan",
+        report="FAILED team/float32.*coordinate",
+        cases=TEAM,
+    ),
+    Fault(
+        name="vectors_from_misaligned_addresses",
+        file="cuda/launch.h",
+        old="reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0",
+        new="p != nullptr",
+        kind="asan",
+        report="runtime error: .*misaligned address",
+        cases="views/float32/1x3x8x8",
+        sources=("soft_argmax2d.cu", "soft_argmax2d_float32.cu"),
+    ),
+    Fault(
+        name="shared_memory_for_one_warp_too_few",
+        file="cuda/launch.h",
+        old="(plan.threads / kWarp) : 0",
+        new="(plan.threads / kWarp - 1) : 0",
+        kind="asan",
+        report=MEMORY,
+        cases=BLOCK,
+    ),
+    Fault(
+        name="written_by_every_lane",
+        file="cuda/rows.h",
+        old="if (threadIdx.x % plan.team != 0 || part.map >= p.view.maps()) return;\n  if",
+        new="if (part.map >= p.view.maps()) return;\n  if",
+        kind="access",
+        report="output written twice",
+        cases=TEAM,
+    ),
+    # Wrong results that a loose tolerance would let through.
+    Fault(
+        name="y_for_x",
+        file="cuda/merge.h",
+        old="static_cast<A>(p.units.scale_x) * stats.mean_x",
+        new="static_cast<A>(p.units.scale_x) * stats.mean_y",
+        kind="asan",
+        report="FAILED team/float32.*coordinate x",
+        cases=TEAM,
+    ),
+    Fault(
+        name="a_pixel_off",
+        file="cuda/element.h",
+        old="static_cast<A>(i) - ",
+        new="static_cast<A>(i + 1) - ",
+        kind="asan",
+        report="FAILED team/float32.*coordinate x",
+        cases=TEAM,
+    ),
+    Fault(
+        name="gradient_of_zero",
+        file="cuda/rows.h",
+        old="return map.beta * wq;",
+        new="return 0 * wq;",
+        kind="asan",
+        report="FAILED team/float32.*gradient of map",
+        cases=TEAM,
+    ),
+)

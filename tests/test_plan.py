@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""The launch plan of the CUDA kernels: a table, and what holds for every entry."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kpfused import _C
+
+SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+DTYPES = st.sampled_from(sorted(SIZE))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "dtype", "channels", "regime", "vector", "parts"),
+    [
+        # tiny maps: lanes of a warp
+        (1, 1, "float32", 0, "team", 1, 1),
+        (3, 3, "float32", 0, "team", 1, 1),
+        (5, 5, "bfloat16", 0, "team", 1, 1),
+        (7, 9, "float32", 0, "team", 1, 1),
+        (10, 12, "float32", 0, "team", 4, 1),
+        # usual maps: a block
+        (64, 48, "float32", 0, "block", 4, 1),
+        (64, 64, "bfloat16", 0, "block", 8, 1),
+        (96, 72, "float64", 0, "block", 2, 1),
+        (47, 53, "float32", 0, "block", 1, 1),
+        # large maps: still a block and one launch
+        (256, 256, "float32", 0, "block", 4, 1),
+        (512, 256, "float32", 0, "block", 4, 1),
+        # one row more, and the map is split
+        (513, 256, "float32", 0, "split", 4, 9),
+        (4096, 4096, "float32", 0, "split", 4, 1024),
+        (2048, 2048, "bfloat16", 0, "split", 8, 128),
+        (1, 1 << 20, "float32", 0, "split", 4, 256),
+        (1 << 20, 1, "float32", 0, "split", 1, 64),
+        # channels_last: an image, tiles of many channels, parts of a large one
+        (10, 12, "float32", 17, "channels", 1, 1),
+        (10, 12, "float32", 512, "channels", 4, 1),
+        (64, 48, "float32", 17, "channels_split", 1, 4),
+        (256, 256, "bfloat16", 16, "channels_split", 8, 32),
+    ],
+)
+def test_table(height: int, width: int, dtype: str, channels: int, regime: str, vector: int, parts: int) -> None:
+    plan = _C.launch_plan(height, width, dtype, channels)
+    assert (plan["regime"], plan["vector"], plan["parts"]) == (regime, vector, parts)
+
+
+@given(
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    dtype=DTYPES,
+    channels=st.one_of(st.just(0), st.integers(1, 3000)),
+    aligned=st.booleans(),
+)
+def test_every_plan_covers_the_map_within_the_limits(
+    height: int, width: int, dtype: str, channels: int, aligned: bool
+) -> None:
+    plan = _C.launch_plan(height, width, dtype, channels, aligned)
+    accumulator = max(4, SIZE[dtype])
+    # The launch: whole warps, registers for 256 threads, 48 KB of shared memory for one state a thread and channel.
+    assert plan["threads"] % 32 == 0
+    assert 32 <= plan["threads"] <= 256
+    assert plan["tx"] * plan["ty"] * plan["groups"] <= plan["team"]
+    assert plan["threads"] % plan["team"] == 0
+    if channels:
+        assert plan["threads"] * plan["vector"] * 4 * accumulator <= 48 << 10
+        assert plan["tiles"] * plan["groups"] * plan["vector"] >= channels
+        assert channels % plan["vector"] == 0
+    else:
+        assert width % plan["vector"] == 0
+        assert plan["columns_per_part"] % plan["vector"] == 0
+    if plan["team"] <= 32:
+        assert plan["team"] & (plan["team"] - 1) == 0
+    # 16 bytes or one element, never a vector where memory is not aligned.
+    assert plan["vector"] in (1, 16 // SIZE[dtype])
+    assert aligned or plan["vector"] == 1
+    rows = -(-height // plan["rows_per_part"])
+    assert plan["parts"] == rows * -(-width // plan["columns_per_part"])
+
+
+@given(height=st.integers(1, 600), width=st.integers(1, 600), dtype=DTYPES)
+def test_small_maps_are_not_split_and_large_ones_are(height: int, width: int, dtype: str) -> None:
+    plan = _C.launch_plan(height, width, dtype)
+    assert (plan["parts"] > 1) == (height * width * SIZE[dtype] > 512 << 10)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="dtype must be"):
+        _C.launch_plan(4, 4, "int8")
+    with pytest.raises(ValueError, match="at least 1"):
+        _C.launch_plan(0, 4, "float32")
