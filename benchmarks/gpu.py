@@ -232,6 +232,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not (torch.cuda.is_available() and ops.has_kernel("cuda")):
         raise SystemExit("needs a CUDA device and a kpfused built with CUDA kernels")
+    if options.device == "cpu":
+        torch.set_num_threads(1)
     run = Run(options.device, options.seconds, options.samples)
     machine = head(options.device, "make gpu" if options.device == "cuda" else "a dry run")
     del machine["load"]

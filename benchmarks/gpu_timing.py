@@ -68,8 +68,7 @@ class Timer:
         self.synchronize()
 
     def _measure(self, sweep: Thunk, calls: int, cold: bool) -> dict[str, Any]:
-        gc.collect()
-        gc.disable()
+        gc.disable()  # and no collection here: it takes longer than what is measured
         try:
             seconds = [self._sample(sweep, cold) / calls for _ in range(self.samples + 2)][2:]
         finally:

@@ -9,6 +9,8 @@ inner and the pixel dimension, so both layouts take the same kernels.
 Runs on CPU tensors under TRITON_INTERPRET=1, to be checked without a GPU.
 """
 
+# ruff: noqa: N803 - constants of Triton kernels are written in capitals
+# mypy: ignore-errors
 from __future__ import annotations
 
 from typing import Any

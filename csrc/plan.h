@@ -167,7 +167,11 @@ constexpr Plan choose_channels(const PlanKey& key) {
   plan.vector = key.aligned && key.channels % wide == 0 ? wide : 1;
   plan.items = items_of(size, plan.vector);
   const int64_t groups = key.channels / plan.vector;
+  const int64_t column_bytes = key.height * key.width * plan.vector * size;  // of one group
   plan.tiles = ceil_div(groups, kChannelGroups);
+  // Narrower tiles where they save the second launch: 32 vectors are still one span of whole sectors.
+  const int64_t narrow = ceil_div(groups, 32);
+  if (narrow > plan.tiles && plan.vector > 1 && column_bytes <= kImageBytes / 32) plan.tiles = narrow;
   plan.groups = static_cast<int>(ceil_div(groups, plan.tiles));
   plan.columns_per_part = key.width;
   plan.parts_x = 1;

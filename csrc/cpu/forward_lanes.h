@@ -2,9 +2,9 @@
 // Forward where lanes are channels (stride_inner == 1, channels_last): every lane holds another map.
 //
 // The same sums as forward_rows.h and the same bytes. Per vector and pixel: the weight, an addition to the sum of the
-// row, and a multiply-add with x; y costs one multiplication a row. Lanes never mix. The last vector of channels overlaps
-// the one before it, whose lanes it repeats bit by bit; fewer channels than lanes are copied to a padded buffer first, a
-// chunk at a time.
+// row, and a multiply-add with x; y costs one multiplication a row. Lanes never mix. The last vector of channels
+// overlaps the one before it, whose lanes it repeats bit by bit; fewer channels than lanes are copied to a padded
+// buffer first, a chunk at a time.
 #pragma once
 
 #include "lanes.h"

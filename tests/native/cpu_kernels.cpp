@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels on their own, against a plain float64 reference: no Python and no torch, so that sanitizers see nothing
-// else.
+// The CPU kernels on their own, against a plain float64 reference. No Python and no torch: sanitizers see nothing else.
 //
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined tests/native/cpu_kernels.cpp csrc/cpu/*.cpp -pthread
 //   KPFUSED_CPU_CAPABILITY=baseline ./a.out
@@ -8,7 +7,6 @@
 // Built with -DKPFUSED_CPU_VECTOR_BYTES=64, the "avx2" capability runs vectors as wide as those of AVX-512.
 // Maps end where their heap allocation ends and begin at every misalignment, so that whatever is read or written
 // beyond a map is an error of the sanitizer, and the gaps of sliced maps are checked for what is written between.
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
