@@ -10,6 +10,7 @@ export PYTHONPATH := $(CURDIR)
 SOURCES := setup.py kpfused/version.py $(shell find csrc -type f)
 READY := $(VENV)/.ready
 BUILT := build/.built
+FRESH_CUDA := build/.cuda
 
 .PHONY: help demo test lint types unit sanitize build bench info gpu clean
 .DEFAULT_GOAL := help
@@ -54,6 +55,11 @@ $(READY): requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-$(BUILT): $(READY) $(SOURCES)
+# With a CPU build of torch, ninja is not told which headers a CUDA source includes: compile them all when one changes.
+$(FRESH_CUDA): $(wildcard csrc/*.h csrc/cuda/*)
+	rm -rf build/temp.*/csrc/cuda
+	mkdir -p build && touch $@
+
+$(BUILT): $(READY) $(SOURCES) $(FRESH_CUDA)
 	$(PY) setup.py --quiet build_ext --inplace
 	mkdir -p build && touch $@

@@ -35,11 +35,10 @@ def find_nvcc():
         sys.exit(f"kpfused: KPFUSED_CUDA must be 0, 1 or auto; got {wish!r}")
     if wish == "0":
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [Path(home, "bin/nvcc") for home in homes if home]
-    if on_path := shutil.which("nvcc"):
-        candidates.insert(len(candidates) - 1, Path(on_path).resolve())
-    nvcc = next((c for c in candidates if c.exists() and (c.parents[1] / "include/cuda_runtime.h").exists()), None)
+    on_path = Path(shutil.which("nvcc") or "/nowhere/bin/nvcc").resolve().parents[1]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), on_path, "/usr/local/cuda"]
+    found = (Path(home, "bin/nvcc") for home in homes if home and Path(home, "include/cuda_runtime.h").exists())
+    nvcc = next(found, None)
     if nvcc is None and wish == "1":
         sys.exit("kpfused: KPFUSED_CUDA=1 but no nvcc was found; put it on PATH or set CUDA_HOME")
     return nvcc

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the compiler made of every CUDA kernel: registers, shared memory, occupancy and machine instructions.
 
-    python benchmarks/resources.py            # of the built module, writes benchmarks/results/resources.md
-    python benchmarks/resources.py --arch 80  # another architecture
+    python -m benchmarks.resources            # of the built module, writes benchmarks/results/resources.md
+    python -m benchmarks.resources --arch 80  # another architecture
 
 Needs no GPU: it reads the machine code inside ``kpfused._C`` with cuobjdump (from a CUDA toolkit, or from the packages
 nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
@@ -44,6 +44,63 @@ class Kernel:
     shared: int = 0
     local: int = 0
     instructions: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> list[str]:
+        """Template arguments: element type, elements of a load, whether dbeta is wanted."""
+        return re.search(r"<(.*)>\(", self.name)[1].replace("kpfused::cuda::", "").split(", ")  # type: ignore[index]
+
+    @property
+    def short(self) -> str:
+        """Name without namespaces and arguments."""
+        return re.sub(r"^void |kpfused::cuda::|\(.*", "", self.name)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it walks over maps; the others merge partial results."""
+        return len(self.parameters) > 1
+
+    @property
+    def element_bytes(self) -> int:
+        return {"float": 4, "double": 8}.get(self.parameters[0], 2)
+
+    @property
+    def vector(self) -> int:
+        return int(self.parameters[1])
+
+    @property
+    def direction(self) -> str:
+        return "forward" if "forward" in self.name else "backward"
+
+    @property
+    def items(self) -> int:
+        """Loads in flight: items_of of csrc/plan.h."""
+        return 8 if self.vector == 1 else 2 if self.element_bytes == 2 else 4
+
+    @property
+    def main_loop(self) -> list[str]:
+        """The loop whose steps need no bounds check: of those that load from maps, the one without a predicated load."""
+        loads = [loop for loop in self.loops() if self._loads(loop) == self.items]
+        return min(loads, key=len, default=[])
+
+    @staticmethod
+    def _loads(loop: list[str]) -> int:
+        return sum(text.startswith("LDG") for text in loop)
+
+    @property
+    def per_element(self) -> float:
+        """Instructions of the main loop, over the elements it takes."""
+        return len(self.main_loop) / (self.items * self.vector)
+
+    @property
+    def budget(self) -> int | None:
+        return BUDGET.get((self.direction, self.element_bytes))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 256 threads that the registers of one multiprocessor hold."""
+        warp = -(-self.registers * 32 // 256) * 256
+        return min(REGISTERS // warp // 8, THREADS[self.arch] // 256)
 
     def loops(self) -> list[list[str]]:
         """The instructions of every innermost loop, found by its backward branch."""
@@ -98,3 +155,49 @@ def kernels(module: Path, arch: str) -> list[Kernel]:
     for kernel, name in zip(found.values(), demangle(list(found)), strict=True):
         kernel.name = name
     return sorted(found.values(), key=lambda k: k.name)
+
+
+def built_module() -> Path:
+    from kpfused import _C
+
+    return Path(_C.__file__)
+
+
+def table(arch: str) -> str:
+    """The Markdown table of one architecture."""
+    head = "| kernel | registers | stack, local bytes | blocks of 256 threads | occupancy | instructions an element | budget |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
+    for k in kernels(built_module(), arch):
+        count = f"{k.per_element:.1f}" if k.streams else ""
+        budget = str(k.budget) if k.streams and k.budget else ""
+        occupancy = 256 * k.blocks / THREADS[arch]
+        lines.append(
+            f"| `{k.short}` | {k.registers} | {k.stack}, {k.local} | {k.blocks} | {occupancy:.0%} | {count} | {budget} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+PREFACE = """# What the compiler made of the CUDA kernels
+
+Written by `python -m benchmarks.resources`; nvcc {nvcc}, sm_{arch}. Template arguments: element type, elements of one
+load, and whether the gradient with respect to beta is wanted. Instructions are those of the main loop over the elements
+it takes; the budget is what 4.3 TB/s leave to 132 multiprocessors of 128 lanes at 1.75 GHz. Blocks are counted by
+registers and threads alone; shared memory is at most 4 KB for rows and 48 KB for channels, by launch.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="90", choices=sorted(THREADS, key=int))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    from kpfused import _C
+
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(PREFACE.format(nvcc=_C.build_info()["nvcc"], arch=options.arch) + table(options.arch))
+    print(options.output.read_text())
+
+
+if __name__ == "__main__":
+    main()

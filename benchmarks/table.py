@@ -138,13 +138,13 @@ def skipped(machine: dict[str, Any]) -> list[str]:
     return ["Not measured: " + "; ".join(lines) + "."] if lines else []
 
 
-def render(document: dict[str, Any], statistic: str, only: re.Pattern[str]) -> str:
-    """All tables of one file."""
+def render(document: dict[str, Any], statistic: str, only: re.Pattern[str], notes: bool) -> str:
+    """All tables of one file; ``notes``: with what the peers are."""
     machine = document["machine_info"]
     kinds: dict[str, list[Row]] = {}
     for row in document["benchmarks"]:
         kinds.setdefault(row["extra_info"].get("kind", "speed"), []).append(row)
-    blocks = [describe(machine), peer_notes(machine), *ceilings(machine)]
+    blocks = [describe(machine), *([peer_notes(machine)] if notes else []), *ceilings(machine)]
     blocks += [table for table in speed(kinds.get("speed", []), statistic) if only.search(table.split("\n")[0])]
     if "memory" in kinds:
         blocks.append(memory(kinds["memory"]))
@@ -173,7 +173,13 @@ def main() -> None:
     options = parser.parse_args()
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
     only = re.compile(options.only, re.IGNORECASE)
-    text = "\n\n".join(render(document, options.statistic, only) for document in documents)
+    shown: list[dict[str, str]] = []
+    texts = []
+    for document in documents:
+        found = document["machine_info"]["peers"]
+        texts.append(render(document, options.statistic, only, notes=found not in shown))
+        shown.append(found)
+    text = "\n\n".join(texts)
     if options.readme is None:
         print(text)
         return

@@ -124,7 +124,7 @@ def _read(source, partial, elements, BLOCK: tl.constexpr):
 
 
 def read(source: Tensor) -> Tensor:
-    """Sums of runs of a flat float32 tensor: reads every byte once and writes next to nothing. A ceiling, not a peer."""
+    """Sums of runs of a flat float32 tensor: reads every byte once, writes next to nothing. A ceiling, not a peer."""
     block = 8192
     partial = torch.empty(triton.cdiv(source.numel(), block), device=source.device)
     _read[(partial.numel(),)](source, partial, source.numel(), BLOCK=block, num_warps=8)

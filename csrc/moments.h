@@ -96,26 +96,6 @@ KPFUSED_HD Stats<T> finish(const State<T>& s) {
   return {s.peak, s.sum, s.sum_x / s.sum, s.sum_y / s.sum};
 }
 
-// The backward polynomial q = x * X + y * Y + C, with the map's 1 / sum folded in:
-// dh = beta * w * q and dbeta = sign(beta) * sum (k - p) * w * q.
-template <class T>
-struct Polynomial {
-  T x, y, constant;
-};
-
-// grad_x, grad_y: gradient with respect to the mean in centred pixels, i.e. upstream times Units::scale.
-template <class T>
-KPFUSED_HD Polynomial<T> backward_polynomial(const Stats<T>& s, T grad_x, T grad_y) {
-  const T x = grad_x / s.sum, y = grad_y / s.sum;
-  return {x, y, -(x * s.mean_x + y * s.mean_y)};
-}
-
-// beta * q, for kernels that are not asked for dbeta.
-template <class T>
-KPFUSED_HD Polynomial<T> scaled(const Polynomial<T>& q, T beta) {
-  return {q.x * beta, q.y * beta, q.constant * beta};
-}
-
 // The backward polynomial q = X (x - mean x) + Y (y - mean y), with the map's 1 / sum folded into X and Y:
 // dh = beta * w * q and dbeta = sign(beta) * sum (k - p) * w * q. Kept as two terms, each zero where the pixel is the
 // mean: for a map of one certain pixel the gradient is zero to the bit.

@@ -67,7 +67,7 @@ def test_cuda_switch(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemExit, match="KPFUSED_CUDA must be 0, 1 or auto; got 'maybe'"):
         find()
     # No nvcc anywhere: every path that could hold one is empty.
-    find.__globals__["Path"] = lambda *parts: tmp_path / "empty"
+    find.__globals__["Path"] = lambda *parts: tmp_path / "empty/bin/nvcc"
     monkeypatch.setenv("KPFUSED_CUDA", "auto")
     assert find() is None
     monkeypatch.setenv("KPFUSED_CUDA", "1")

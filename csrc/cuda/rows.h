@@ -16,10 +16,10 @@ namespace kpfused::cuda {
 template <class T, int V>
 constexpr int kItems = items_of(static_cast<int>(sizeof(T)), V);
 
-// Blocks a multiprocessor holds, which bounds a thread's registers: 80, or as many as there are for float64, which would
-// spill.
-template <class T>
-constexpr int kRowBlocks = sizeof(Acc<T>) == 4 ? 3 : 1;
+// Blocks a multiprocessor holds, which bounds a thread's registers: 80; 128 where dbeta's sum would spill; all there are
+// for float64.
+template <class T, bool kBeta>
+constexpr int kRowBlocks = sizeof(Acc<T>) == 8 ? 1 : kBeta ? 2 : 3;
 
 // The part of a map that a thread's team takes, and the thread's place in it. Within a part, 32 bits count rows and
 // columns; offsets in memory are 64-bit.
@@ -166,7 +166,8 @@ KPFUSED_DEVICE State<Acc<T>> rows_state(const T* map, const RowsPart& part, cons
 
 // Bytes: reads the map once, writes 6 numbers.
 template <class T, int V>
-__global__ void __launch_bounds__(plan_detail::kRowThreads, kRowBlocks<T>) rows_forward(Launch<ForwardParams> launch) {
+__global__ void __launch_bounds__(plan_detail::kRowThreads, kRowBlocks<T, false>)
+    rows_forward(Launch<ForwardParams> launch) {
   const auto& [p, plan] = launch;
   using A = Acc<T>;
   KPFUSED_SHARED(State<A>, shared);
@@ -264,7 +265,8 @@ KPFUSED_DEVICE Acc<T> rows_gradient(const T* map, T* out, const RowsPart& part, 
 
 // Bytes: reads the map once, writes its gradient once.
 template <class T, int V, bool kBeta>
-__global__ void __launch_bounds__(plan_detail::kRowThreads, kRowBlocks<T>) rows_backward(Launch<BackwardParams> launch) {
+__global__ void __launch_bounds__(plan_detail::kRowThreads, kRowBlocks<T, kBeta>)
+    rows_backward(Launch<BackwardParams> launch) {
   const auto& [p, plan] = launch;
   using A = Acc<T>;
   const RowsPart part = rows_part(plan, p.view);

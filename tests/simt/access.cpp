@@ -18,7 +18,8 @@ namespace {
 constexpr int kLanes = 32, kWarps = 32, kNobody = -1;
 constexpr size_t kGrain = 4;  // of shared memory: the smallest type the kernels keep there
 
-// Who touched an element (in shared memory: four bytes), and when: the block, the block's count of barriers, and the thread's own clock.
+// Who touched an element (in shared memory: four bytes), and when: the block, the block's count of barriers, and the
+// thread's own clock.
 struct Stamp {
   uint32_t launch = 0, block = 0, phase = 0, clock = 0;
   int32_t thread = kNobody;
@@ -26,8 +27,8 @@ struct Stamp {
 
 struct Cell {
   Stamp write, read;
-  uint32_t reads = 0;        // since the range was watched
-  uint32_t full_syncs = 0;   // __syncwarp of the reader's whole warp before the last read
+  uint32_t reads = 0;         // since the range was watched
+  uint32_t full_syncs = 0;    // __syncwarp of the reader's whole warp before the last read
   bool many_readers = false;  // in this phase; then only a barrier or a __syncwarp of the whole warp orders them
   bool written = false;
 };
@@ -78,9 +79,7 @@ const char* place(const Range& range, size_t element, char* text, size_t bytes) 
         place(range, element, text, sizeof text), stamp.thread, same_block ? "this" : "another", before);
 }
 
-Stamp now() {
-  return {launch_count, block_count, phase, warps[current / kLanes].clock[current % kLanes], current};
-}
+Stamp now() { return {launch_count, block_count, phase, warps[current / kLanes].clock[current % kLanes], current}; }
 
 void on_read(Range& range, size_t element) {
   Cell& cell = range.cells[element];
@@ -89,7 +88,8 @@ void on_read(Range& range, size_t element) {
   char text[256];
   if (!cell.written) fault("read of uninitialised memory: %s", place(range, element, text, sizeof text));
   if (!ordered(cell.write, cell, false)) race(range, element, "reads", "wrote", cell.write);
-  const bool this_phase = cell.read.launch == launch_count && cell.read.block == block_count && cell.read.phase == phase;
+  const bool this_phase =
+      cell.read.launch == launch_count && cell.read.block == block_count && cell.read.phase == phase;
   if (this_phase && cell.read.thread != current) {
     // Readers of several warps: no thread's stamp stands for all; keep one that only a barrier orders.
     const bool same_warp = cell.read.thread / kLanes == current / kLanes;
@@ -133,8 +133,8 @@ void on_access(const void* pointer, size_t bytes, size_t alignment, bool write) 
   if (address - shared_range.begin < shared_range.end - shared_range.begin)
     return check(shared_range, address, bytes, write);
   if (address - (shared_range.begin - kMargin) < shared_range.end - shared_range.begin + 2 * kMargin)
-    fault("%s outside shared memory of %zu bytes, at byte %td", write ? "write" : "read", shared_range.end - shared_range.begin,
-          static_cast<ptrdiff_t>(address - shared_range.begin));
+    fault("%s outside shared memory of %zu bytes, at byte %td", write ? "write" : "read",
+          shared_range.end - shared_range.begin, static_cast<ptrdiff_t>(address - shared_range.begin));
   for (Range& range : ranges)
     if (address - range.begin < range.end - range.begin) return check(range, address, bytes, write);
   for (const auto& [begin, end] : guarded)
@@ -235,10 +235,10 @@ void sync_warp(int index, unsigned mask) {
 // What the compiler calls. Names and meaning are the compiler's interface to ThreadSanitizer.
 using simt::access::on_access;
 
-#define KPFUSED_SIMT_HOOKS(bytes)                                                          \
-  void __tsan_read##bytes(void* p) { on_access(p, bytes, bytes, false); }                  \
-  void __tsan_write##bytes(void* p) { on_access(p, bytes, bytes, true); }                  \
-  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, 1, false); }            \
+#define KPFUSED_SIMT_HOOKS(bytes)                                               \
+  void __tsan_read##bytes(void* p) { on_access(p, bytes, bytes, false); }       \
+  void __tsan_write##bytes(void* p) { on_access(p, bytes, bytes, true); }       \
+  void __tsan_unaligned_read##bytes(void* p) { on_access(p, bytes, 1, false); } \
   void __tsan_unaligned_write##bytes(void* p) { on_access(p, bytes, 1, true); }
 
 extern "C" {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// What every thread reads and writes, element by element. The kernels are compiled with -fsanitize=thread, which makes the
-// compiler call a function at each access; access.cpp supplies these functions in place of ThreadSanitizer's runtime
-// and finds, whatever the order the threads ran in:
+// What every thread reads and writes, element by element. The kernels are compiled with -fsanitize=thread, which makes
+// the compiler call a function at each access; access.cpp supplies these functions in place of ThreadSanitizer's
+// runtime and finds, whatever the order the threads ran in:
 //   - races: two threads touch an element, one writes, and no barrier lies between. As in CUDA, __syncthreads and
 //     __syncwarp order memory; shuffles and votes do not;
 //   - reads of shared memory and of outputs that nobody has written;

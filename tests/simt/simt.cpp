@@ -90,20 +90,14 @@ int take_ready() {
   Scheduler& s = scheduler;
   int warp = 0, lane = 0;
   switch (s.order) {
-    case Order::ascending:
-      warp = lowest(s.ready_warps), lane = lowest(s.ready_lanes[warp]);
-      break;
-    case Order::descending:
-      warp = highest(s.ready_warps), lane = highest(s.ready_lanes[warp]);
-      break;
+    case Order::ascending: warp = lowest(s.ready_warps), lane = lowest(s.ready_lanes[warp]); break;
+    case Order::descending: warp = highest(s.ready_warps), lane = highest(s.ready_lanes[warp]); break;
     case Order::warps:  // each warp runs as far as it can, warps in the block's own order
       for (int i = 0; !(s.ready_warps >> (warp = s.warp_order[i]) & 1); ++i) {
       }
       lane = any_of(s.ready_lanes[warp]);
       break;
-    case Order::random:
-      warp = any_of(s.ready_warps), lane = any_of(s.ready_lanes[warp]);
-      break;
+    case Order::random: warp = any_of(s.ready_warps), lane = any_of(s.ready_lanes[warp]); break;
   }
   if ((s.ready_lanes[warp] &= ~(1u << lane)) == 0) s.ready_warps &= ~(1u << warp);
   return warp * kLanes + lane;
@@ -164,8 +158,8 @@ const char* describe(int thread, char* text, size_t bytes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int peer = i / kLanes * kLanes + lane;
       const Thread& p = s.threads[peer];
-      const bool together = p.state == State::in_collective && p.call == t.call && p.mask == t.mask &&
-                            p.site.line == t.site.line;
+      const bool together =
+          p.state == State::in_collective && p.call == t.call && p.mask == t.mask && p.site.line == t.site.line;
       if (!(t.mask >> lane & 1) || together) continue;
       s.current = i;
       fault("lanes named by the mask do not arrive: %s; %s", describe(i, mine, sizeof mine),
@@ -197,7 +191,9 @@ void release_barrier() {
   }
   for (int i = 0; i < s.count; ++i) {
     Thread& t = s.threads[i];
-    t.result = static_cast<uint64_t>(t.vote == Vote::count ? count : t.vote == Vote::all ? count == s.count : count > 0);
+    t.result = static_cast<uint64_t>(t.vote == Vote::count ? count
+                                     : t.vote == Vote::all ? count == s.count
+                                                           : count > 0);
     make_ready(i);
   }
   s.waiting = 0;
@@ -237,7 +233,8 @@ void prepare_fibers(int count) {
   }
 }
 
-// From the kernel as a launch writes it and the compiler's name of the closure's type, "... Closure = a::b<float>(...)".
+// From the kernel as a launch writes it and the compiler's name of the closure's type, "... Closure =
+// a::b<float>(...)".
 std::string full_name(const std::string& kernel, const std::string& signature) {
   std::string name = kernel.front() == '(' ? kernel.substr(1, kernel.size() - 2) : kernel;
   const size_t type = signature.find("Closure = ");
@@ -252,12 +249,12 @@ std::string full_name(const std::string& kernel, const std::string& signature) {
 
 void check_launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads || block.z > 64) fault("%s: %llu threads in a block", kernel,
-                                                                   static_cast<unsigned long long>(threads));
+  if (threads == 0 || threads > kMaxThreads || block.z > 64)
+    fault("%s: %llu threads in a block", kernel, static_cast<unsigned long long>(threads));
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     fault("%s: grid of %u x %u x %u blocks", kernel, grid.x, grid.y, grid.z);
-  if (shared_bytes > scheduler.allowed_shared) fault("%s: %zu bytes of shared memory, of %zu allowed", kernel,
-                                                     shared_bytes, scheduler.allowed_shared);
+  if (shared_bytes > scheduler.allowed_shared)
+    fault("%s: %zu bytes of shared memory, of %zu allowed", kernel, shared_bytes, scheduler.allowed_shared);
 }
 
 // The collective's result for one lane, all lanes of its mask having arrived. `first` is lane 0 of the warp.
@@ -304,8 +301,8 @@ void fault(const char* format, ...) {
   std::vfprintf(stderr, format, arguments);
   va_end(arguments);
   if (s.current >= 0)
-    std::fprintf(stderr, "\n  in %s, block (%u, %u, %u), thread %d of %d, order %s", s.kernel.c_str(), blockIdx.x, blockIdx.y,
-                 blockIdx.z, s.current, s.count, order_name(s.order));
+    std::fprintf(stderr, "\n  in %s, block (%u, %u, %u), thread %d of %d, order %s", s.kernel.c_str(), blockIdx.x,
+                 blockIdx.y, blockIdx.z, s.current, s.count, order_name(s.order));
   std::fprintf(stderr, "\n  case: %s\n", context);
   std::fflush(stderr);
   _exit(kFaultStatus);
@@ -380,7 +377,8 @@ void launch(const char* kernel, const char* signature, dim3 grid, dim3 block, si
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
   if (s.order == Order::descending) std::vector<uint64_t>(blocks.rbegin(), blocks.rend()).swap(blocks);
-  if (s.order == Order::warps || s.order == Order::random) shuffle_items(blocks.data(), static_cast<int>(blocks.size()));
+  if (s.order == Order::warps || s.order == Order::random)
+    shuffle_items(blocks.data(), static_cast<int>(blocks.size()));
   for (const uint64_t b : blocks) {
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / grid.x / grid.y)};

@@ -48,8 +48,9 @@ void launch(const char* kernel, const char* signature, dim3 grid, dim3 block, si
 
 template <class Closure>
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const Closure& closure) {
-  launch(kernel, __PRETTY_FUNCTION__, grid, block, shared_bytes,
-         [](const void* c) { (*static_cast<const Closure*>(c))(); }, &closure);
+  launch(
+      kernel, __PRETTY_FUNCTION__, grid, block, shared_bytes,
+      [](const void* c) { (*static_cast<const Closure*>(c))(); }, &closure);
 }
 
 // Every kernel that has run, with the function that launched it: "rows_forward<T, V> by forward<float, 4>".

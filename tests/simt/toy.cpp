@@ -98,7 +98,8 @@ __global__ void reduce(const float* x, float* y, int length, Fault fault) {
   const float* row = x + b * length;
   const int first = fault == Fault::read_before_start ? -1 : 0, last = length + (fault == Fault::read_past_end);
   float sum = 0;
-  for (int i = (first + t) * 4; i + 3 < last - last % 4; i += kThreads * 4) sum += load_four(row, i, fault == Fault::misaligned);
+  for (int i = (first + t) * 4; i + 3 < last - last % 4; i += kThreads * 4)
+    sum += load_four(row, i, fault == Fault::misaligned);
   for (int i = last - last % 4 + t; i < last; i += kThreads) sum += row[i];
   sum = warp_sum(sum, fault);
   if (t % 32 == 0 && fault != Fault::uninitialised_shared) shared[t / 32] = sum;

@@ -36,6 +36,8 @@ std::string Case::name() const {
   add("row-pad", row_pad);
   add("map-pad", map_pad);
   add("lead", lead);
+  add("map-stride", map_stride);
+  add("row-stride", row_stride);
   name += std::string("/") + values_name(values) + "/beta-" + betas_name(betas) + "/" + upstream_name(upstream);
   add("units", static_cast<int>(units));
   return name;
@@ -43,14 +45,16 @@ std::string Case::name() const {
 
 Strides Case::strides() const {
   if (channels_last) {
-    const int64_t x = inner + row_pad, y = (width + map_pad) * x;
+    const int64_t x = inner + row_pad, y = row_stride ? row_stride : (width + map_pad) * x;
+    if (map_stride) return {map_stride, 1, y, x};
     return {height * y, 1, y, x};
   }
-  const int64_t y = width + row_pad, map = height * y + map_pad;
+  const int64_t y = row_stride ? row_stride : width + row_pad, map = map_stride ? map_stride : height * y + map_pad;
   return {inner * map + map_pad, map, y, 1};
 }
 
 Strides Case::grad_strides() const {
+  if (map_stride || row_stride) return strides();
   if (channels_last) return {height * width * inner, 1, width * inner, inner};
   return {inner * height * width, height * width, width, 1};
 }
@@ -113,8 +117,8 @@ Case maps(const char* group, int64_t outer, int64_t inner, Size size) {
 // alone and among others.
 void add_rows(std::vector<Case>& cases) {
   // Maps for part of a warp: up to 256 elements one at a time, 512 in float32 vectors and 1024 in half-precision ones.
-  const Size team[] = {{1, 1},  {1, 2},   {2, 1},   {1, 5},   {5, 1},   {3, 3},   {5, 5},   {7, 9},   {8, 8},
-                       {4, 16}, {10, 12}, {1, 17},  {17, 1},  {16, 16}, {1, 128}, {128, 1}, {15, 17}, {1, 256},
+  const Size team[] = {{1, 1},   {1, 2},   {2, 1},   {1, 5},   {5, 1},   {3, 3},   {5, 5},   {7, 9},    {8, 8},
+                       {4, 16},  {10, 12}, {1, 17},  {17, 1},  {16, 16}, {1, 128}, {128, 1}, {15, 17},  {1, 256},
                        {1, 257}, {256, 1}, {2, 129}, {16, 32}, {8, 68},  {32, 32}, {33, 32}, {1, 1024}, {300, 1}};
   for (const Size size : team) {
     Case c = maps("team", 1, 7, size);
@@ -236,6 +240,26 @@ void add_views(std::vector<Case>& cases) {
   }
 }
 
+// Offsets that no 32-bit integer holds, between maps and within one.
+void add_far(std::vector<Case>& cases) {
+  const int64_t far = int64_t{1} << 31;
+  for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16}) {
+    for (const bool channels_last : {false, true}) {
+      for (const Size size : {Size{7, 9}, Size{40, 48}}) {
+        for (const bool rows : {false, true}) {
+          Case c = maps("far", channels_last ? 2 : 1, channels_last ? 8 : 2, size);
+          c.dtype = dtype;
+          c.channels_last = channels_last;
+          c.row_stride = rows ? far / (size.height - 2) / 64 * 64 : 0;
+          c.map_stride = rows ? far * 2 : far + 64;
+          c.orders = 1;
+          cases.push_back(c);
+        }
+      }
+    }
+  }
+}
+
 // Maps that stress numbers rather than places; one size for each family of kernels.
 void add_values(std::vector<Case>& cases) {
   const Size sizes[] = {{7, 9}, {16, 16}, {48, 40}, {96, 72}};
@@ -293,6 +317,7 @@ std::vector<Case> all_cases() {
   add_split(cases);
   add_channels(cases);
   add_views(cases);
+  add_far(cases);
   add_values(cases);
   add_betas(cases);
   add_units(cases);

@@ -26,6 +26,7 @@ struct Case {
   int64_t row_pad = 0;  // elements behind every row (channels_last: channels left out behind every pixel)
   int64_t map_pad = 0;  // elements behind every map (channels_last: pixels left out behind every row)
   int lead = 0;         // elements in front of the first map, to misalign it
+  int64_t map_stride = 0, row_stride = 0;  // where not 0, of the heatmap and of its gradient: beyond 32 bits
   Values values = Values::random;
   Betas betas = Betas::value;
   Upstream upstream = Upstream::dense;

@@ -73,18 +73,16 @@ inline void check_coordinates(const Case& c, int64_t map, const Reference& r, co
   }
 }
 
-// gx, gy: gradient with respect to x and y in pixels.
+// gx, gy: gradient with respect to x and y in pixels. gradient: that of all maps' pixels, one map after another.
 inline void check_gradient(const Case& c, int64_t map, const Reference& r, Real gx, Real gy, const void* gradient,
                            Outcome& out) {
-  const Strides strides = c.grad_strides();
   const Tolerance tolerance(c.dtype);
   const Real beta = std::fabs(c.beta(map));
   Real largest = 0;
   for (const Real g : r.gradient) largest = std::max(largest, std::fabs(g));
-  const int64_t base = map / c.inner * strides[0] + map % c.inner * strides[1];
   for (int64_t i = 0; i < c.height * c.width; ++i) {
     const Real want = r.gradient[static_cast<size_t>(i)];
-    const Real got = load(c.dtype, gradient, base + i / c.width * strides[2] + i % c.width * strides[3]);
+    const Real got = load(c.dtype, gradient, map * c.height * c.width + i);
     const Real p = r.probability[static_cast<size_t>(i)];
     const Real bound = tolerance.gradient(largest, beta * p * slope_of(c, gx, gy));
     const Real rounding = epsilon(c.dtype) / 2 * std::fabs(want) + (c.dtype == Dtype::float16 ? 0x1p-25L : 0);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Runs the cases whose names contain every filter and ends with "N passed, N failed".
 //
-//   harness [--order ascending|descending|warps|random|all] [--seed N] [--shard K/N] [--list] [--verbose] [--kernels] [filter ...]
+//   harness [--order ascending|descending|warps|random|all] [--seed N] [--shard K/N] [--list] [--verbose] [--kernels]
+//   [filter ...]
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -26,8 +27,10 @@ struct Options {
 };
 
 [[noreturn]] void usage(const char* complaint) {
-  std::fprintf(stderr, "%s\nusage: harness [--order NAME|all] [--seed N] [--shard K/N] [--list] [--verbose] [--kernels] "
-               "[filter ...]\n", complaint);
+  std::fprintf(stderr,
+               "%s\nusage: harness [--order NAME|all] [--seed N] [--shard K/N] [--list] [--verbose] [--kernels] "
+               "[filter ...]\n",
+               complaint);
   std::exit(2);
 }
 
@@ -72,9 +75,7 @@ bool matches(const harness::Case& c, const std::vector<std::string>& filters) {
   return true;
 }
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 struct Group {
   std::string name;
@@ -83,8 +84,8 @@ struct Group {
 
   void report() const {
     if (passed + failed == 0) return;
-    std::printf("%-24s %4d passed %4d failed   largest error %3.0f%% of its tolerance   %5.1f s\n", name.c_str(), passed,
-                failed, 100 * worst, seconds() - started);
+    std::printf("%-24s %4d passed %4d failed   largest error %3.0f%% of its tolerance   %5.1f s\n", name.c_str(),
+                passed, failed, 100 * worst, seconds() - started);
     std::fflush(stdout);
   }
 };
@@ -114,7 +115,8 @@ int main(int argc, char** argv) {
     const double started = seconds();
     const harness::Outcome outcome = harness::run_case(c, orders, options.seed);
     if (options.verbose) std::printf("%6.2f s  %s\n", seconds() - started, c.name().c_str());
-    for (const std::string& failure : outcome.failures) std::printf("FAILED %s: %s\n", c.name().c_str(), failure.c_str());
+    for (const std::string& failure : outcome.failures)
+      std::printf("FAILED %s: %s\n", c.name().c_str(), failure.c_str());
     ++(outcome.failures.empty() ? group.passed : group.failed);
     ++(outcome.failures.empty() ? passed : failed);
     if (outcome.worst > group.worst) group.worst = outcome.worst;

@@ -116,8 +116,8 @@ inline Real logit(Values values, int64_t n, int64_t y, int64_t x, int64_t height
     case Values::offset_1e30: return (n % 2 ? -1 : 1) * 1e30L * (1 + noise / 4);
     case Values::peaked: {
       // A bump that sits at another place of each map, a corner of the first.
-      const Real px = uniform(seed, 1u << 30) * static_cast<Real>(n ? width - 1 : 0), py = uniform(seed, 1u << 29) *
-                      static_cast<Real>(n ? height - 1 : 0);
+      const Real px = uniform(seed, 1u << 30) * static_cast<Real>(n ? width - 1 : 0),
+                 py = uniform(seed, 1u << 29) * static_cast<Real>(n ? height - 1 : 0);
       const Real dx = static_cast<Real>(x) - px, dy = static_cast<Real>(y) - py;
       return 20 * std::exp(-(dx * dx + dy * dy) / 8) + noise / 8;
     }
