@@ -10,6 +10,7 @@ export PYTHONPATH := $(CURDIR)
 SOURCES := setup.py kpfused/version.py $(shell find csrc -type f)
 READY := $(VENV)/.ready
 BUILT := build/.built
+RESULTS := benchmarks/results/cpu
 FRESH_CUDA := build/.cuda
 
 .PHONY: help demo test lint types unit sanitize build bench info gpu clean
@@ -39,7 +40,11 @@ sanitize: $(READY)  ## CPU and CUDA kernels on the CPU under AddressSanitizer an
 build: $(BUILT)  ## compile kpfused._C in place
 
 bench: build  ## CPU benchmarks beside the peers; rewrites the table in README.md
-	$(PY) -m pytest benchmarks --benchmark-only
+	mkdir -p $(RESULTS)
+	$(PY) -m pytest benchmarks --benchmark-json=$(RESULTS)/speed.json
+	$(PY) -m benchmarks.memory --json $(RESULTS)/memory.json
+	$(PY) -m benchmarks.host_time --json $(RESULTS)/host_time.json
+	$(PY) benchmarks/table.py $(addprefix $(RESULTS)/,speed.json memory.json host_time.json) --readme README.md
 
 info: build  ## versions, architectures, flags
 	$(PY) -m kpfused.info

@@ -25,6 +25,8 @@ from kpfused import __version__, reference
 ROOT = Path(__file__).parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+skipped: list[str] = []  # what was not timed and why, for the head of a file
+
 # Shapes that keypoint networks produce, (B, K, H, W).
 SMALL = [(16, 32, 3, 3), (1, 2000, 5, 5), (64, 32, 7, 9), (64, 512, 10, 12), (1, 80, 80, 80)]
 USUAL = [(32, 17, 64, 48), (64, 17, 64, 48), (64, 17, 64, 64)]

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import cases
 
-_DROPPED = ("data", "outliers", "ld15iqr", "hd15iqr", "iqr_outliers", "stddev_outliers", "total")
+_DROPPED = ("data", "outliers", "ld15iqr", "hd15iqr", "iqr_outliers", "stddev_outliers", "total", "ops", "q1", "q3")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -18,6 +18,6 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
         row["stats"] = {name: value for name, value in row["stats"].items() if name not in _DROPPED}
         for name in ("options", "params", "param", "fullname"):
             row.pop(name, None)
-    output_json["machine_info"] = cases.head("cpu", "make bench")
+    output_json["machine_info"] = {**cases.head("cpu", "make bench"), "skipped": cases.skipped}
     # The commit is in the head; names of people and branches are nobody's business here.
     output_json["commit_info"] = {"id": output_json["machine_info"]["commit"]}

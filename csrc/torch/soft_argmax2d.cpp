@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../cpu/pages.h"
 #include "../cpu/soft_argmax2d.h"
 #include "../cuda/soft_argmax2d.h"
 #include "../units.h"
@@ -20,7 +21,12 @@ struct Cpu {
     return cpu::soft_argmax2d_backward_workspace(p.view, p.dtype, p.grad_beta != nullptr);
   }
   static void run(const ForwardParams& p, const Tensor&) { cpu::soft_argmax2d_forward(p); }
-  static void run(const BackwardParams& p, const Tensor&) { cpu::soft_argmax2d_backward(p); }
+  static void run(const BackwardParams& p, const Tensor&) {
+    const MapView& v = p.grad_view;  // dense
+    const int64_t pixels = v.maps() * v.height * v.width;
+    cpu::prefer_huge_pages(p.grad_heatmap, static_cast<size_t>(pixels * element_size(p.dtype)));
+    cpu::soft_argmax2d_backward(p);
+  }
 };
 
 #if KPFUSED_CUDA

@@ -54,6 +54,7 @@ std::vector<std::pair<uintptr_t, uintptr_t>> guarded;
 Warp warps[kWarps];
 uint32_t launch_count = 0, block_count = 0, phase = 0;
 int current = kNobody;
+uintptr_t stack_begin = 0, stack_size = 0;
 
 // Whether what `before` records happened before anything the current thread does now.
 bool ordered(const Stamp& before, const Cell& cell, bool is_read) {
@@ -129,6 +130,7 @@ void check(Range& range, uintptr_t address, size_t bytes, bool write) {
 void on_access(const void* pointer, size_t bytes, size_t alignment, bool write) {
   if (current == kNobody) return;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (address - stack_begin < stack_size) return;  // the thread's own
   if (address % alignment != 0) fault("misaligned %s of %zu bytes", write ? "write" : "read", bytes);
   if (address - shared_range.begin < shared_range.end - shared_range.begin)
     return check(shared_range, address, bytes, write);
@@ -208,7 +210,11 @@ void start_block(const char* shared, size_t bytes) {
     for (uint32_t& clock : warp.clock) clock = 1;
 }
 
-void start_thread(int thread) { current = thread; }
+void start_thread(int thread, const char* stack, size_t stack_bytes) {
+  current = thread;
+  stack_begin = reinterpret_cast<uintptr_t>(stack);
+  stack_size = stack_bytes;
+}
 
 void barrier() { ++phase; }
 

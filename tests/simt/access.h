@@ -36,7 +36,7 @@ size_t unwritten_elements(const char* name);
 // For the scheduler.
 void start_launch();
 void start_block(const char* shared, size_t bytes);
-void start_thread(int thread);  // -1: the host
+void start_thread(int thread, const char* stack, size_t stack_bytes);  // thread -1: the host
 void barrier();
 void sync_warp(int warp, unsigned mask);
 #else
@@ -49,7 +49,7 @@ inline double reads_per_element(const char*) { return 0; }
 inline size_t unwritten_elements(const char*) { return 0; }
 inline void start_launch() {}
 inline void start_block(const char*, size_t) {}
-inline void start_thread(int) {}
+inline void start_thread(int, const char*, size_t) {}
 inline void barrier() {}
 inline void sync_warp(int, unsigned) {}
 #endif

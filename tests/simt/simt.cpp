@@ -127,9 +127,9 @@ void resume(int thread) {
   s.current = thread;
   const auto t = static_cast<unsigned>(thread);
   threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
-  access::start_thread(thread);
+  access::start_thread(thread, s.threads[thread].fiber.stack, kStackBytes);
   switch_fiber(&s.host, &s.threads[thread].fiber);
-  access::start_thread(-1);
+  access::start_thread(-1, nullptr, 0);
   s.current = -1;
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "access.h"
 #include "run.h"
 
 #if defined(KPFUSED_SIMT_ASAN)
@@ -17,9 +18,14 @@
 
 namespace {
 
+std::vector<simt::Order> all_orders() {
+  return {simt::Order::ascending, simt::Order::random, simt::Order::descending, simt::Order::warps};
+}
+
 struct Options {
-  std::vector<simt::Order> orders{simt::Order::ascending, simt::Order::descending, simt::Order::warps,
-                                  simt::Order::random};
+  // Where every access is followed, races are found in any order.
+  std::vector<simt::Order> orders =
+      simt::access::kEnabled ? std::vector{simt::Order::ascending, simt::Order::random} : all_orders();
   uint64_t seed = 1;
   int shard = 0, shards = 1;
   bool list = false, verbose = false, kernels = false;
@@ -38,7 +44,7 @@ std::vector<simt::Order> parse_order(const std::string& name) {
   for (int i = 0; i < simt::kOrders; ++i)
     if (name == simt::order_name(static_cast<simt::Order>(i))) return {static_cast<simt::Order>(i)};
   if (name != "all") usage("unknown order");
-  return Options{}.orders;
+  return all_orders();
 }
 
 Options parse(int argc, char** argv) {
