@@ -79,7 +79,7 @@ class Kernel:
 
     @property
     def main_loop(self) -> list[str]:
-        """The loop whose steps need no bounds check: of those that load from maps, the one without a predicated load."""
+        """The loop whose steps need no bounds check: the one that loads from maps without a predicate."""
         loads = [loop for loop in self.loops() if self._loads(loop) == self.items]
         return min(loads, key=len, default=[])
 
@@ -165,14 +165,17 @@ def built_module() -> Path:
 
 def table(arch: str) -> str:
     """The Markdown table of one architecture."""
-    head = "| kernel | registers | stack, local bytes | blocks of 256 threads | occupancy | instructions an element | budget |"
+    head = (
+        "| kernel | registers | stack, local | blocks of 256 threads | occupancy | instructions an element | budget |"
+    )
     lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
     for k in kernels(built_module(), arch):
         count = f"{k.per_element:.1f}" if k.streams else ""
         budget = str(k.budget) if k.streams and k.budget else ""
         occupancy = 256 * k.blocks / THREADS[arch]
         lines.append(
-            f"| `{k.short}` | {k.registers} | {k.stack}, {k.local} | {k.blocks} | {occupancy:.0%} | {count} | {budget} |"
+            f"| `{k.short}` | {k.registers} | {k.stack}, {k.local} "
+            f"| {k.blocks} | {occupancy:.0%} | {count} | {budget} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -21,8 +21,6 @@ struct Run {
   int64_t size, first, second;
 };
 
-constexpr bool readable(const MapView& v) { return v.stride_x == 1 || v.stride_inner == 1; }
-
 inline MapView view_of(const Run& outer, const Run& inner, int64_t height, int64_t width, const int64_t* strides,
                        int64_t dims, bool second) {
   MapView v{outer.size, inner.size, height, width, second ? outer.second : outer.first,
@@ -43,6 +41,7 @@ inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* fir
   int used = 0;
   for (int64_t d = dims - 3; d >= 0; --d) {
     const int64_t n = sizes[d];
+    if (n == 0) return {{0, 0, height, width, 0, 0, width, 1}, {0, 0, height, width, 0, 0, width, 1}, true};
     if (n == 1) continue;
     if (used > 0) {
       detail::Run& last = runs[used - 1];
@@ -57,7 +56,9 @@ inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* fir
   Layout layout{detail::view_of(runs[1], runs[0], height, width, first, dims, false),
                 detail::view_of(runs[1], runs[0], height, width, other, dims, true), true};
   const bool rows = layout.first.stride_x == 1 && layout.second.stride_x == 1;
-  const bool channels = layout.first.stride_inner == 1 && layout.second.stride_inner == 1;
+  // Kernels tell the two kinds apart by stride_x alone, so both tensors must be of the same one.
+  const bool channels = layout.first.stride_inner == 1 && layout.second.stride_inner == 1 &&
+                        layout.first.stride_x != 1 && layout.second.stride_x != 1;
   layout.in_place = rows || channels;
   return layout;
 }

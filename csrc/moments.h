@@ -39,7 +39,7 @@ struct Limits<double> {
 template <class T>
 struct Sharpness {
   T sign;   // +1 or -1
-  T scale;  // |beta| * log2(e), never zero: -inf stays at weight zero even at beta = 0, where finite logits weigh the same
+  T scale;  // |beta| * log2(e), never zero: -inf stays at weight zero even at beta = 0, where logits up to 1e35 weigh the same
 };
 
 template <class T>

@@ -47,8 +47,7 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coord
         beta_value: beta where ``beta`` is None.
         coordinates: index into ``reference.COORDINATES``.
     """
-    if heatmap.device.type not in _KERNEL_DEVICES and heatmap.device.type != "meta":
-        _warn_of_slow_path(heatmap.device.type)
+    if not torch.compiler.is_compiling() and _needs_reference(heatmap):
         return reference.soft_argmax2d(
             heatmap, beta_value if beta is None else beta, coordinates=reference.COORDINATES[coordinates]
         )
@@ -61,11 +60,17 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coord
     return result
 
 
+def _needs_reference(heatmap: Tensor) -> bool:
+    """Devices without a kernel, function transforms (vmap, grad, jvp) and forward-mode derivatives."""
+    if heatmap.device.type not in _KERNEL_DEVICES and heatmap.device.type != "meta":
+        _warn_of_slow_path(heatmap.device.type)
+        return True
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def _is_plain(heatmap: Tensor, beta: Tensor | None) -> bool:
-    """Whether neither a tensor subclass nor a function transform has to see the op."""
-    return (
-        type(heatmap) in _PLAIN and (beta is None or type(beta) in _PLAIN)
-    ) and not torch._C._are_functorch_transforms_active()
+    """Whether no tensor subclass has to see the op."""
+    return type(heatmap) in _PLAIN and (beta is None or type(beta) in _PLAIN)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -156,7 +161,8 @@ def _second_backward(ctx: Any, grad_grad_heatmap: Tensor | None, grad_grad_beta:
 
 
 def _tracked(tensor: Tensor) -> Tensor:
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    """The tensor as a node of its own: its history is the outer graph's to follow, not this formula's."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 torch.library.register_autograd(

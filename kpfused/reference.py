@@ -50,6 +50,7 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | float = 1.0, *, coordinates: s
     masked = (logits == -torch.inf) & (beta >= 0)
     scaled = (beta * logits.masked_fill(masked, 0)).masked_fill(masked, -torch.inf)
     probability = torch.softmax(scaled.flatten(-2), -1).view(scaled.shape)
-    x = probability.sum(-2) @ coordinate_axis(width, coordinates, dtype=dtype, device=heatmap.device)
-    y = probability.sum(-1) @ coordinate_axis(height, coordinates, dtype=dtype, device=heatmap.device)
+    # Products and sums, not a matrix product: autocast would run that in half precision.
+    x = (probability.sum(-2) * coordinate_axis(width, coordinates, dtype=dtype, device=heatmap.device)).sum(-1)
+    y = (probability.sum(-1) * coordinate_axis(height, coordinates, dtype=dtype, device=heatmap.device)).sum(-1)
     return torch.stack((x, y), -1)

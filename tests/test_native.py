@@ -88,4 +88,4 @@ def test_an_overrun_is_caught(tmp_path: Path) -> None:
     environment = {**os.environ, "KPFUSED_CPU_CAPABILITY": "baseline"}
     done = subprocess.run([planted], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert "ERROR: AddressSanitizer" in done.stderr

@@ -28,7 +28,9 @@ def check(heatmap: Tensor, beta: Tensor | float = 1.0, coordinates: str = "pixel
     got = cases.gradients(kpfused.soft_argmax2d, heatmap, beta, coordinates=coordinates)
     want = cases.gradients(cases.oracle, heatmap.double(), beta, coordinates)
     assert got.dtype == heatmap.dtype
-    cases.assert_gradients(got, want, max(height, width))
+    # beta multiplies the gradient, and so the rounding of a coordinate in it.
+    sharpness = max(1.0, float(abs(beta))) if not isinstance(beta, Tensor) else 1.0
+    cases.assert_gradients(got, want, max(height, width) * sharpness)
     torch.testing.assert_close(heatmap, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -119,12 +121,13 @@ def eager(heatmap: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(64, 7, 9), (64, 48, 64), (32, 96, 72), (8, 256, 256)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_never_less_exact_than_eager_float32(device: str, kind: str, shape: tuple[int, ...], layout: str) -> None:
-    """Largest error over a batch; what rounding the result to float32 costs is granted to both."""
+    """Largest error over a batch. One and a half units in the last place of the largest coordinate are granted: below
+    that, which of two correct results is nearer is a matter of the order of a sum."""
     heatmap = cases.LAYOUTS[layout](cases.FINITE[kind](shape).float().to(device))
     expected = cases.oracle(heatmap)
     ours = (kpfused.soft_argmax2d(heatmap).double() - expected).abs().max()
     theirs = (eager(heatmap).double() - expected).abs().max()
-    floor = torch.finfo(torch.float32).eps * max(shape[1:]) / 2
+    floor = torch.finfo(torch.float32).eps * max(shape[1:]) * 1.5
     assert ours <= max(theirs, floor)
     want = cases.gradients(cases.oracle, heatmap.double())
     ours = (cases.gradients(kpfused.soft_argmax2d, heatmap).double() - want).abs().max()
@@ -203,6 +206,17 @@ def test_logits_at_the_end_of_the_range(device: str, value: float) -> None:
     heatmap[:, 2, 3] = value
     check(heatmap, 1.0)
     check(heatmap, -1.0)
+
+
+def test_no_maps_in_a_layout_that_does_not_fold(device: str) -> None:
+    heatmap = torch.empty(2, 3, 0, 8, 8, device=device).transpose(0, 1)
+    assert kpfused.soft_argmax2d(heatmap).shape == (3, 2, 0, 2)
+
+
+def test_overlapping_windows(device: str) -> None:
+    """Both a row and the keypoints of a pixel are dense in the heatmap, but not in its gradient."""
+    base = cases.random((7, 40)).float().to(device)
+    check(base.unfold(1, 20, 1)[:, :3].permute(1, 0, 2))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5)], ids=str)

@@ -115,8 +115,10 @@ KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const
   A* out = static_cast<A*>(params.stats) + map * kStats;
   out[0] = stats.peak, out[1] = stats.sum, out[2] = stats.mean_x, out[3] = stats.mean_y;
   A* coordinates = static_cast<A*>(params.coordinates) + map * 2;
-  coordinates[0] = A(params.units.scale_x * double(stats.mean_x) + params.units.offset_x);
-  coordinates[1] = A(params.units.scale_y * double(stats.mean_y) + params.units.offset_y);
+  // Rounded once: a mean in float32 would already cost as much as small maps lose in their sums.
+  const double sum = double(state.sum);
+  coordinates[0] = A(params.units.scale_x * (double(state.sum_x) / sum) + params.units.offset_x);
+  coordinates[1] = A(params.units.scale_y * (double(state.sum_y) / sum) + params.units.offset_y);
 }
 
 // The state of one part of a split map, to be merged. Item: map * parts + part.

@@ -51,9 +51,18 @@ struct Cuda {
 };
 #endif
 
+void check_device(const Tensor& tensor, const Tensor& heatmap, const char* name) {
+  int32_t own = 0, wanted = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &own));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(heatmap.get(), &wanted));
+  STD_TORCH_CHECK(own == wanted && tensor.get_device_index() == heatmap.get_device_index(), name,
+                  " must be on the device of heatmap");
+}
+
 BetaView beta_view(const Tensor& heatmap, const std::optional<Tensor>& beta, double value) {
   BetaView view{nullptr, value, 1, 1};
   if (!beta) return view;
+  check_device(*beta, heatmap, "beta");
   STD_TORCH_CHECK(beta->scalar_type() == accumulator_of(dtype_of(heatmap)) && beta->is_contiguous(),
                   "beta must be contiguous and of the dtype of the coordinates");
   const auto sizes = heatmap.sizes();
@@ -143,6 +152,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_coordinates, Tensor heatmap, Ten
   }
   auto p = common_params<BackwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
   const ScalarType accumulator = accumulator_of(p.dtype);
+  check_device(stats, heatmap, "stats");
+  check_device(grad_coordinates, heatmap, "grad_coordinates");
   STD_TORCH_CHECK(stats.scalar_type() == accumulator && stats.is_contiguous() &&
                       stats.numel() == p.view.maps() * kStats,
                   "stats must be what soft_argmax2d returned for this heatmap");
