@@ -27,26 +27,28 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float lowest = -3.402823466e+38f;
-  static constexpr float smallest = 1.175494351e-38f;
+  static constexpr float smallest_scale = 0x1p-121f;
 };
 template <>
 struct Limits<double> {
   static constexpr double lowest = -1.7976931348623157e+308;
-  static constexpr double smallest = 2.2250738585072014e-308;
+  static constexpr double smallest_scale = 0x1p-1013;
 };
 
 // beta split into what the element loop needs.
 template <class T>
 struct Sharpness {
   T sign;   // +1 or -1
-  T scale;  // |beta| * log2(e), never zero: -inf stays at weight zero even at beta = 0, where logits up to 1e35 weigh the same
+  T scale;  // |beta| * log2(e), but never so small that the lowest number would not lie below weight zero
 };
 
+// With a scale of zero, -inf would weigh as much as any other logit. At the smallest scale, which is also that of
+// beta = 0, it weighs nothing and finite logits up to 1e29 weigh the same.
 template <class T>
 KPFUSED_HD Sharpness<T> sharpness(T beta) {
   const T scale = (beta < T(0) ? -beta : beta) * T(1.4426950408889634074);
   // Written so that a NaN beta stays NaN.
-  return {beta < T(0) ? T(-1) : T(1), scale < Limits<T>::smallest ? Limits<T>::smallest : scale};
+  return {beta < T(0) ? T(-1) : T(1), scale < Limits<T>::smallest_scale ? Limits<T>::smallest_scale : scale};
 }
 
 template <class T>

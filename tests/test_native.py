@@ -73,7 +73,7 @@ def test_an_overrun_is_caught(tmp_path: Path) -> None:
     """One element beyond the end of every map, planted in a copy of the kernels: the checks must not pass."""
     copy = tmp_path / "csrc"
     shutil.copytree(build.CSRC, copy)
-    path, intact = copy / "cpu/backward_rows.h", "v[j] = load(h + i + j * L)"
+    path, intact = copy / "cpu/backward_rows.h", "v[j] = load(h + at + j * L)"
     text = path.read_text()
     assert text.count(intact) == 1
     path.write_text(text.replace(intact, intact.replace("j * L", "j * L + 1")))

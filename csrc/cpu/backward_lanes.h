@@ -13,7 +13,8 @@ namespace kpfused::cpu::KPFUSED_ISA {
 template <class A>
 struct LaneGradients {
   struct Group {
-    Vec<A> peak, slope, x, y, mean_x, mean_y, beta;
+    Falloff<Vec<A>> of;
+    Vec<A> x, y, mean_x, mean_y, beta;
     Vec<A> of_row, dbeta;
   };
   Group group[kGroups<A>];
@@ -65,7 +66,7 @@ class BackwardLanes {
         const int64_t map = outer * view_.inner + first + c, count = parts_.count();
         const int64_t group = c / L, lane = c - group_begin<A>(group, at_least(channels, L));
         A* to = static_cast<A*>(count == 1 ? params_.grad_beta : params_.workspace);
-        to[map * count + part] = lanes.group[group].dbeta[lane];
+        to[map * count + part] = lanes.group[group].of.sign[lane] * lanes.group[group].dbeta[lane];
       }
     }
   }
@@ -79,7 +80,8 @@ class BackwardLanes {
       for (int i = 0; i < L; ++i) {
         const int64_t c = at_most(group_begin<A>(g, padded) + i, channels - 1);
         const MapGradient<A> m = map_gradient<A>(params_, map + c);
-        group.peak[i] = m.at.peak, group.slope[i] = m.at.slope, group.beta[i] = m.beta;
+        group.of.sign[i] = m.of.sign, group.of.peak[i] = m.of.peak, group.beta[i] = m.beta;
+        group.of.scale[i] = m.of.scale, group.of.lowest[i] = m.of.lowest;
         group.x[i] = m.q.x, group.y[i] = m.q.y, group.mean_x[i] = m.q.mean_x, group.mean_y[i] = m.q.mean_y;
       }
       group.dbeta = Vec<A>{};
@@ -99,7 +101,7 @@ class BackwardLanes {
           typename LaneGradients<A>::Group& m = lanes.group[g];
           const int64_t k = group_begin<A>(g, chunk.channels);
           Vec<A> v[1] = {load(h + k)}, q[1] = {m.x * (x - m.mean_x) + m.of_row}, dbeta[1];
-          gradient<A, kBeta, 1>(v, q, m.peak, m.slope, m.beta, dbeta);
+          gradient<A, kBeta, 1>(v, q, m.of, m.beta, dbeta);
           store(out + k, v[0]);
           if (kBeta) m.dbeta += dbeta[0];
         }

@@ -2,11 +2,11 @@
 // Backward where lanes run along rows (stride_x == 1).
 //
 //   dh = beta * w * q,  q = X (x - mean x) + Y (y - mean y),  w = 2^((k - peak) * scale)
-//   dbeta = sum (h - sign peak) * w * q
+//   dbeta = sign(beta) * sum (k - peak) * w * q
 //
 // Reads every element once and writes its gradient once. The part of q that depends on the column is tabulated once a
-// map, so an element costs its weight, one addition and one multiplication; dbeta adds a clamp of both sides, two
-// multiplications and an addition.
+// map, so an element costs its weight, one addition and one multiplication; dbeta adds two multiplications and an
+// addition.
 #pragma once
 
 #include "maps.h"
@@ -16,7 +16,7 @@ namespace kpfused::cpu::KPFUSED_ISA {
 // What the element loops need of one map.
 template <class A>
 struct MapGradient {
-  Logits<A> at;
+  Falloff<A> of;
   Slope<A> q;  // times beta where dbeta is not wanted
   A beta;
 };
@@ -28,23 +28,25 @@ KPFUSED_INLINE MapGradient<A> map_gradient(const BackwardParams& params, int64_t
   const A beta = beta_of<A>(params.beta, map);
   const Slope<A> q = backward_slope(Stats<A>{s[0], s[1], s[2], s[3]}, g[0] * A(params.units.scale_x),
                                     g[params.grad_stride_xy] * A(params.units.scale_y), params.grad_beta ? A(1) : beta);
-  return {logits(sharpness(beta), s[0]), q, beta};
+  return {falloff(sharpness(beta), s[0]), q, beta};
 }
 
-// N vectors: h in, dh out, and dbeta's terms. d = h - sign * peak, which dbeta needs finite on whichever side its sign
-// puts it.
+// N vectors: h in, dh out, and dbeta's terms without their sign. A distance raised to `lowest` has weight zero.
 template <class A, bool kBeta, int N>
-KPFUSED_INLINE void gradient(Vec<A> (&h)[N], const Vec<A> (&q)[N], Vec<A> peak, Vec<A> slope, Vec<A> beta,
+KPFUSED_INLINE void gradient(Vec<A> (&h)[N], const Vec<A> (&q)[N], const Falloff<Vec<A>>& of, Vec<A> beta,
                              Vec<A> (&dbeta)[N]) {
-  const Vec<A> lowest = splat(Limits<A>::lowest);
   Vec<A> w[N];
-  for (int j = 0; j < N; ++j) h[j] = h[j] - peak;
-  for (int j = 0; j < N; ++j) w[j] = h[j] * slope;
-  exp2<A, N>(w);
+  for (int j = 0; j < N; ++j) w[j] = h[j] = distance(h[j], of);
+  exp2<A, N>(w, of.scale);
   for (int j = 0; j < N; ++j) w[j] = w[j] * q[j];
-  for (int j = 0; kBeta && j < N; ++j) dbeta[j] = -maximum(lowest, -maximum(lowest, h[j])) * w[j];
+  for (int j = 0; kBeta && j < N; ++j) dbeta[j] = h[j] * w[j];
   for (int j = 0; j < N; ++j) h[j] = kBeta ? beta * w[j] : w[j];
 }
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
 
 // n >= lanes elements of one row; q of the column comes from column(i). The last vector overlaps the one before it and
 // writes the same values there once more.
@@ -53,28 +55,33 @@ KPFUSED_INLINE void backward_span(const T* h, T* out, int64_t n, const MapGradie
                                   Vec<Acc<T>>& dbeta) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  const Vec<A> peak = splat(map.at.peak), slope = splat(map.at.slope), beta = splat(map.beta);
-  int64_t i = 0;
-  for (; i + kBlock * L <= n; i += kBlock * L) {
-    Vec<A> v[kBlock], of[kBlock], more[kBlock];
-    for (int j = 0; j < kBlock; ++j) v[j] = load(h + i + j * L), of[j] = q(i + j * L);
-    gradient<A, kBeta, kBlock>(v, of, peak, slope, beta, more);
-    for (int j = 0; j < kBlock; ++j) store(out + i + j * L, v[j]);
-    for (int j = 0; kBeta && j < kBlock; ++j) dbeta += more[j];
-  }
-  const auto one = [&](int64_t at) __attribute__((always_inline)) {
-    Vec<A> v[1] = {load(h + at)}, of[1] = {q(at)}, more[1];
-    gradient<A, kBeta, 1>(v, of, peak, slope, beta, more);
-    store(out + at, v[0]);
-    return more[0];
+  const Falloff<Vec<A>> of = in_lanes(map.of);
+  const Vec<A> beta = splat(map.beta);
+  const auto block = [&](auto count, int64_t at) __attribute__((always_inline)) {
+    constexpr int N = decltype(count)::value;
+    Vec<A> v[N], slope[N], more[N];
+    for (int j = 0; j < N; ++j) v[j] = load(h + at + j * L), slope[j] = q(at + j * L);
+    gradient<A, kBeta, N>(v, slope, of, beta, more);
+    for (int j = 0; j < N; ++j) store(out + at + j * L, v[j]);
+    for (int j = 0; kBeta && j < N; ++j) dbeta += more[j];
   };
-  for (; i + L <= n; i += L) {
-    const Vec<A> more = one(i);
-    if (kBeta) dbeta += more;
+  // Blocks of as equal a width as possible: one vector alone has nothing to hide the latency of its exp2.
+  int64_t i = 0;
+  for (int64_t left = n / L; left > 0;) {
+    const int64_t count = ceil_div(left, ceil_div(left, int64_t(kBlock)));
+    if constexpr (kBlock > 3) {
+      if (count == 4) block(Count<4>{}, i);
+    }
+    if (count == 3) block(Count<3>{}, i);
+    if (count == 2) block(Count<2>{}, i);
+    if (count == 1) block(Count<1>{}, i);
+    left -= count, i += count * L;
   }
   if (i < n) {
-    const Vec<A> more = one(n - L);
-    if (kBeta) dbeta += keep<A>(more, last_lanes<A>(n - i));
+    Vec<A> v[1] = {load(h + n - L)}, slope[1] = {q(n - L)}, more[1];
+    gradient<A, kBeta, 1>(v, slope, of, beta, more);
+    store(out + n - L, v[0]);
+    if (kBeta) dbeta += keep<A>(more[0], last_lanes<A>(n - i));
   }
 }
 
@@ -131,7 +138,7 @@ class BackwardRows {
         columns(h, out, area.row, area.rows, area.col + blocks.begin(b), blocks.size(b), map, dbeta);
       }
     }
-    return kBeta ? reduce_generic<A>(dbeta) : A(0);
+    return kBeta ? map.of.sign * reduce_generic<A>(dbeta) : A(0);
   }
 
   void columns(const T* h, T* out, int64_t row, int64_t rows, int64_t col, int64_t cols, const MapGradient<A>& map,

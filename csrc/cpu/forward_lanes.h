@@ -49,35 +49,37 @@ void forward_lanes_block(const LanesChunk<T>& chunk, int64_t group, LaneStates<A
   using A = Acc<T>;
   int64_t offset[N];
   Mask<A> flip[N];
-  Vec<A> key[N], peak[N], slope[N], sum[N] = {}, sum_x[N] = {}, sum_y[N] = {};
+  Vec<A> peak[N], sum[N] = {}, sum_x[N] = {}, sum_y[N] = {};
+  Falloff<Vec<A>> of[N];
   for (int j = 0; j < N; ++j) {
     offset[j] = group_begin<A>(group + j, chunk.channels);
     flip[j] = (Mask<A>)lanes.sign[group + j] & (Mask<A>)splat(A(-0.0));
   }
-  peaks_of_lanes<T, N>(chunk, offset, flip, key);
+  peaks_of_lanes<T, N>(chunk, offset, flip, peak);
   for (int j = 0; j < N; ++j) {
-    peak[j] = key[j] * lanes.sign[group + j];
-    slope[j] = lanes.scale[group + j] * lanes.sign[group + j];
+    const Vec<A> scale = lanes.scale[group + j];
+    of[j] = {lanes.sign[group + j], peak[j], scale, Exp2Constants<A>::kLowest / scale};
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     const T* p = chunk.p + r * chunk.stride_y;
-    Vec<A> row[N] = {}, x = splat(chunk.x0);
+    Vec<A> row[N] = {}, row_x[N] = {}, x = splat(chunk.x0);
     for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x, x += A(1)) {
       for (int j = 0; j < N; ++j) {
-        const Vec<A> w = weight(p + offset[j], peak[j], slope[j]);
+        const Vec<A> w = weight(p + offset[j], of[j]);
         if (j * kLanes<A> * int(sizeof(T)) % 64 == 0) prefetch(p + offset[j], chunk.ahead);
         row[j] += w;
-        sum_x[j] += w * x;
+        row_x[j] += w * x;
       }
     }
     for (int j = 0; j < N; ++j) {
       sum[j] += row[j];
+      sum_x[j] += row_x[j];
       sum_y[j] += row[j] * y;
     }
   }
   for (int j = 0; j < N; ++j) {
-    const State<Vec<A>> more = {key[j], sum[j], sum_x[j], sum_y[j]};
+    const State<Vec<A>> more = {peak[j], sum[j], sum_x[j], sum_y[j]};
     State<Vec<A>>& state = lanes.state[group + j];
     state = chunk.first ? more : merge(state, more, lanes.scale[group + j], VectorExp2{});
   }

@@ -4,8 +4,8 @@
 //   peak = max k, then sum w, sum w x, sum w y with w = 2^((k - peak) * scale); chunk by chunk, merged in order
 //
 // Reads every element once from memory and once more from the nearest caches; writes 6 accumulators a map. Per vector
-// of float32: load and maximum; then subtract, scale, clamp, 3 to split the exponent, 6 for the polynomial, shift,
-// multiply, and two additions, one to the sum of its column and one to that of its row. Columns stay in registers
+// of float32: load and maximum; then subtract, clamp, 3 to split the exponent, 3 for the polynomial, 3 for the power of
+// two, multiply, and two additions, one to the sum of its column and one to that of its row. Columns stay in registers
 // while the rows of a chunk go by, so x costs one multiplication a column and y one a row of the block.
 #pragma once
 
@@ -28,47 +28,47 @@ struct RowsChunk {
 };
 
 // The greatest key of n >= lanes elements, lane by lane. The last vector overlaps the one before it.
-template <class T>
-KPFUSED_INLINE Vec<Acc<T>> peak_of_span(const T* p, int64_t n, Mask<Acc<T>> sign, Vec<Acc<T>> start) {
+template <class T, bool kNegative>
+KPFUSED_INLINE Vec<Acc<T>> peak_of_span(const T* p, int64_t n, Vec<Acc<T>> start) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  Vec<A> m[kBlock] = {start, start, start, start};
-  const auto key = [&](const T* q) { return (Vec<A>)((Mask<A>)load(q) ^ sign); };
+  Vec<A> m[4] = {start, start, start, start};
+  const auto key = [](const T* q) __attribute__((always_inline)) { return kNegative ? -load(q) : load(q); };
   int64_t i = 0;
-  for (; i + kBlock * L <= n; i += kBlock * L) {
-    for (int j = 0; j < kBlock; ++j) m[j] = maximum(key(p + i + j * L), m[j]);
+  for (; i + 4 * L <= n; i += 4 * L) {
+    for (int j = 0; j < 4; ++j) m[j] = maximum(key(p + i + j * L), m[j]);
   }
   for (; i + L <= n; i += L) m[0] = maximum(key(p + i), m[0]);
   if (i < n) m[1] = maximum(key(p + n - L), m[1]);
   return maximum(maximum(m[0], m[1]), maximum(m[2], m[3]));
 }
 
-// Flips the sign bit where beta is negative.
-template <class A>
-KPFUSED_INLINE Mask<A> sign_mask(Vec<A> sign) {
-  return (Mask<A>)sign & (Mask<A>)splat(A(-0.0));
+template <class T, bool kNegative>
+KPFUSED_INLINE Acc<T> peak_of_rows(const RowsChunk<T>& chunk) {
+  using A = Acc<T>;
+  Vec<A> m = splat(Limits<A>::lowest);
+  if (chunk.stride_y == chunk.cols || chunk.rows == 1) {
+    m = peak_of_span<T, kNegative>(chunk.p, chunk.rows * chunk.cols, m);
+  } else {
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      m = peak_of_span<T, kNegative>(chunk.p + r * chunk.stride_y, chunk.cols, m);
+    }
+  }
+  return reduce_max<A>(m);
 }
 
 template <class T>
-KPFUSED_INLINE Acc<T> peak_of_rows(const RowsChunk<T>& chunk, Acc<T> sign) {
-  using A = Acc<T>;
-  const Mask<A> flip = sign_mask<A>(splat(sign));
-  Vec<A> m = splat(Limits<A>::lowest);
-  if (chunk.stride_y == chunk.cols || chunk.rows == 1) {
-    m = peak_of_span(chunk.p, chunk.rows * chunk.cols, flip, m);
-  } else {
-    for (int64_t r = 0; r < chunk.rows; ++r) m = peak_of_span(chunk.p + r * chunk.stride_y, chunk.cols, flip, m);
-  }
-  return reduce_max<A>(m);
+KPFUSED_INLINE Acc<T> peak_of(const RowsChunk<T>& chunk, Acc<T> sign) {
+  return sign < 0 ? peak_of_rows<T, true>(chunk) : peak_of_rows<T, false>(chunk);
 }
 
 // N vectors side by side, from column `first` on, over all rows of the chunk. With Tail the last of them is the last
 // vector of the row, which overlaps columns already counted.
 template <class T, int N, bool Tail>
-void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Logits<Acc<T>>& at, Sums<Acc<T>>& sums) {
+void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>& of, Sums<Acc<T>>& sums) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  const Vec<A> peak = splat(at.peak), slope = splat(at.slope);
+  const Falloff<Vec<A>> falloff = in_lanes(of);
   const int64_t last = Tail ? chunk.cols - L : first + (N - 1) * L;
   const Mask<A> mask = last_lanes<A>(chunk.cols - first - (N - 1) * L);
   Vec<A> column[N] = {}, sum_y = {}, y = splat(chunk.y0);
@@ -77,10 +77,10 @@ void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Logits<Acc<T>>&
     Vec<A> w[N];
     for (int j = 0; j < N; ++j) {
       const T* q = p + (j < N - 1 ? first + j * L : last);
-      w[j] = (load(q) - peak) * slope;
+      w[j] = distance(load(q), falloff);
       if (j * L * int(sizeof(T)) % 64 == 0) prefetch(q, chunk.ahead);
     }
-    exp2<A, N>(w);
+    exp2<A, N>(w, falloff.scale);
     if (Tail) w[N - 1] = keep<A>(w[N - 1], mask);
     for (int j = 0; j < N; ++j) column[j] += w[j];
     for (int j = 1; j < N; ++j) w[0] += w[j];
@@ -95,20 +95,22 @@ void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Logits<Acc<T>>&
 }
 
 template <class T, bool Tail>
-KPFUSED_INLINE void sum_block(int64_t n, const RowsChunk<T>& chunk, int64_t first, const Logits<Acc<T>>& at,
+KPFUSED_INLINE void sum_block(int64_t n, const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>& of,
                               Sums<Acc<T>>& sums) {
-  if (n == 4) return sum_columns<T, 4, Tail>(chunk, first, at, sums);
-  if (n == 3) return sum_columns<T, 3, Tail>(chunk, first, at, sums);
-  if (n == 2) return sum_columns<T, 2, Tail>(chunk, first, at, sums);
-  return sum_columns<T, 1, Tail>(chunk, first, at, sums);
+  if constexpr (kBlock > 3) {
+    if (n == 4) return sum_columns<T, 4, Tail>(chunk, first, of, sums);
+  }
+  if (n == 3) return sum_columns<T, 3, Tail>(chunk, first, of, sums);
+  if (n == 2) return sum_columns<T, 2, Tail>(chunk, first, of, sums);
+  return sum_columns<T, 1, Tail>(chunk, first, of, sums);
 }
 
 template <class T>
 State<Acc<T>> forward_rows_chunk(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sharp) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  const A peak = peak_of_rows(chunk, sharp.sign);
-  const Logits<A> at = logits(sharp, peak);
+  const A peak = peak_of(chunk, sharp.sign);
+  const Falloff<A> of = falloff(sharp, peak);
   // Blocks of as equal a width as possible: one vector alone has nothing to hide the latency of its row sum.
   const int64_t vectors = ceil_div(chunk.cols, L), blocks = ceil_div(vectors, kBlock);
   const int64_t narrow = vectors / blocks, wide = vectors % blocks;
@@ -118,9 +120,9 @@ State<Acc<T>> forward_rows_chunk(const RowsChunk<T>& chunk, const Sharpness<Acc<
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t n = narrow + (b < wide);
     if (tail && b == blocks - 1) {
-      sum_block<T, true>(n, chunk, first, at, sums);
+      sum_block<T, true>(n, chunk, first, of, sums);
     } else {
-      sum_block<T, false>(n, chunk, first, at, sums);
+      sum_block<T, false>(n, chunk, first, of, sums);
     }
     first += n * L;
   }
@@ -136,9 +138,8 @@ KPFUSED_INLINE State<Acc<T>> forward_flat_span(const T* p, int64_t n, const Flat
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t end = at_least(n, L), last = end - L;
-  const A peak = reduce_max<A>(peak_of_span(p, end, sign_mask<A>(splat(sharp.sign)), splat(Limits<A>::lowest)));
-  const Logits<A> at = logits(sharp, peak);
-  const Vec<A> vector_peak = splat(at.peak), slope = splat(at.slope);
+  const A peak = peak_of(RowsChunk<T>{p, end, 1, end, A(0), A(0), 0}, sharp.sign);
+  const Falloff<Vec<A>> of = in_lanes(falloff(sharp, peak));
   Sums<A> sums = {};
   const auto add = [&](Vec<A> w, int64_t i) __attribute__((always_inline)) {
     sums.sum += w;
@@ -146,10 +147,10 @@ KPFUSED_INLINE State<Acc<T>> forward_flat_span(const T* p, int64_t n, const Flat
     sums.y += w * load_vector(table.y + i);
   };
   int64_t i = 0;
-  for (; i + L <= n; i += L) add(weight(p + i, vector_peak, slope), i);
+  for (; i + L <= n; i += L) add(weight(p + i, of), i);
   if (i < n) {
     const Mask<A> mask = n < L ? ~last_lanes<A>(L - n) : last_lanes<A>(n - i);
-    add(keep<A>(weight(p + last, vector_peak, slope), mask), last);
+    add(keep<A>(weight(p + last, of), mask), last);
   }
   const Triple<A> total = reduce<A>(sums.sum, sums.x, sums.y);
   return {peak, total.sum, total.x, total.y};

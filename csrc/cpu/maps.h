@@ -13,8 +13,8 @@ template <class A>
 constexpr int64_t kTable = kTableBytes / int64_t(sizeof(A));
 // Bytes of a stack buffer that gathers elements too far apart for a vector.
 constexpr int64_t kGatherBytes = 16384;
-// Register blocks: this many vectors side by side.
-constexpr int kBlock = 4;
+// Register blocks: this many vectors side by side, as the registers hold.
+constexpr int kBlock = KPFUSED_AVX512 ? 4 : 3;
 
 KPFUSED_INLINE int64_t map_offset(const MapView& view, int64_t map) {
   if (view.inner == 1) return map * view.stride_outer;
@@ -47,20 +47,35 @@ KPFUSED_INLINE A centred(int64_t i, int64_t extent) {
   return A(double(i) - 0.5 * double(extent - 1));
 }
 
-// The loops work on h itself: k - peak = (h - sign * peak) * sign, and the sign joins the scale. Negation is exact.
-template <class A>
-struct Logits {
-  A peak, slope;
+// From an element to its weight: w = 2^(d * scale) with d = h * sign - peak, how far its key lies below the peak. The
+// product is exact and costs nothing as part of a multiply-add. Below `lowest` the weight is zero; raising d to it keeps
+// -inf out of the arithmetic.
+template <class V>
+struct Falloff {
+  V sign, peak, scale, lowest;
 };
 
 template <class A>
-KPFUSED_INLINE Logits<A> logits(const Sharpness<A>& sharp, A peak) {
-  return {peak * sharp.sign, sharp.scale * sharp.sign};
+KPFUSED_INLINE Falloff<A> falloff(const Sharpness<A>& sharp, A peak) {
+  return {sharp.sign, peak, sharp.scale, Exp2Constants<A>::kLowest / sharp.scale};
+}
+
+template <class A>
+KPFUSED_INLINE Falloff<Vec<A>> in_lanes(const Falloff<A>& of) {
+  return {splat(of.sign), splat(of.peak), splat(of.scale), splat(of.lowest)};
+}
+
+template <class V>
+KPFUSED_INLINE V distance(V h, const Falloff<V>& of) {
+  return maximum(of.lowest, h * of.sign - of.peak);
 }
 
 template <class T>
-KPFUSED_INLINE Vec<Acc<T>> weight(const T* p, Vec<Acc<T>> peak, Vec<Acc<T>> slope) {
-  return exp2<Acc<T>>((load(p) - peak) * slope);
+KPFUSED_INLINE Vec<Acc<T>> weight(const T* p, const Falloff<Vec<Acc<T>>>& of) {
+  using A = Acc<T>;
+  Vec<A> w[1] = {distance(load(p), of)};
+  exp2<A, 1>(w, of.scale);
+  return w[0];
 }
 
 KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) {

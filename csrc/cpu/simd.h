@@ -119,6 +119,21 @@ KPFUSED_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a
 KPFUSED_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 #endif
 
+// An entry of a table of eight for every lane, chosen by the low three bits of its index.
+#if KPFUSED_AVX2 || KPFUSED_AVX512
+#define KPFUSED_PERMUTE 1
+KPFUSED_INLINE Mask<float> lookup(const int32_t (&table)[8], Mask<float> index) {
+  const __m256i entries = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+#if KPFUSED_AVX512  // takes four bits of the index: both halves hold the table
+  return (Mask<float>)_mm512_permutexvar_epi32((__m512i)index, _mm512_broadcast_i64x4(entries));
+#else
+  return (Mask<float>)_mm256_permutevar8x32_epi32(entries, (__m256i)index);
+#endif
+}
+#else
+#define KPFUSED_PERMUTE 0
+#endif
+
 // Zero where the mask is not set, whatever was there.
 template <class A>
 KPFUSED_INLINE Vec<A> keep(Vec<A> v, Mask<A> mask) {
