@@ -30,7 +30,7 @@ GROUPS: list[tuple[Case, str, int]] = [
     *itertools.product([Case(shape, layout="channels_last") for shape in OTHERS], DIRECTIONS, (2,)),
 ]
 PEERS = {peer.name: peer for peer in available("cpu")}
-BUDGET = 0.25  # seconds of measurement for each peer of each case, where the fewest rounds allow it
+BUDGET = 0.4  # seconds of measurement for each peer of each case, where the fewest rounds allow it
 ROUND = 2e-4  # seconds: shorter calls are repeated within a round, so that reading the clock costs nothing
 
 

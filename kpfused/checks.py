@@ -22,10 +22,11 @@ def check_heatmap(heatmap: Tensor) -> None:
         raise TypeError(f"heatmap must be float32, float64, float16 or bfloat16; got {heatmap.dtype}")
     if heatmap.layout != torch.strided:
         raise TypeError(f"heatmap must be a strided tensor; got layout {heatmap.layout}")
-    if heatmap.dim() < 2:
-        raise ValueError(f"heatmap must have at least two dimensions (..., H, W); got shape {tuple(heatmap.shape)}")
-    if heatmap.shape[-1] == 0 or heatmap.shape[-2] == 0:
-        raise ValueError(f"heatmap must have H >= 1 and W >= 1; got shape {tuple(heatmap.shape)}")
+    shape = heatmap.shape  # made anew at every access
+    if len(shape) < 2:
+        raise ValueError(f"heatmap must have at least two dimensions (..., H, W); got shape {tuple(shape)}")
+    if shape[-1] == 0 or shape[-2] == 0:
+        raise ValueError(f"heatmap must have H >= 1 and W >= 1; got shape {tuple(shape)}")
 
 
 def coordinates_index(coordinates: str) -> int:

@@ -24,7 +24,7 @@ _BACKWARD = _OPS._soft_argmax2d_backward.default
 _DIFFERENTIABLE_FORWARD = _OPS.soft_argmax2d.default
 _DIFFERENTIABLE_BACKWARD = _OPS.soft_argmax2d_backward.default
 
-_KERNEL_DEVICES = frozenset({"cpu", "cuda"} if _C.build_info()["cuda"] else {"cpu"})
+_HAS_CUDA = bool(_C.build_info()["cuda"])
 _STATS = 4  # kStats of csrc/params.h
 
 
@@ -35,7 +35,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def has_kernel(device_type: str) -> bool:
     """Whether this build has kernels for a device type such as ``"cuda"``."""
-    return device_type in _KERNEL_DEVICES
+    return device_type == "cpu" or (device_type == "cuda" and _HAS_CUDA)
 
 
 def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int) -> Tensor:
@@ -47,11 +47,12 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coord
         beta_value: beta where ``beta`` is None.
         coordinates: index into ``reference.COORDINATES``.
     """
-    if not torch.compiler.is_compiling() and _needs_reference(heatmap):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _needs_reference(heatmap):
         return reference.soft_argmax2d(
             heatmap, beta_value if beta is None else beta, coordinates=reference.COORDINATES[coordinates]
         )
-    if torch.compiler.is_compiling() or not _is_plain(heatmap, beta):
+    if compiling or not _is_plain(heatmap, beta):
         result: Tensor = _DIFFERENTIABLE_FORWARD(heatmap, beta, beta_value, coordinates)[0]
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
         result = _SoftArgmax2d.apply(heatmap, beta, beta_value, coordinates)  # type: ignore[no-untyped-call]
@@ -62,10 +63,15 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coord
 
 def _needs_reference(heatmap: Tensor) -> bool:
     """Devices without a kernel, function transforms (vmap, grad, jvp) and forward-mode derivatives."""
-    if heatmap.device.type not in _KERNEL_DEVICES and heatmap.device.type != "meta":
+    if not _is_on_kernel_device(heatmap):
         _warn_of_slow_path(heatmap.device.type)
         return True
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _is_on_kernel_device(heatmap: Tensor) -> bool:
+    # Not by its device: to make a device object costs as much as all other checks together.
+    return heatmap.is_cpu or (heatmap.is_cuda and _HAS_CUDA) or heatmap.is_meta
 
 
 def _is_plain(heatmap: Tensor, beta: Tensor | None) -> bool:
