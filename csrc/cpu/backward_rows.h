@@ -43,6 +43,9 @@ KPFUSED_INLINE void gradient(Vec<A> (&h)[N], const Vec<A> (&q)[N], const Falloff
   for (int j = 0; j < N; ++j) h[j] = kBeta ? beta * w[j] : w[j];
 }
 
+// Bytes that rows are fetched ahead of their use, beyond where hardware stops at the end of a page.
+constexpr int64_t kReadAhead = 4096, kWriteAhead = 2048;
+
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -60,7 +63,13 @@ KPFUSED_INLINE void backward_span(const T* h, T* out, int64_t n, const MapGradie
   const auto block = [&](auto count, int64_t at) __attribute__((always_inline)) {
     constexpr int N = decltype(count)::value;
     Vec<A> v[N], slope[N], more[N];
-    for (int j = 0; j < N; ++j) v[j] = load(h + at + j * L), slope[j] = q(at + j * L);
+    for (int j = 0; j < N; ++j) {
+      v[j] = load(h + at + j * L), slope[j] = q(at + j * L);
+      if (j * L * int(sizeof(T)) % 64 == 0) {
+        prefetch(h + at + j * L, kReadAhead);
+        prefetch_for_write(out + at + j * L, kWriteAhead);
+      }
+    }
     gradient<A, kBeta, N>(v, slope, of, beta, more);
     for (int j = 0; j < N; ++j) store(out + at + j * L, v[j]);
     for (int j = 0; kBeta && j < N; ++j) dbeta += more[j];

@@ -78,9 +78,12 @@ KPFUSED_INLINE Vec<Acc<T>> weight(const T* p, const Falloff<Vec<Acc<T>>>& of) {
   return w[0];
 }
 
-KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(ahead)), 0, 2);
+// Hints: an address outside the map does no harm. Integers, as a pointer beyond the end may not even be formed.
+KPFUSED_INLINE const void* ahead_of(const void* p, int64_t bytes) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes));
 }
+KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 2); }
+KPFUSED_INLINE void prefetch_for_write(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 1, 3); }
 
 // Maps whose rows would leave too many lanes idle are run through as one row of all their pixels, the coordinates of
 // which come from two tables. Rows shorter than a vector leave no other way; rows of up to four vectors may choose.
