@@ -37,8 +37,7 @@ def find_nvcc():
         return None
     on_path = Path(shutil.which("nvcc") or "/nowhere/bin/nvcc").resolve().parents[1]
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), on_path, "/usr/local/cuda"]
-    found = (Path(home, "bin/nvcc") for home in homes if home and Path(home, "include/cuda_runtime.h").exists())
-    nvcc = next(found, None)
+    nvcc = next((Path(h, "bin/nvcc") for h in homes if h and Path(h, "include/cuda_runtime.h").exists()), None)
     if nvcc is None and wish == "1":
         sys.exit("kpfused: KPFUSED_CUDA=1 but no nvcc was found; put it on PATH or set CUDA_HOME")
     return nvcc
@@ -50,6 +49,7 @@ def gencode(nvcc):
     if not listed:
         known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
         listed = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
+        listed = listed or sys.exit(f"kpfused: {nvcc} knows none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
         listed[-1] += "+PTX"
     flags = []
     for arch in listed:

@@ -46,6 +46,11 @@ def test_default_architectures_are_those_nvcc_knows(script: dict[str, Any], tmp_
     ]
 
 
+def test_an_nvcc_without_a_default_architecture(script: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="knows none of .* set TORCH_CUDA_ARCH_LIST"):
+        script["gencode"](fake_nvcc(tmp_path, "70", "75"))
+
+
 def test_architecture_list_is_honoured(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a 12.0+PTX")
     flags, listed = script["gencode"](tmp_path)
