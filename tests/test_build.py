@@ -47,7 +47,7 @@ def test_default_architectures_are_those_nvcc_knows(script: dict[str, Any], tmp_
 
 
 def test_an_nvcc_without_a_default_architecture(script: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="knows none of .* set TORCH_CUDA_ARCH_LIST"):
+    with pytest.raises(SystemExit, match=r"knows none of .* set TORCH_CUDA_ARCH_LIST"):
         script["gencode"](fake_nvcc(tmp_path, "70", "75"))
 
 
