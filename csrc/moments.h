@@ -15,6 +15,10 @@
 // finite logit overflows. That is also why stats keep (peak, sum) and not their log-sum-exp, whose rounding at logits
 // of 1e4 would already cost half a percent of P.
 //
+// With moments, the sums are about the pixel of the peak, near which the mass of a sharp map lies, and partial states
+// move to the pixel of the higher peak when they merge: about the centre of the map, a covariance would lose all its
+// digits to cancellation. The rest of the gradient is then a polynomial in the offset from the mean and in k - p.
+//
 // Degenerate maps: k = -inf has weight zero; a map without any weight gives 0 / 0 = NaN; NaN or k = +inf gives NaN.
 #pragma once
 
@@ -119,6 +123,120 @@ KPFUSED_HD Slope<T> backward_slope(const Stats<T>& s, T grad_x, T grad_y, T fact
 template <class T>
 KPFUSED_HD T finite_distance(T d) {
   return d < Limits<T>::lowest ? Limits<T>::lowest : d;
+}
+
+// ---- Second moments, entropy and the peak's pixel -------------------------------------------------------------------
+
+// V is A, or a vector of A where lanes hold different maps.
+template <class A, class V = A>
+struct Moments {
+  V peak, sum;
+  V at_x, at_y;         // the first pixel, in row order, whose key is the peak; centred
+  V x, y, xx, xy, yy;   // sums of w times powers of the pixel's offset from it
+  V distance;           // sum w (k - peak)
+};
+
+// The place of a peak that no pixel has: far behind all pixels, and finite when squared.
+template <class A>
+constexpr A kNowhere = A(0x1p40);
+
+template <class A, class V = A>
+KPFUSED_HD Moments<A, V> empty_moments() {
+  const V zero{};
+  return {zero + Limits<A>::lowest, zero, zero + kNowhere<A>, zero + kNowhere<A>, zero, zero, zero, zero, zero, zero};
+}
+
+// A state about another pixel and relative to a peak at least as high.
+template <class A, class V, class Exp2>
+KPFUSED_HD Moments<A, V> moved(const Moments<A, V>& s, V peak, V at_x, V at_y, V scale, Exp2 exp2) {
+  const V down = s.peak - peak, w = exp2(down * scale), dx = s.at_x - at_x, dy = s.at_y - at_y;
+  const V lowest = V{} + Limits<A>::lowest;
+  Moments<A, V> m;
+  m.peak = peak;
+  m.at_x = at_x;
+  m.at_y = at_y;
+  m.sum = w * s.sum;
+  m.x = w * (s.x + dx * s.sum);
+  m.y = w * (s.y + dy * s.sum);
+  m.xx = w * (s.xx + dx * (s.x + s.x + dx * s.sum));
+  m.xy = w * (s.xy + dx * (s.y + dy * s.sum) + dy * s.x);
+  m.yy = w * (s.yy + dy * (s.y + s.y + dy * s.sum));
+  // Where there is no weight to lose, an infinite distance must not make a NaN.
+  m.distance = w * s.distance + m.sum * (down > lowest ? down : lowest);
+  return m;
+}
+
+// The higher peak wins; of equal ones, the first in row order.
+template <class A, class V, class Exp2>
+KPFUSED_HD Moments<A, V> merge(const Moments<A, V>& a, const Moments<A, V>& b, V scale, Exp2 exp2) {
+  const auto sooner = (b.at_y < a.at_y) | ((b.at_y == a.at_y) & (b.at_x < a.at_x));
+  const auto second = (b.peak > a.peak) | ((b.peak == a.peak) & sooner);
+  const V peak = second ? b.peak : a.peak, at_x = second ? b.at_x : a.at_x, at_y = second ? b.at_y : a.at_y;
+  const Moments<A, V> p = moved(a, peak, at_x, at_y, scale, exp2), q = moved(b, peak, at_x, at_y, scale, exp2);
+  return {peak,        p.sum + q.sum, at_x,        at_y,        p.x + q.x,
+          p.y + q.y,   p.xx + q.xx,   p.xy + q.xy, p.yy + q.yy, p.distance + q.distance};
+}
+
+// What forward leaves for backward: kMomentStats values, in this order. Pixels, from the centre of the map.
+template <class A>
+struct MomentStats {
+  A peak, sum, mean_x, mean_y;
+  A xx, xy, yy;  // covariance
+  A distance;    // mean of k - peak
+};
+
+template <class A>
+KPFUSED_HD MomentStats<A> finish(const Moments<A>& s) {
+  const A x = s.x / s.sum, y = s.y / s.sum;
+  const A xx = s.xx / s.sum - x * x, yy = s.yy / s.sum - y * y;
+  // Rounding must not make a variance negative; a NaN stays one.
+  return {s.peak, s.sum,
+          s.at_x + x, s.at_y + y,
+          xx < A(0) ? A(0) : xx, s.xy / s.sum - x * y, yy < A(0) ? A(0) : yy, s.distance / s.sum};
+}
+
+// P of the peak's pixel. The first quotient is 1, or NaN for a map without weight.
+template <class A>
+KPFUSED_HD A peak_probability(A sum) {
+  return sum / sum / sum;
+}
+
+// Gradients with respect to the fields, in centred pixels and per map.
+template <class A>
+struct FieldGradients {
+  A x, y, xx, xy, yy;  // xy: of both off-diagonal elements together
+  A entropy, logsumexp, peak_probability;
+};
+
+// dz = w * q with q = constant + (x + xx dx + xy dy) dx + (y + yy dy) dy + distance (k - p), for the offset (dx, dy) from
+// the mean and z = beta * h; and at the peak's pixel, where w is 1, q is greater by `at_peak`. All with 1 / sum folded in.
+template <class A>
+struct Polynomial {
+  A constant, x, y, xx, xy, yy, distance, at_peak, mean_x, mean_y;
+
+  KPFUSED_HD A along_x(A at) const {
+    const A dx = at - mean_x;
+    return constant + dx * (x + xx * dx);
+  }
+  KPFUSED_HD A along_y(A at) const {
+    const A dy = at - mean_y;
+    return dy * (y + yy * dy);
+  }
+  KPFUSED_HD A along_both(A at) const { return xy * (at - mean_x); }  // times dy
+  // At a pixel whose key is the peak.
+  KPFUSED_HD A value_at_peak(A at_x, A at_y) const {
+    return along_x(at_x) + along_y(at_y) + along_both(at_x) * (at_y - mean_y) + at_peak;
+  }
+};
+
+// The gradients of the table in the documentation of spatial_moments2d, summed and sorted by powers. entropy is
+// log(sum) - |beta| * mean (k - p), logsumexp is |beta| p + log(sum), and the peak's probability 1 / sum.
+template <class A>
+KPFUSED_HD Polynomial<A> backward_polynomial(const MomentStats<A>& s, const FieldGradients<A>& g, A beta, A factor) {
+  const A magnitude = beta < A(0) ? -beta : beta, f = factor / s.sum, chance = g.peak_probability / s.sum;
+  const A constant = magnitude * g.entropy * s.distance + g.logsumexp - chance - g.xx * s.xx - g.xy * s.xy - g.yy * s.yy;
+  return {f * constant, f * g.x,  f * g.y, f * g.xx, f * g.xy, f * g.yy, -f * magnitude * g.entropy, f * g.peak_probability,
+          s.mean_x,     s.mean_y};
 }
 
 }  // namespace kpfused

@@ -43,9 +43,27 @@ struct Units {
   double scale_y, offset_y;
 };
 
-// Per map, `stats` keeps what backward needs to recompute P exactly, four values of the accumulation dtype:
-// peak (see moments.h), sum, centred mean x, centred mean y.
-constexpr int kStats = 4;
+// Per map, `stats` keeps what backward needs to recompute P exactly: the values of Stats or of MomentStats (moments.h), in
+// the accumulation dtype.
+constexpr int kStats = 4, kMomentStats = 8;
+
+// What spatial_moments2d gives beside the mean, per map and in the accumulation dtype unless said otherwise.
+struct MomentFields {
+  void* covariance;        // [maps, 2, 2], in the caller's units
+  void* entropy;           // [maps], nats
+  void* logsumexp;         // [maps]
+  void* peak_probability;  // [maps]
+  int64_t* peak;           // [maps, 2], (x, y): the first pixel, in row order, of the maximum
+};
+
+// Gradients with respect to these fields, dense in the same shapes; null where there is none.
+struct MomentGradients {
+  const void* covariance;
+  const void* entropy;
+  const void* logsumexp;
+  const void* peak_probability;
+  const int64_t* peak;  // as forward left it
+};
 
 struct ForwardParams {
   Dtype dtype;
@@ -54,7 +72,9 @@ struct ForwardParams {
   BetaView beta;
   Units units;
   void* coordinates;  // [maps, 2], (x, y)
-  void* stats;        // [maps, kStats]
+  void* stats;        // [maps, kStats], or kMomentStats with moments
+  bool with_moments;  // all fields of `moments` are wanted too, or none
+  MomentFields moments;
   void* workspace;    // partial states of split maps: ForwardPlan's bytes; null where the plan asks for none
 };
 
@@ -65,7 +85,10 @@ struct BackwardParams {
   BetaView beta;
   Units units;
   const void* stats;             // as forward left it
-  const void* grad_coordinates;  // of map n: [n * grad_stride_map] for x, one grad_stride_xy further for y
+  const void* grad_coordinates;  // of map n: [n * grad_stride_map] for x, one grad_stride_xy further for y; with
+                                 // moments it may be null
+  bool with_moments;
+  MomentGradients moments;
   int64_t grad_stride_map, grad_stride_xy;
   void* grad_heatmap;  // same dtype as heatmap
   MapView grad_view;   // same extents as view; same kind of layout, dense

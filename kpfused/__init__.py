@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Fused soft-argmax for keypoint networks: heatmaps to coordinates in one pass, on CPU and CUDA."""
 
-from kpfused.functional import soft_argmax2d
+from kpfused.functional import soft_argmax2d, spatial_moments2d
 from kpfused.modules import SoftArgmax2d
+from kpfused.results import SpatialMoments
 from kpfused.version import __version__
 
-__all__ = ["SoftArgmax2d", "__version__", "soft_argmax2d"]
+__all__ = ["SoftArgmax2d", "SpatialMoments", "__version__", "soft_argmax2d", "spatial_moments2d"]

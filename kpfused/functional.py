@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kpfused import checks, ops
+from kpfused.results import SpatialMoments
 
 
 def soft_argmax2d(
@@ -45,14 +46,67 @@ def soft_argmax2d(
         ValueError: fewer than two dimensions, no pixels, both beta and temperature, a temperature of zero, a tensor
             that does not broadcast or lies on another device, or unknown coordinates.
     """
+    return ops.soft_argmax2d(*_checked(heatmap, beta, temperature, coordinates))
+
+
+def spatial_moments2d(
+    heatmap: Tensor,
+    beta: Tensor | float = 1.0,
+    *,
+    temperature: Tensor | float | None = None,
+    coordinates: str = "pixel",
+) -> SpatialMoments:
+    r"""Mean, covariance, entropy, log-sum-exp and peak of the spatial softmax of a heatmap, from one read of it.
+
+    With :math:`z = \beta h`, :math:`P = \operatorname{softmax}(z)` and pixels :math:`r = (x, y)`:
+
+    ==================  =====================================================  ==========================================
+    field               definition                                             gradient with respect to :math:`z_i`
+    ==================  =====================================================  ==========================================
+    mean                :math:`\mu = \sum P r`                                 :math:`P_i (r_i - \mu)`
+    covariance          :math:`C = \sum P (r - \mu)(r - \mu)^T`                :math:`P_i ((r_i - \mu)(r_i - \mu)^T - C)`
+    entropy             :math:`S = -\sum P \log P`                             :math:`-P_i (\log P_i + S)`
+    logsumexp           :math:`\log \sum e^z`                                  :math:`P_i`
+    peak                the pixel of the maximum, integers                     none
+    peak_probability    :math:`P_p` at that pixel                              :math:`P_p ([i = p] - P_i)`
+    ==================  =====================================================  ==========================================
+
+    Covariance and entropy tell how sure the point is; they cost a fraction of a second pass. Sums are taken about the
+    peak's pixel, so the covariance of a sharp peak keeps its digits anywhere in the map, and a variance is never
+    negative.
+
+    Args:
+        heatmap: as in :func:`soft_argmax2d`.
+        beta: as in :func:`soft_argmax2d`.
+        temperature: as in :func:`soft_argmax2d`.
+        coordinates: units of mean and covariance, as in :func:`soft_argmax2d`. The peak is always in pixels.
+
+    Returns:
+        :class:`SpatialMoments`. Where a map holds NaN or +inf or nothing but -inf, its real fields are NaN (the
+        log-sum-exp of nothing is -inf) and its peak is some pixel of the map.
+
+    Gradients reach ``heatmap``, and ``beta`` or ``temperature`` where it is a tensor, from any mixture of the fields in
+    one read of the heatmap and one write.
+
+    Raises:
+        TypeError: as in :func:`soft_argmax2d`.
+        ValueError: as in :func:`soft_argmax2d`.
+    """
+    return ops.spatial_moments2d(*_checked(heatmap, beta, temperature, coordinates))
+
+
+def _checked(
+    heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, coordinates: str
+) -> tuple[Tensor, Tensor | None, float, int]:
+    """The arguments of an op: heatmap, beta as a tensor or None, beta as a number, index of the units."""
     checks.check_heatmap(heatmap)
     checks.check_beta_or_temperature(beta, temperature)
     index = checks.coordinates_index(coordinates)
     if temperature is None and not isinstance(beta, Tensor):
-        return ops.soft_argmax2d(heatmap, None, float(beta), index)
+        return heatmap, None, float(beta), index
     if temperature is not None and not isinstance(temperature, Tensor):
-        return ops.soft_argmax2d(heatmap, None, 1.0 / temperature, index)
-    return ops.soft_argmax2d(heatmap, _beta_tensor(heatmap, beta, temperature), 0.0, index)
+        return heatmap, None, 1.0 / temperature, index
+    return heatmap, _beta_tensor(heatmap, beta, temperature), 0.0, index
 
 
 def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None) -> Tensor:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kpfused import _C, reference
+from kpfused.results import SpatialMoments
 
 _OPS = torch.ops.kpfused
 # Resolved once: looking an overload up costs as much as a small kernel.
@@ -23,9 +25,11 @@ _FORWARD = _OPS._soft_argmax2d.default
 _BACKWARD = _OPS._soft_argmax2d_backward.default
 _DIFFERENTIABLE_FORWARD = _OPS.soft_argmax2d.default
 _DIFFERENTIABLE_BACKWARD = _OPS.soft_argmax2d_backward.default
+_MOMENTS = _OPS.spatial_moments2d.default
+_MOMENTS_BACKWARD = _OPS.spatial_moments2d_backward.default
 
 _HAS_CUDA = bool(_C.build_info()["cuda"])
-_STATS = 4  # kStats of csrc/params.h
+_STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -142,28 +146,48 @@ def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 def _second_backward(ctx: Any, grad_grad_heatmap: Tensor | None, grad_grad_beta: Tensor | None) -> tuple[Any, ...]:
-    """Second derivatives, through the reference composition: rare enough not to need a kernel."""
     grad, heatmap, beta = ctx.saved_tensors
+    coordinates = reference.COORDINATES[ctx.coordinates]
+
+    def forward(heatmap: Tensor, beta: Tensor | float) -> tuple[Tensor]:
+        return (reference.soft_argmax2d(heatmap, beta, coordinates=coordinates),)
+
+    upstream = (grad_grad_heatmap, grad_grad_beta)
+    (of_grad,), of_heatmap, of_beta = _second_derivatives(forward, (grad,), heatmap, beta, ctx.beta_value, upstream)
+    return of_grad, of_heatmap, None, of_beta, None, None, None
+
+
+def _second_derivatives(
+    forward: Callable[[Tensor, Tensor | float], tuple[Tensor, ...]],
+    grads: tuple[Tensor | None, ...],
+    heatmap: Tensor,
+    beta: Tensor | None,
+    beta_value: float,
+    upstream: tuple[Tensor | None, Tensor | None],
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Of a backward op, with respect to its incoming gradients, heatmap and beta.
+
+    Through the reference composition ``forward``: rare enough not to need a kernel.
+    """
     with torch.enable_grad():
-        grad, heatmap = _tracked(grad), _tracked(heatmap)
-        leading = heatmap.shape[:-2]
-        each = None if beta is None else _tracked(beta).expand(leading)
-        result = reference.soft_argmax2d(
-            heatmap, ctx.beta_value if each is None else each, coordinates=reference.COORDINATES[ctx.coordinates]
-        )
+        tracked = [None if g is None else _tracked(g) for g in grads]
+        heatmap = _tracked(heatmap)
+        each = None if beta is None else _tracked(beta).expand(heatmap.shape[:-2])
+        results = forward(heatmap, beta_value if each is None else each)
+        used = [(r, g) for r, g in zip(results, tracked, strict=True) if g is not None]
         sources = [heatmap] if each is None else [heatmap, each]
-        first = torch.autograd.grad(result, sources, grad, create_graph=True)
-        upstream = [grad_grad_heatmap, grad_grad_beta if grad_grad_beta is None or grad_grad_beta.numel() else None]
-        pairs = [(f, u) for f, u in zip(first, upstream, strict=False) if u is not None]
+        first = torch.autograd.grad([r for r, _ in used], sources, [g for _, g in used], create_graph=True)
+        of_beta = upstream[1] if upstream[1] is not None and upstream[1].numel() else None
+        pairs = [(f, u) for f, u in zip(first, (upstream[0], of_beta), strict=False) if u is not None]
+        wanted = [g for _, g in used] + sources
         second = torch.autograd.grad(
-            [f for f, _ in pairs],
-            [grad, *sources],
-            [u for _, u in pairs],
-            create_graph=True,
-            allow_unused=True,
+            [f for f, _ in pairs], wanted, [u for _, u in pairs], create_graph=True, allow_unused=True
         )
-    grad_beta = None if each is None or second[2] is None else second[2].sum_to_size(beta.shape)
-    return second[0], second[1], None, grad_beta, None, None, None
+    given = iter(second)
+    of_grads = [None if g is None else next(given) for g in grads]
+    of_heatmap = next(given)
+    of_each = next(given, None)
+    return of_grads, of_heatmap, None if beta is None or of_each is None else of_each.sum_to_size(beta.shape)
 
 
 def _tracked(tensor: Tensor) -> Tensor:
@@ -189,6 +213,134 @@ def _fake_backward(
     grad_coordinates: Tensor,
     heatmap: Tensor,
     stats: Tensor,
+    beta: Tensor | None,
+    beta_value: float,
+    coordinates: int,
+    needs_grad_beta: bool,
+) -> tuple[Tensor, Tensor]:
+    leading = heatmap.shape[:-2] if needs_grad_beta else (0,)
+    return torch.empty_like(heatmap), heatmap.new_empty(leading, dtype=stats.dtype)
+
+
+def spatial_moments2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int) -> SpatialMoments:
+    """Moments of checked arguments, which are those of :func:`soft_argmax2d`."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _needs_reference(heatmap):
+        return reference.spatial_moments2d(
+            heatmap, beta_value if beta is None else beta, coordinates=reference.COORDINATES[coordinates]
+        )
+    if compiling or not _is_plain(heatmap, beta) or not torch.is_grad_enabled():
+        return SpatialMoments(*_MOMENTS(heatmap, beta, beta_value, coordinates)[:-1])
+    return SpatialMoments(*_SpatialMoments.apply(heatmap, beta, beta_value, coordinates))  # type: ignore[no-untyped-call]
+
+
+class _SpatialMoments(torch.autograd.Function):
+    """As _SoftArgmax2d."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int
+    ) -> tuple[Tensor, ...]:
+        *fields, stats = _MOMENTS(heatmap, beta, beta_value, coordinates)
+        _keep_for_moments(ctx, heatmap, beta, beta_value, coordinates, fields[_PEAK], stats)
+        return tuple(fields)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        return _moment_gradients(ctx, *grads)
+
+
+_PEAK = SpatialMoments._fields.index("peak")
+
+
+def _keep_for_moments(
+    ctx: Any, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, peak: Tensor, stats: Tensor
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(peak)
+    ctx.save_for_backward(heatmap, beta, peak, stats)
+    ctx.beta_value, ctx.coordinates = beta_value, coordinates
+
+
+def _moment_gradients(
+    ctx: Any,
+    grad_mean: Tensor | None,
+    grad_covariance: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    _: Tensor | None,
+    grad_peak_probability: Tensor | None,
+    __: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    grads = (grad_mean, grad_covariance, grad_entropy, grad_logsumexp, grad_peak_probability)
+    if all(grad is None for grad in grads):
+        return None, None, None, None
+    heatmap, beta, peak, stats = ctx.saved_tensors
+    needs_heatmap, needs_beta = ctx.needs_input_grad[:2]
+    grad_heatmap, grad_beta = _MOMENTS_BACKWARD(
+        *grads, heatmap, stats, peak, beta, ctx.beta_value, ctx.coordinates, needs_beta
+    )
+    return (
+        grad_heatmap if needs_heatmap else None,
+        grad_beta.sum_to_size(beta.shape) if needs_beta else None,
+        None,
+        None,
+    )
+
+
+def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_for_moments(ctx, *inputs, output[_PEAK], output[-1])
+
+
+torch.library.register_autograd("kpfused::spatial_moments2d", _moment_gradients, setup_context=_setup_moments)
+
+
+def _setup_second_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *grads, heatmap, _, _, beta, ctx.beta_value, ctx.coordinates, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(heatmap, beta, *grads)
+
+
+def _second_moment_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    heatmap, beta, *grads = ctx.saved_tensors
+    coordinates = reference.COORDINATES[ctx.coordinates]
+
+    def forward(heatmap: Tensor, beta: Tensor | float) -> tuple[Tensor, ...]:
+        fields = reference.spatial_moments2d(heatmap, beta, coordinates=coordinates)
+        return tuple(field for i, field in enumerate(fields) if i != _PEAK)
+
+    of_grads, of_heatmap, of_beta = _second_derivatives(
+        forward, tuple(grads), heatmap, beta, ctx.beta_value, (upstream[0], upstream[1])
+    )
+    return (*of_grads, of_heatmap, None, None, of_beta, None, None, None)
+
+
+torch.library.register_autograd(
+    "kpfused::spatial_moments2d_backward", _second_moment_gradients, setup_context=_setup_second_moments
+)
+
+
+@torch.library.register_fake("kpfused::spatial_moments2d")  # type: ignore[untyped-decorator]
+def _fake_moments(heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int) -> tuple[Tensor, ...]:
+    leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
+    sizes = {"mean": (2,), "covariance": (2, 2), "peak": (2,)}
+    fields = [
+        heatmap.new_empty((*leading, *sizes.get(name, ())), dtype=torch.int64 if name == "peak" else dtype)
+        for name in SpatialMoments._fields
+    ]
+    return *fields, heatmap.new_empty((*leading, _MOMENT_STATS), dtype=dtype)
+
+
+@torch.library.register_fake("kpfused::spatial_moments2d_backward")  # type: ignore[untyped-decorator]
+def _fake_moments_backward(
+    grad_mean: Tensor | None,
+    grad_covariance: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    grad_peak_probability: Tensor | None,
+    heatmap: Tensor,
+    stats: Tensor,
+    peak: Tensor,
     beta: Tensor | None,
     beta_value: float,
     coordinates: int,

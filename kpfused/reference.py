@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kpfused.results import SpatialMoments
+
 COORDINATES = ("pixel", "corners", "centers", "unit", "unit_centered")
 
 
@@ -43,14 +45,52 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | float = 1.0, *, coordinates: s
     As the fused op: float32 results (float64 for float64 maps), and a logit of -inf is probability zero even where
     ``beta`` is zero.
     """
-    height, width = heatmap.shape[-2:]
+    probability = spatial_softmax2d(heatmap, beta)
+    return torch.stack([(m * axis).sum(-1) for m, axis in _marginals(probability, coordinates)], -1)
+
+
+def spatial_softmax2d(heatmap: Tensor, beta: Tensor | float = 1.0) -> Tensor:
+    """``softmax(beta * heatmap)`` over the last two dimensions, in the dtype of coordinates."""
+    scaled = _scaled(heatmap, beta)
+    return torch.softmax(scaled.flatten(-2), -1).view(scaled.shape)
+
+
+def spatial_moments2d(heatmap: Tensor, beta: Tensor | float = 1.0, *, coordinates: str = "pixel") -> SpatialMoments:
+    """Mean, covariance, entropy, logsumexp, peak and its probability, as the fused op defines them."""
+    scaled = _scaled(heatmap, beta).flatten(-2)
+    width = heatmap.shape[-1]
+    log_p = torch.log_softmax(scaled, -1)
+    p = log_p.exp().view(heatmap.shape)
+    (of_x, x), (of_y, y) = _marginals(p, coordinates)
+    mean_x, mean_y = (of_x * x).sum(-1), (of_y * y).sum(-1)
+    dx, dy = x - mean_x[..., None], y - mean_y[..., None]
+    xx, yy = (of_x * dx * dx).sum(-1), (of_y * dy * dy).sum(-1)
+    xy = ((p * dx[..., None, :]).sum(-1) * dy).sum(-1)
+    covariance = torch.stack((torch.stack((xx, xy), -1), torch.stack((xy, yy), -1)), -2)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    sign = torch.as_tensor(beta, device=heatmap.device).lt(0)[..., None]
+    index = torch.where(sign, -heatmap.flatten(-2), heatmap.flatten(-2)).argmax(-1)
+    peak_probability = log_p.exp().gather(-1, index[..., None])[..., 0]
+    peak = torch.stack((index % width, index // width), -1)
+    mean = torch.stack((mean_x, mean_y), -1)
+    return SpatialMoments(mean, covariance, entropy, torch.logsumexp(scaled, -1), peak, peak_probability)
+
+
+def _scaled(heatmap: Tensor, beta: Tensor | float) -> Tensor:
+    """``beta * heatmap`` in the dtype of coordinates, with -inf where -inf logits are, even where beta is zero."""
     dtype = torch.float64 if heatmap.dtype == torch.float64 else torch.float32
     logits = heatmap.to(dtype)
     beta = torch.as_tensor(beta, dtype=dtype, device=heatmap.device)[..., None, None]
     masked = (logits == -torch.inf) & (beta >= 0)
-    scaled = (beta * logits.masked_fill(masked, 0)).masked_fill(masked, -torch.inf)
-    probability = torch.softmax(scaled.flatten(-2), -1).view(scaled.shape)
+    return (beta * logits.masked_fill(masked, 0)).masked_fill(masked, -torch.inf)
+
+
+def _marginals(probability: Tensor, coordinates: str) -> list[tuple[Tensor, Tensor]]:
+    """For x, then y: the marginal probability and the coordinates it lies over."""
     # Products and sums, not a matrix product: autocast would run that in half precision.
-    x = (probability.sum(-2) * coordinate_axis(width, coordinates, dtype=dtype, device=heatmap.device)).sum(-1)
-    y = (probability.sum(-1) * coordinate_axis(height, coordinates, dtype=dtype, device=heatmap.device)).sum(-1)
-    return torch.stack((x, y), -1)
+    height, width = probability.shape[-2:]
+    dtype, device = probability.dtype, probability.device
+    return [
+        (probability.sum(-2), coordinate_axis(width, coordinates, dtype=dtype, device=device)),
+        (probability.sum(-1), coordinate_axis(height, coordinates, dtype=dtype, device=device)),
+    ]

@@ -2,7 +2,7 @@
 // Backward where lanes are channels (stride_inner == 1, channels_last): the formula and the bytes of backward_rows.h.
 //
 // Pixels in the order of memory, all channels of a block at each; what belongs to a channel waits in the first-level
-// cache, with Y (y - mean y) of the row folded into one value.
+// cache, with what the row gives to q folded into one value, and with moments into a second one that goes with x.
 #pragma once
 
 #include "backward_rows.h"
@@ -10,14 +10,18 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-template <class A>
+template <class A, bool kMoments>
 struct LaneGradients {
   struct Group {
     Falloff<Vec<A>> of;
     Vec<A> x, y, mean_x, mean_y, beta;
     Vec<A> of_row, dbeta;
   };
-  Group group[kGroups<A>];
+  struct MomentGroup : Group {
+    Vec<A> constant, xx, xy, yy, distance;
+    Vec<A> slope_of_row;
+  };
+  std::conditional_t<kMoments, MomentGroup, Group> group[kGroups<A>];
 };
 
 template <class T>
@@ -29,10 +33,12 @@ struct GradientChunk {
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
-template <class T, bool kBeta>
+template <class T, bool kBeta, bool kMoments>
 class BackwardLanes {
  public:
   using A = Acc<T>;
+  using Map = MapGradient<A, std::conditional_t<kMoments, Polynomial<A>, Slope<A>>>;
+  using Lanes = LaneGradients<A, kMoments>;
   static constexpr int L = kLanes<A>;
 
   explicit BackwardLanes(const BackwardParams& params)
@@ -43,7 +49,7 @@ class BackwardLanes {
       const int64_t block = item % blocks_.count, part = item / blocks_.count % parts_.count();
       const int64_t outer = item / blocks_.count / parts_.count();
       const int64_t first = blocks_.begin(block), channels = blocks_.begin(block + 1) - first;
-      LaneGradients<A> lanes;
+      Lanes lanes;
       load_maps(outer * view_.inner + first, channels, lanes);
       const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
       const int64_t row = parts_.y.begin(i), col = parts_.x.begin(j);
@@ -62,46 +68,74 @@ class BackwardLanes {
                                     col,
                                     channels};
       channels < L ? padded(all, lanes) : pixels(all, lanes);
-      for (int64_t c = 0; kBeta && c < channels; ++c) {
+      for (int64_t c = 0; (kBeta || kMoments) && c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c, count = parts_.count();
+        A of_peak = A(0);
+        if constexpr (kMoments) {
+          Map m;
+          load_gradient(params_, map, m);
+          of_peak = finish_peak<T, kBeta>(params_, map, m, all.out + c, {row, all.rows, col, all.cols});
+        }
+        if (!kBeta) continue;
         const int64_t group = c / L, lane = c - group_begin<A>(group, at_least(channels, L));
         A* to = static_cast<A*>(count == 1 ? params_.grad_beta : params_.workspace);
-        to[map * count + part] = lanes.group[group].of.sign[lane] * lanes.group[group].dbeta[lane];
+        to[map * count + part] = lanes.group[group].of.sign[lane] * (lanes.group[group].dbeta[lane] + of_peak);
       }
     }
   }
 
  private:
   // Lanes beyond the channels of a padded buffer repeat the last channel.
-  void load_maps(int64_t map, int64_t channels, LaneGradients<A>& lanes) const {
+  void load_maps(int64_t map, int64_t channels, Lanes& lanes) const {
     const int64_t padded = at_least(channels, L), groups = ceil_div(padded, L);
     for (int64_t g = 0; g < groups; ++g) {
-      typename LaneGradients<A>::Group& group = lanes.group[g];
+      auto& group = lanes.group[g];
       for (int i = 0; i < L; ++i) {
         const int64_t c = at_most(group_begin<A>(g, padded) + i, channels - 1);
-        const MapGradient<A> m = map_gradient<A>(params_, map + c);
+        Map m;
+        load_gradient(params_, map + c, m);
         group.of.sign[i] = m.of.sign, group.of.peak[i] = m.of.peak, group.beta[i] = m.beta;
         group.of.scale[i] = m.of.scale, group.of.lowest[i] = m.of.lowest;
         group.x[i] = m.q.x, group.y[i] = m.q.y, group.mean_x[i] = m.q.mean_x, group.mean_y[i] = m.q.mean_y;
+        if constexpr (kMoments) {
+          group.constant[i] = m.q.constant, group.distance[i] = m.q.distance;
+          group.xx[i] = m.q.xx, group.xy[i] = m.q.xy, group.yy[i] = m.q.yy;
+        }
       }
       group.dbeta = Vec<A>{};
     }
   }
 
-  void pixels(const GradientChunk<T>& chunk, LaneGradients<A>& lanes) const {
+  void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
     const int64_t groups = ceil_div(chunk.channels, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
-      for (int64_t g = 0; g < groups; ++g) lanes.group[g].of_row = lanes.group[g].y * (y - lanes.group[g].mean_y);
+      for (int64_t g = 0; g < groups; ++g) {
+        auto& m = lanes.group[g];
+        const Vec<A> dy = y - m.mean_y;
+        if constexpr (kMoments) {
+          m.of_row = m.constant + dy * (m.y + m.yy * dy);
+          m.slope_of_row = m.x + m.xy * dy;
+        } else {
+          m.of_row = m.y * dy;
+        }
+      }
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
       for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += A(1)) {
         for (int64_t g = 0; g < groups; ++g) {
-          typename LaneGradients<A>::Group& m = lanes.group[g];
+          auto& m = lanes.group[g];
           const int64_t k = group_begin<A>(g, chunk.channels);
-          Vec<A> v[1] = {load(h + k)}, q[1] = {m.x * (x - m.mean_x) + m.of_row}, dbeta[1];
-          gradient<A, kBeta, 1>(v, q, m.of, m.beta, dbeta);
+          const Vec<A> dx = x - m.mean_x;
+          Vec<A> v[1] = {load(h + k)}, q[1], dbeta[1], by_distance = {};
+          if constexpr (kMoments) {
+            q[0] = (m.slope_of_row + m.xx * dx) * dx + m.of_row;
+            by_distance = m.distance;
+          } else {
+            q[0] = m.x * dx + m.of_row;
+          }
+          gradient<A, kBeta, kMoments, 1>(v, q, m.of, by_distance, m.beta, dbeta);
           store(out + k, v[0]);
           if (kBeta) m.dbeta += dbeta[0];
         }
@@ -110,7 +144,7 @@ class BackwardLanes {
   }
 
   // Fewer channels than lanes: through buffers in which every pixel fills a vector.
-  void padded(const GradientChunk<T>& all, LaneGradients<A>& lanes) const {
+  void padded(const GradientChunk<T>& all, Lanes& lanes) const {
     const Tiling chunks = lane_chunks<T>(all.rows, all.cols, all.channels);
     T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
     __builtin_memset(from, 0, sizeof(from));

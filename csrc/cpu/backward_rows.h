@@ -4,43 +4,118 @@
 //   dh = beta * w * q,  q = X (x - mean x) + Y (y - mean y),  w = 2^((k - peak) * scale)
 //   dbeta = sign(beta) * sum (k - peak) * w * q
 //
-// Reads every element once and writes its gradient once. The part of q that depends on the column is tabulated once a
-// map, so an element costs its weight, one addition and one multiplication; dbeta adds two multiplications and an
-// addition.
+// and with moments the q of Polynomial. Reads every element once and writes its gradient once. The part of q that
+// depends on the column is tabulated once a map, so an element costs its weight, one addition and one multiplication;
+// dbeta adds two multiplications and an addition, moments add two multiply-adds.
 #pragma once
+
+#include <type_traits>
 
 #include "maps.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// What the element loops need of one map.
-template <class A>
+// What the element loops need of one map. Q: Slope or Polynomial, times beta where dbeta is not wanted.
+template <class A, class Q>
 struct MapGradient {
   Falloff<A> of;
-  Slope<A> q;  // times beta where dbeta is not wanted
+  Q q;
   A beta;
 };
 
+// Without moments.
 template <class A>
-KPFUSED_INLINE MapGradient<A> map_gradient(const BackwardParams& params, int64_t map) {
-  const A* s = static_cast<const A*>(params.stats) + map * kStats;
+KPFUSED_INLINE void load_gradient(const BackwardParams& params, int64_t map, MapGradient<A, Slope<A>>& to) {
+  const Stats<A>& stats = static_cast<const Stats<A>*>(params.stats)[map];
   const A* g = static_cast<const A*>(params.grad_coordinates) + map * params.grad_stride_map;
-  const A beta = beta_of<A>(params.beta, map);
-  const Slope<A> q = backward_slope(Stats<A>{s[0], s[1], s[2], s[3]}, g[0] * A(params.units.scale_x),
-                                    g[params.grad_stride_xy] * A(params.units.scale_y), params.grad_beta ? A(1) : beta);
-  return {falloff(sharpness(beta), s[0]), q, beta};
+  to.beta = beta_of<A>(params.beta, map);
+  to.of = falloff(sharpness(to.beta), stats.peak);
+  to.q = backward_slope(stats, g[0] * A(params.units.scale_x), g[params.grad_stride_xy] * A(params.units.scale_y),
+                        params.grad_beta ? A(1) : to.beta);
+}
+
+template <class A>
+KPFUSED_INLINE FieldGradients<A> field_gradients(const BackwardParams& params, int64_t map) {
+  const A sx = A(params.units.scale_x), sy = A(params.units.scale_y);
+  const auto at = [](const void* p, int64_t i) { return p ? static_cast<const A*>(p)[i] : A(0); };
+  const int64_t n = map * params.grad_stride_map;
+  const MomentGradients& m = params.moments;
+  return {sx * at(params.grad_coordinates, n),
+          sy * at(params.grad_coordinates, n + params.grad_stride_xy),
+          sx * sx * at(m.covariance, map * 4),
+          sx * sy * (at(m.covariance, map * 4 + 1) + at(m.covariance, map * 4 + 2)),
+          sy * sy * at(m.covariance, map * 4 + 3),
+          at(m.entropy, map),
+          at(m.logsumexp, map),
+          at(m.peak_probability, map)};
+}
+
+template <class A>
+KPFUSED_INLINE void load_gradient(const BackwardParams& params, int64_t map, MapGradient<A, Polynomial<A>>& to) {
+  const MomentStats<A>& stats = static_cast<const MomentStats<A>*>(params.stats)[map];
+  to.beta = beta_of<A>(params.beta, map);
+  to.of = falloff(sharpness(to.beta), stats.peak);
+  to.q = backward_polynomial(stats, field_gradients<A>(params, map), to.beta, params.grad_beta ? A(1) : to.beta);
+}
+
+// What dbeta needs once a map beside the sum over its elements, likewise without its sign: only the log-sum-exp changes
+// where all logits do.
+template <class A>
+KPFUSED_INLINE A grad_beta_of_peak(const BackwardParams& params, int64_t map) {
+  const void* g = params.moments.logsumexp;
+  return g ? static_cast<const A*>(g)[map] * static_cast<const MomentStats<A>*>(params.stats)[map].peak : A(0);
+}
+
+// The coefficient of the distance in q.
+template <class A>
+KPFUSED_INLINE A along_distance(const Slope<A>&) {
+  return A(0);
+}
+template <class A>
+KPFUSED_INLINE A along_distance(const Polynomial<A>& q) {
+  return q.distance;
 }
 
 // N vectors: h in, dh out, and dbeta's terms without their sign. A distance raised to `lowest` has weight zero.
-template <class A, bool kBeta, int N>
-KPFUSED_INLINE void gradient(Vec<A> (&h)[N], const Vec<A> (&q)[N], const Falloff<Vec<A>>& of, Vec<A> beta,
-                             Vec<A> (&dbeta)[N]) {
+template <class A, bool kBeta, bool kMoments, int N>
+KPFUSED_INLINE void gradient(Vec<A> (&h)[N], const Vec<A> (&q)[N], const Falloff<Vec<A>>& of, Vec<A> along_distance,
+                             Vec<A> beta, Vec<A> (&dbeta)[N]) {
   Vec<A> w[N];
   for (int j = 0; j < N; ++j) w[j] = h[j] = distance(h[j], of);
   exp2<A, N>(w, of.scale);
-  for (int j = 0; j < N; ++j) w[j] = w[j] * q[j];
+  for (int j = 0; j < N; ++j) w[j] = w[j] * (kMoments ? q[j] + along_distance * h[j] : q[j]);
   for (int j = 0; kBeta && j < N; ++j) dbeta[j] = h[j] * w[j];
   for (int j = 0; j < N; ++j) h[j] = kBeta ? beta * w[j] : w[j];
+}
+
+// Column (axis 0) or row (axis 1) of the peak's pixel.
+KPFUSED_INLINE int64_t peak_of_map(const BackwardParams& params, int64_t map, int axis) {
+  return params.moments.peak[map * 2 + axis];
+}
+
+template <class T>
+KPFUSED_INLINE void store_one(T* p, Acc<T> value) {
+  T lanes[kLanes<Acc<T>>];
+  store(lanes, splat(value));
+  *p = lanes[0];
+}
+
+struct PixelRange {
+  int64_t row, rows, col, cols;
+};
+
+// The gradient at the peak's pixel, which its probability raises, where the pixel lies in the range; `out` is that of the
+// range's first pixel. Returns what dbeta needs once a map.
+template <class T, bool kBeta>
+KPFUSED_INLINE Acc<T> finish_peak(const BackwardParams& params, int64_t index,
+                                  const MapGradient<Acc<T>, Polynomial<Acc<T>>>& map, T* out, const PixelRange& range) {
+  using A = Acc<T>;
+  const int64_t col = peak_of_map(params, index, 0), row = peak_of_map(params, index, 1);
+  const int64_t x = col - range.col, y = row - range.row;
+  if (x < 0 || x >= range.cols || y < 0 || y >= range.rows) return A(0);
+  const A q = map.q.value_at_peak(centred<A>(col, params.view.width), centred<A>(row, params.view.height));
+  store_one(out + y * params.grad_view.stride_y + x * params.grad_view.stride_x, kBeta ? map.beta * q : q);
+  return kBeta ? grad_beta_of_peak<A>(params, index) : A(0);
 }
 
 // Bytes that rows are fetched ahead of their use, beyond where hardware stops at the end of a page.
@@ -53,13 +128,12 @@ struct Count {
 
 // n >= lanes elements of one row; q of the column comes from column(i). The last vector overlaps the one before it and
 // writes the same values there once more.
-template <class T, bool kBeta, class Q>
-KPFUSED_INLINE void backward_span(const T* h, T* out, int64_t n, const MapGradient<Acc<T>>& map, const Q& q,
-                                  Vec<Acc<T>>& dbeta) {
+template <class T, bool kBeta, bool kMoments, class Map, class Q>
+KPFUSED_INLINE void backward_span(const T* h, T* out, int64_t n, const Map& map, const Q& q, Vec<Acc<T>>& dbeta) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const Falloff<Vec<A>> of = in_lanes(map.of);
-  const Vec<A> beta = splat(map.beta);
+  const Vec<A> beta = splat(map.beta), by_distance = splat(along_distance(map.q));
   const auto block = [&](auto count, int64_t at) __attribute__((always_inline)) {
     constexpr int N = decltype(count)::value;
     Vec<A> v[N], slope[N], more[N];
@@ -70,7 +144,7 @@ KPFUSED_INLINE void backward_span(const T* h, T* out, int64_t n, const MapGradie
         prefetch_for_write(out + at + j * L, kWriteAhead);
       }
     }
-    gradient<A, kBeta, N>(v, slope, of, beta, more);
+    gradient<A, kBeta, kMoments, N>(v, slope, of, by_distance, beta, more);
     for (int j = 0; j < N; ++j) store(out + at + j * L, v[j]);
     for (int j = 0; kBeta && j < N; ++j) dbeta += more[j];
   };
@@ -88,17 +162,18 @@ KPFUSED_INLINE void backward_span(const T* h, T* out, int64_t n, const MapGradie
   }
   if (i < n) {
     Vec<A> v[1] = {load(h + n - L)}, slope[1] = {q(n - L)}, more[1];
-    gradient<A, kBeta, 1>(v, slope, of, beta, more);
+    gradient<A, kBeta, kMoments, 1>(v, slope, of, by_distance, beta, more);
     store(out + n - L, v[0]);
     if (kBeta) dbeta += keep<A>(more[0], last_lanes<A>(n - i));
   }
 }
 
 // The backward of one thread's range of (map, part).
-template <class T, bool kBeta>
+template <class T, bool kBeta, bool kMoments>
 class BackwardRows {
  public:
   using A = Acc<T>;
+  using Map = MapGradient<A, std::conditional_t<kMoments, Polynomial<A>, Slope<A>>>;
   static constexpr int L = kLanes<A>;
 
   explicit BackwardRows(const BackwardParams& params) : params_(params), view_(params.view), plan_(view_) {
@@ -115,7 +190,7 @@ class BackwardRows {
     const Area whole = {0, view_.height, 0, view_.width, plan_.chunks(view_.height, view_.width).y};
     MapWalk from(view_, begin), to(params_.grad_view, begin);
     for (int64_t map = begin; map < end; ++map, from.advance(), to.advance()) {
-      const A dbeta = of_area(h + from.offset(), out + to.offset(), whole, map_gradient<A>(params_, map));
+      const A dbeta = of_area(h + from.offset(), out + to.offset(), whole, map);
       if (kBeta) static_cast<A*>(params_.grad_beta)[map] = dbeta;
     }
   }
@@ -132,13 +207,14 @@ class BackwardRows {
     const int64_t i = index / parts.x.count, j = index % parts.x.count;
     const int64_t rows = parts.y.size(i), cols = parts.x.size(j);
     const Area area = {parts.y.begin(i), rows, parts.x.begin(j), cols, plan_.chunks(rows, cols).y};
-    const A dbeta = of_area(h + map_offset(view_, map), out + map_offset(params_.grad_view, map), area,
-                            map_gradient<A>(params_, map));
+    const A dbeta = of_area(h + map_offset(view_, map), out + map_offset(params_.grad_view, map), area, map);
     if (kBeta) static_cast<A*>(params_.workspace)[item] = dbeta;
   }
 
-  KPFUSED_INLINE A of_area(const T* h, T* out, const Area& area, const MapGradient<A>& map) const {
+  KPFUSED_INLINE A of_area(const T* h, T* out, const Area& area, int64_t index) const {
     Vec<A> dbeta = {};
+    Map map;
+    load_gradient(params_, index, map);
     if (plan_.flat) {
       flat_area(h, out, area, map, dbeta);
     } else {
@@ -147,34 +223,54 @@ class BackwardRows {
         columns(h, out, area.row, area.rows, area.col + blocks.begin(b), blocks.size(b), map, dbeta);
       }
     }
-    return kBeta ? map.of.sign * reduce_generic<A>(dbeta) : A(0);
+    A of_peak = A(0);
+    if constexpr (kMoments) {
+      const MapView& to = params_.grad_view;
+      of_peak = finish_peak<T, kBeta>(params_, index, map, out + area.row * to.stride_y + area.col,
+                                      {area.row, area.rows, area.col, area.cols});
+    }
+    return kBeta ? map.of.sign * (reduce_generic<A>(dbeta) + of_peak) : A(0);
   }
 
-  void columns(const T* h, T* out, int64_t row, int64_t rows, int64_t col, int64_t cols, const MapGradient<A>& map,
+  void columns(const T* h, T* out, int64_t row, int64_t rows, int64_t col, int64_t cols, const Map& map,
                Vec<A>& dbeta) const {
-    A table[kTable<A>];
+    // What the column gives to q, and with moments what it gives times dy.
+    A table[kTable<A>], cross[kMoments ? kTable<A> : 1];
     const Vec<A> x = iota<A>() + centred<A>(col, view_.width);
-    const auto fill = [&](int64_t i) { store_vector(table + i, (x + A(i) - map.q.mean_x) * map.q.x); };
+    const auto fill = [&](int64_t i) {
+      const Vec<A> dx = x + A(i) - map.q.mean_x;
+      if constexpr (kMoments) {
+        store_vector(table + i, map.q.constant + dx * (map.q.x + map.q.xx * dx));
+        store_vector(cross + i, dx * map.q.xy);
+      } else {
+        store_vector(table + i, dx * map.q.x);
+      }
+    };
     for (int64_t i = 0; i + L <= cols; i += L) fill(i);
     fill(cols - L);
     for (int64_t r = row; r < row + rows; ++r) {
-      const Vec<A> of_row = splat(map.q.along_y(centred<A>(r, view_.height)));
-      backward_span<T, kBeta>(
+      const A y = centred<A>(r, view_.height);
+      const Vec<A> of_row = splat(map.q.along_y(y)), dy = splat(y - map.q.mean_y);
+      backward_span<T, kBeta, kMoments>(
           h + r * view_.stride_y + col, out + r * params_.grad_view.stride_y + col, cols, map,
-          [&](int64_t i) __attribute__((always_inline)) { return load_vector(table + i) + of_row; }, dbeta);
+          [&](int64_t i) __attribute__((always_inline)) {
+            const Vec<A> q = load_vector(table + i) + of_row;
+            return kMoments ? q + load_vector(cross + (kMoments ? i : 0)) * dy : q;
+          },
+          dbeta);
     }
   }
 
-  KPFUSED_INLINE void flat_area(const T* h, T* out, const Area& area, const MapGradient<A>& map, Vec<A>& dbeta) const {
+  KPFUSED_INLINE void flat_area(const T* h, T* out, const Area& area, const Map& map, Vec<A>& dbeta) const {
     for (int64_t i = 0; i < area.chunks.count; ++i) {
       const int64_t r = area.row + area.chunks.begin(i);
-      MapGradient<A> shifted = map;
+      Map shifted = map;
       shifted.q.mean_y -= table_.shift(r, view_.height);
       flat_chunk(h + r * view_.stride_y, out + r * params_.grad_view.stride_y, area.chunks.size(i), shifted, dbeta);
     }
   }
 
-  void flat_chunk(const T* h, T* out, int64_t rows, const MapGradient<A>& map, Vec<A>& dbeta) const {
+  void flat_chunk(const T* h, T* out, int64_t rows, const Map& map, Vec<A>& dbeta) const {
     const int64_t width = view_.width, n = rows * width;
     const auto dense = [&](int64_t stride_y) { return n >= L && (stride_y == width || rows == 1); };
     T from[kTable<A>], to[kTable<A>];
@@ -186,10 +282,14 @@ class BackwardRows {
     const bool scatter = !dense(params_.grad_view.stride_y);
     const auto q = [&](int64_t i) __attribute__((always_inline)) {
       const Vec<A> x = load_vector(table_.x + i) - map.q.mean_x, y = load_vector(table_.y + i) - map.q.mean_y;
-      return x * map.q.x + y * map.q.y;
+      if constexpr (kMoments) {
+        return map.q.constant + x * (map.q.x + map.q.xx * x + map.q.xy * y) + y * (map.q.y + map.q.yy * y);
+      } else {
+        return x * map.q.x + y * map.q.y;
+      }
     };
     Vec<A> more = {};
-    backward_span<T, kBeta>(h, scatter ? to : out, at_least(n, L), map, q, more);
+    backward_span<T, kBeta, kMoments>(h, scatter ? to : out, at_least(n, L), map, q, more);
     if (kBeta) dbeta += n < L ? keep<A>(more, ~last_lanes<A>(L - n)) : more;
     if (!scatter) return;
     for (int64_t r = 0; r < rows; ++r) {

@@ -26,22 +26,20 @@ void run(const Params& params) {
 }
 
 // Split maps: the states of their parts, in order.
-template <class A>
+template <class S>
 void merge_parts(const ForwardParams& params, int64_t parts) {
-  const A* states = static_cast<const A*>(params.workspace);
-  for (int64_t map = 0; map < params.view.maps(); ++map) {
+  using A = decltype(S::peak);
+  const S* states = static_cast<const S*>(params.workspace);
+  for (int64_t map = 0; map < params.view.maps(); ++map, states += parts) {
     const A scale = sharpness(beta_of<A>(params.beta, map)).scale;
-    State<A> total = {states[0], states[1], states[2], states[3]};
-    states += 4;
-    for (int64_t i = 1; i < parts; ++i, states += 4) {
-      total = merge(total, State<A>{states[0], states[1], states[2], states[3]}, scale, ScalarExp2{});
-    }
+    S total = states[0];
+    for (int64_t i = 1; i < parts; ++i) total = merge(total, states[i], scale, ScalarExp2{});
     write_result(params, map, total);
   }
 }
 
 template <class A>
-void merge_parts(const BackwardParams& params, int64_t parts) {
+void add_parts(const BackwardParams& params, int64_t parts) {
   const A* partial = static_cast<const A*>(params.workspace);
   for (int64_t map = 0; map < params.view.maps(); ++map) {
     A total = A(0);
@@ -50,21 +48,30 @@ void merge_parts(const BackwardParams& params, int64_t parts) {
   }
 }
 
+template <class T, bool kMoments>
+void forward_of(const ForwardParams& params) {
+  is_channels_last(params.view) ? run<ForwardLanes<T, kMoments>>(params) : run<ForwardRows<T, kMoments>>(params);
+  const int64_t parts = part_tiling(params.view).count();
+  if (parts > 1) merge_parts<typename ForwardRows<T, kMoments>::S>(params, parts);
+}
+
+template <class T, bool kBeta, bool kMoments>
+void backward_of(const BackwardParams& params) {
+  is_channels_last(params.view) ? run<BackwardLanes<T, kBeta, kMoments>>(params)
+                                : run<BackwardRows<T, kBeta, kMoments>>(params);
+  const int64_t parts = part_tiling(params.view).count();
+  if (kBeta && parts > 1) add_parts<Acc<T>>(params, parts);
+}
+
 template <class T>
 void forward_of(const ForwardParams& params) {
-  is_channels_last(params.view) ? run<ForwardLanes<T>>(params) : run<ForwardRows<T>>(params);
-  const int64_t parts = part_tiling(params.view).count();
-  if (parts > 1) merge_parts<Acc<T>>(params, parts);
+  params.with_moments ? forward_of<T, true>(params) : forward_of<T, false>(params);
 }
 
 template <class T>
 void backward_of(const BackwardParams& params) {
-  if (!params.grad_beta) {
-    return is_channels_last(params.view) ? run<BackwardLanes<T, false>>(params) : run<BackwardRows<T, false>>(params);
-  }
-  is_channels_last(params.view) ? run<BackwardLanes<T, true>>(params) : run<BackwardRows<T, true>>(params);
-  const int64_t parts = part_tiling(params.view).count();
-  if (parts > 1) merge_parts<Acc<T>>(params, parts);
+  if (params.with_moments) return params.grad_beta ? backward_of<T, true, true>(params) : backward_of<T, false, true>(params);
+  params.grad_beta ? backward_of<T, true, false>(params) : backward_of<T, false, false>(params);
 }
 
 void forward(const ForwardParams& params) {

@@ -139,11 +139,43 @@ KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const
   coordinates[1] = A(params.units.scale_y * (double(state.sum_y) / sum) + params.units.offset_y);
 }
 
-// The state of one part of a split map, to be merged. Item: map * parts + part.
 template <class A>
-KPFUSED_INLINE void write_state(const ForwardParams& params, int64_t item, const State<A>& state) {
-  A* out = static_cast<A*>(params.workspace) + item * 4;
-  out[0] = state.peak, out[1] = state.sum, out[2] = state.sum_x, out[3] = state.sum_y;
+KPFUSED_INLINE Moments<double> widened(const Moments<A>& s) {
+  return {s.peak, s.sum, s.at_x, s.at_y, s.x, s.y, s.xx, s.xy, s.yy, s.distance};
+}
+
+// The pixel of a centred coordinate; 0 where no pixel has the peak.
+KPFUSED_INLINE int64_t pixel_at(double centred, int64_t extent) {
+  return centred < kNowhere<double> ? int64_t(centred + 0.5 * double(extent - 1)) : 0;
+}
+
+template <class A>
+KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const Moments<A>& state) {
+  const MomentStats<double> stats = finish(widened(state));
+  MomentStats<A>& out = static_cast<MomentStats<A>*>(params.stats)[map];
+  out = {A(stats.peak), A(stats.sum), A(stats.mean_x), A(stats.mean_y),
+         A(stats.xx), A(stats.xy), A(stats.yy), A(stats.distance)};
+  const Units& u = params.units;
+  A* coordinates = static_cast<A*>(params.coordinates) + map * 2;
+  coordinates[0] = A(u.scale_x * stats.mean_x + u.offset_x);
+  coordinates[1] = A(u.scale_y * stats.mean_y + u.offset_y);
+  const MomentFields& fields = params.moments;
+  A* covariance = static_cast<A*>(fields.covariance) + map * 4;
+  covariance[0] = A(u.scale_x * u.scale_x * stats.xx);
+  covariance[1] = covariance[2] = A(u.scale_x * u.scale_y * stats.xy);
+  covariance[3] = A(u.scale_y * u.scale_y * stats.yy);
+  const double beta = std::fabs(double(beta_of<A>(params.beta, map))), log_sum = std::log(stats.sum);
+  static_cast<A*>(fields.entropy)[map] = A(log_sum - beta * stats.distance);
+  static_cast<A*>(fields.logsumexp)[map] = A(beta * stats.peak + log_sum);
+  static_cast<A*>(fields.peak_probability)[map] = A(peak_probability(stats.sum));
+  fields.peak[map * 2] = pixel_at(state.at_x, params.view.width);
+  fields.peak[map * 2 + 1] = pixel_at(state.at_y, params.view.height);
+}
+
+// The state of one part of a split map, to be merged. Item: map * parts + part.
+template <class S>
+KPFUSED_INLINE void write_state(const ForwardParams& params, int64_t item, const S& state) {
+  static_cast<S*>(params.workspace)[item] = state;
 }
 
 // Copies rows that do not follow each other in memory, for the flat kernels.

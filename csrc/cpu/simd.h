@@ -140,6 +140,22 @@ KPFUSED_INLINE Vec<A> keep(Vec<A> v, Mask<A> mask) {
   return (Vec<A>)((Mask<A>)v & mask);
 }
 
+// Whether a bit of any lane is set.
+template <class A>
+KPFUSED_INLINE bool any(Mask<A> mask) {
+#if KPFUSED_AVX512
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif KPFUSED_AVX2
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+  const Words words = (Words)mask;
+  uint64_t all = 0;
+  for (int i = 0; i < kVectorBytes / 8; ++i) all |= words[i];
+  return all != 0;
+#endif
+}
+
 // ---- Elements to vectors of their accumulator, and back, at any alignment -------------------------------------------
 
 KPFUSED_INLINE Vec<float> load(const float* p) { return load_vector(p); }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../moments.h"
 #include "plan.h"
 
 namespace kpfused::cpu {
@@ -51,9 +52,9 @@ const Kernels& kernels() {
 
 }  // namespace
 
-int64_t soft_argmax2d_forward_workspace(const MapView& view, Dtype dtype) {
-  const int64_t parts = part_tiling(view).count();
-  return parts == 1 ? 0 : view.maps() * parts * 4 * accumulator_size(dtype);
+int64_t soft_argmax2d_forward_workspace(const MapView& view, Dtype dtype, bool with_moments) {
+  const int64_t parts = part_tiling(view).count(), values = sizeof(Moments<double>) / sizeof(double);
+  return parts == 1 ? 0 : view.maps() * parts * (with_moments ? values : 4) * accumulator_size(dtype);
 }
 
 int64_t soft_argmax2d_backward_workspace(const MapView& view, Dtype dtype, bool grad_beta) {

@@ -7,7 +7,7 @@
 namespace kpfused::cpu {
 
 // Bytes of ForwardParams::workspace and BackwardParams::workspace; zero where no map is split.
-int64_t soft_argmax2d_forward_workspace(const MapView& view, Dtype dtype);
+int64_t soft_argmax2d_forward_workspace(const MapView& view, Dtype dtype, bool with_moments);
 int64_t soft_argmax2d_backward_workspace(const MapView& view, Dtype dtype, bool grad_beta);
 
 // Maps with stride_x == 1 or stride_inner == 1; height and width at least 1.

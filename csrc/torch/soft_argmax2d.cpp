@@ -5,6 +5,7 @@
 // what would otherwise touch memory that is not there.
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "../cpu/pages.h"
 #include "../cpu/soft_argmax2d.h"
@@ -16,7 +17,9 @@ namespace kpfused {
 namespace {
 
 struct Cpu {
-  static int64_t workspace(const ForwardParams& p) { return cpu::soft_argmax2d_forward_workspace(p.view, p.dtype); }
+  static int64_t workspace(const ForwardParams& p) {
+    return cpu::soft_argmax2d_forward_workspace(p.view, p.dtype, p.with_moments);
+  }
   static int64_t workspace(const BackwardParams& p) {
     return cpu::soft_argmax2d_backward_workspace(p.view, p.dtype, p.grad_beta != nullptr);
   }
@@ -105,15 +108,19 @@ void run(Params& p, const Tensor& heatmap) {
   Backend::run(p, heatmap);
 }
 
+// Copies a heatmap to contiguous where no kernel reads its layout.
+Layout readable(Tensor& heatmap) {
+  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
+  Layout layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
+  if (layout.in_place) return layout;
+  heatmap = torch::stable::contiguous(heatmap);
+  return fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value,
                                    int64_t coordinates) {
-  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-  Layout layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
-  if (!layout.in_place) {
-    heatmap = torch::stable::contiguous(heatmap);
-    layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
-  }
+  const Layout layout = readable(heatmap);
   auto p = common_params<ForwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
   Tensor result = empty(heatmap, leading_sizes(heatmap, {2}), accumulator_of(p.dtype));
   Tensor stats = empty(heatmap, leading_sizes(heatmap, {kStats}), accumulator_of(p.dtype));
@@ -121,6 +128,28 @@ std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, d
   p.stats = stats.mutable_data_ptr();
   run<Backend>(p, heatmap);
   return {result, stats};
+}
+
+using MomentTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Backend>
+MomentTensors moments_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates) {
+  const Layout layout = readable(heatmap);
+  auto p = common_params<ForwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
+  const ScalarType dtype = accumulator_of(p.dtype);
+  Tensor mean = empty(heatmap, leading_sizes(heatmap, {2}), dtype);
+  Tensor covariance = empty(heatmap, leading_sizes(heatmap, {2, 2}), dtype);
+  Tensor entropy = empty(heatmap, leading_sizes(heatmap), dtype), logsumexp = empty(heatmap, leading_sizes(heatmap), dtype);
+  Tensor peak_probability = empty(heatmap, leading_sizes(heatmap), dtype);
+  Tensor peak = empty(heatmap, leading_sizes(heatmap, {2}), ScalarType::Long);
+  Tensor stats = empty(heatmap, leading_sizes(heatmap, {kMomentStats}), dtype);
+  p.coordinates = mean.mutable_data_ptr();
+  p.stats = stats.mutable_data_ptr();
+  p.with_moments = true;
+  p.moments = {covariance.mutable_data_ptr(), entropy.mutable_data_ptr(), logsumexp.mutable_data_ptr(),
+               peak_probability.mutable_data_ptr(), static_cast<int64_t*>(peak.mutable_data_ptr())};
+  run<Backend>(p, heatmap);
+  return {mean, covariance, entropy, logsumexp, peak, peak_probability, stats};
 }
 
 // The upstream gradient (..., 2) as strides per map and per coordinate. The gradient of a sum is one expanded element;
@@ -135,42 +164,85 @@ Tensor readable_grad(Tensor grad, BackwardParams* p) {
   return grad;
 }
 
+// One gradient: the heatmap as a kernel reads it, and what the kernel writes to. `result` is what the caller gets.
+struct Gradient {
+  Tensor heatmap, result, grad_heatmap, grad_beta;
+  BackwardParams params;
+
+  Gradient(Tensor input, const Tensor& stats, const std::optional<Tensor>& beta, double beta_value, int64_t coordinates,
+           bool needs_grad_beta, bool with_moments)
+      : heatmap(std::move(input)), result(torch::stable::empty_like(heatmap)), grad_heatmap(result) {
+    STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
+    Layout layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), result.strides().data());
+    if (!layout.in_place) {
+      heatmap = torch::stable::contiguous(heatmap);
+      const auto sizes = heatmap.sizes();
+      grad_heatmap = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
+      layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
+                           grad_heatmap.strides().data());
+    }
+    params = common_params<BackwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
+    params.with_moments = with_moments;
+    check_of_maps(stats, with_moments ? kMomentStats : kStats, "stats");
+    params.stats = stats.const_data_ptr();
+    STD_TORCH_CHECK(stats.is_contiguous(), "stats must be what forward returned for this heatmap");
+    params.grad_view = layout.second;
+    params.grad_heatmap = grad_heatmap.mutable_data_ptr();
+    grad_beta = empty(heatmap, needs_grad_beta ? leading_sizes(heatmap) : std::vector<int64_t>{0},
+                      accumulator_of(params.dtype));
+    params.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
+  }
+
+  // `values` numbers of the accumulation dtype for every map.
+  void check_of_maps(const Tensor& tensor, int64_t values, const char* name) const {
+    check_device(tensor, heatmap, name);
+    STD_TORCH_CHECK(tensor.scalar_type() == accumulator_of(params.dtype) && tensor.numel() == params.view.maps() * values,
+                    name, " must have the shape and dtype of what forward returned for this heatmap");
+  }
+
+  template <class Backend>
+  std::tuple<Tensor, Tensor> run() {
+    kpfused::run<Backend>(params, heatmap);
+    if (grad_heatmap.get() != result.get()) torch::stable::copy_(result, grad_heatmap);
+    return {result, grad_beta};
+  }
+};
+
 template <class Backend>
 std::tuple<Tensor, Tensor> backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, std::optional<Tensor> beta,
                                     double beta_value, int64_t coordinates, bool needs_grad_beta) {
-  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-  const Tensor result = torch::stable::empty_like(heatmap);
-  Tensor grad_heatmap = result;
-  Layout layout =
-      fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), grad_heatmap.strides().data());
-  if (!layout.in_place) {
-    heatmap = torch::stable::contiguous(heatmap);
-    const auto sizes = heatmap.sizes();
-    grad_heatmap = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
-    layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
-                         grad_heatmap.strides().data());
+  Gradient gradient(heatmap, stats, beta, beta_value, coordinates, needs_grad_beta, false);
+  gradient.check_of_maps(grad_coordinates, 2, "grad_coordinates");
+  grad_coordinates = readable_grad(grad_coordinates, &gradient.params);
+  return gradient.run<Backend>();
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std::optional<Tensor> grad_covariance,
+                                            std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_logsumexp,
+                                            std::optional<Tensor> grad_peak_probability, Tensor heatmap, Tensor stats,
+                                            Tensor peak, std::optional<Tensor> beta, double beta_value,
+                                            int64_t coordinates, bool needs_grad_beta) {
+  Gradient gradient(heatmap, stats, beta, beta_value, coordinates, needs_grad_beta, true);
+  BackwardParams& p = gradient.params;
+  const auto dense = [&](std::optional<Tensor>& grad, int64_t values, const char* name) -> const void* {
+    if (!grad) return nullptr;
+    gradient.check_of_maps(*grad, values, name);
+    grad = torch::stable::contiguous(*grad);
+    return grad->const_data_ptr();
+  };
+  if (grad_mean) {
+    gradient.check_of_maps(*grad_mean, 2, "grad_mean");
+    grad_mean = readable_grad(*grad_mean, &p);
   }
-  auto p = common_params<BackwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
-  const ScalarType accumulator = accumulator_of(p.dtype);
-  check_device(stats, heatmap, "stats");
-  check_device(grad_coordinates, heatmap, "grad_coordinates");
-  STD_TORCH_CHECK(stats.scalar_type() == accumulator && stats.is_contiguous() &&
-                      stats.numel() == p.view.maps() * kStats,
-                  "stats must be what soft_argmax2d returned for this heatmap");
-  STD_TORCH_CHECK(grad_coordinates.scalar_type() == accumulator && grad_coordinates.numel() == p.view.maps() * 2,
-                  "grad_coordinates must have the shape and dtype of the coordinates");
-  p.grad_view = layout.second;
-  p.stats = stats.const_data_ptr();
-  grad_coordinates = readable_grad(grad_coordinates, &p);
-  p.grad_heatmap = grad_heatmap.mutable_data_ptr();
-  Tensor grad_beta = empty(heatmap, needs_grad_beta ? leading_sizes(heatmap) : std::vector<int64_t>{0}, accumulator);
-  p.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
-  run<Backend>(p, heatmap);
-  if (grad_heatmap.get() != result.get()) {
-    Tensor target = result;
-    torch::stable::copy_(target, grad_heatmap);
-  }
-  return {result, grad_beta};
+  check_device(peak, heatmap, "peak");
+  STD_TORCH_CHECK(peak.scalar_type() == ScalarType::Long && peak.is_contiguous() && peak.numel() == p.view.maps() * 2,
+                  "peak must be what forward returned for this heatmap");
+  p.moments = {dense(grad_covariance, 4, "grad_covariance"), dense(grad_entropy, 1, "grad_entropy"),
+               dense(grad_logsumexp, 1, "grad_logsumexp"),
+               dense(grad_peak_probability, 1, "grad_peak_probability"),
+               static_cast<const int64_t*>(peak.const_data_ptr())};
+  return gradient.run<Backend>();
 }
 
 }  // namespace
@@ -191,22 +263,27 @@ STABLE_TORCH_LIBRARY(kpfused, m) {
   m.def(
       "_soft_argmax2d_backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, "
       "int coordinates, bool needs_grad_beta) -> (Tensor grad_heatmap, Tensor grad_beta)");
+  m.def(
+      "spatial_moments2d(Tensor heatmap, Tensor? beta, float beta_value, int coordinates) -> (Tensor mean, "
+      "Tensor covariance, Tensor entropy, Tensor logsumexp, Tensor peak, Tensor peak_probability, Tensor stats)");
+  m.def(
+      "spatial_moments2d_backward(Tensor? grad_mean, Tensor? grad_covariance, Tensor? grad_entropy, "
+      "Tensor? grad_logsumexp, Tensor? grad_peak_probability, Tensor heatmap, Tensor stats, Tensor peak, Tensor? beta, "
+      "float beta_value, int coordinates, bool needs_grad_beta) -> (Tensor grad_heatmap, Tensor grad_beta)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kpfused, CPU, m) {
-  m.impl("soft_argmax2d", TORCH_BOX(&forward<Cpu>));
-  m.impl("_soft_argmax2d", TORCH_BOX(&forward<Cpu>));
-  m.impl("soft_argmax2d_backward", TORCH_BOX(&backward<Cpu>));
-  m.impl("_soft_argmax2d_backward", TORCH_BOX(&backward<Cpu>));
-}
+#define KPFUSED_IMPLEMENT(m, Backend)                                                   \
+  m.impl("soft_argmax2d", TORCH_BOX(&forward<Backend>));                                \
+  m.impl("_soft_argmax2d", TORCH_BOX(&forward<Backend>));                               \
+  m.impl("soft_argmax2d_backward", TORCH_BOX(&backward<Backend>));                      \
+  m.impl("_soft_argmax2d_backward", TORCH_BOX(&backward<Backend>));                     \
+  m.impl("spatial_moments2d", TORCH_BOX(&moments_forward<Backend>));                    \
+  m.impl("spatial_moments2d_backward", TORCH_BOX(&moments_backward<Backend>))
+
+STABLE_TORCH_LIBRARY_IMPL(kpfused, CPU, m) { KPFUSED_IMPLEMENT(m, Cpu); }
 
 #if KPFUSED_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kpfused, CUDA, m) {
-  m.impl("soft_argmax2d", TORCH_BOX(&forward<Cuda>));
-  m.impl("_soft_argmax2d", TORCH_BOX(&forward<Cuda>));
-  m.impl("soft_argmax2d_backward", TORCH_BOX(&backward<Cuda>));
-  m.impl("_soft_argmax2d_backward", TORCH_BOX(&backward<Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(kpfused, CUDA, m) { KPFUSED_IMPLEMENT(m, Cuda); }
 #endif
 
 }  // namespace kpfused

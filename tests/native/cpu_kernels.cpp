@@ -195,7 +195,7 @@ struct Call {
 
   void run(const Units& units, bool want_beta) {
     const MapView& v = h.view;
-    std::vector<char> forward(size_t(cpu::soft_argmax2d_forward_workspace(v, h.dtype)));
+    std::vector<char> forward(size_t(cpu::soft_argmax2d_forward_workspace(v, h.dtype, false)));
     std::vector<char> backward(size_t(cpu::soft_argmax2d_backward_workspace(v, h.dtype, want_beta)));
     cpu::soft_argmax2d_forward({h.dtype, h.bytes.get(), v, beta, units, coordinates.bytes.get(), stats.bytes.get(),
                                 forward.empty() ? nullptr : forward.data()});
@@ -404,7 +404,7 @@ void test_same_bits() {
       for (int64_t o = 0; o < c.outer; ++o) {  // one sample alone: the same layout, a batch of one
         MapView view = h.view;
         view.outer = 1;
-        std::vector<char> workspace(size_t(cpu::soft_argmax2d_forward_workspace(view, c.dtype)));
+        std::vector<char> workspace(size_t(cpu::soft_argmax2d_forward_workspace(view, c.dtype, false)));
         Accumulators coordinates(c.dtype, 2 * c.inner), stats(c.dtype, kStats * c.inner);
         cpu::soft_argmax2d_forward({c.dtype, h.at(o * c.inner, 0, 0), view, per_channel, units, coordinates.bytes.get(),
                                     stats.bytes.get(), workspace.empty() ? nullptr : workspace.data()});
