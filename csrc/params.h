@@ -36,6 +36,20 @@ struct BetaView {
   int64_t divisor, modulus;
 };
 
+// Which pixels count: all, or those where the mask is not zero and that lie within the map's valid size, (height, width) in
+// sizes[(n / divisor) % modulus * 2], clamped to the map's own. A pixel that does not count is not needed: its logit may
+// be anything, it weighs nothing and its gradient is zero, whatever the others are. A map in which nothing counts or all
+// that counts is -inf has `empty_value` for each of its real results, and no gradient.
+struct PixelView {
+  const uint8_t* mask;  // null: all pixels within the valid size
+  MapView mask_view;    // of the same extents; strides may be zero
+  const int64_t* sizes;  // null: the whole map
+  int64_t divisor, modulus;
+  double empty_value;
+
+  KPFUSED_HD constexpr bool all() const { return !mask && !sizes; }
+};
+
 // Kernels measure pixels from the centre of the map, ((W - 1) / 2, (H - 1) / 2), where float32 sums lose least.
 // A coordinate in the caller's units is scale * centred + offset; every preset is such an affine map.
 struct Units {
@@ -69,6 +83,7 @@ struct ForwardParams {
   Dtype dtype;
   const void* heatmap;
   MapView view;
+  PixelView pixels;
   BetaView beta;
   Units units;
   void* coordinates;  // [maps, 2], (x, y)
@@ -82,6 +97,7 @@ struct BackwardParams {
   Dtype dtype;
   const void* heatmap;
   MapView view;
+  PixelView pixels;
   BetaView beta;
   Units units;
   const void* stats;             // as forward left it

@@ -60,16 +60,16 @@ def spatial_moments2d(
 
     With :math:`z = \beta h`, :math:`P = \operatorname{softmax}(z)` and pixels :math:`r = (x, y)`:
 
-    ==================  =====================================================  ==========================================
-    field               definition                                             gradient with respect to :math:`z_i`
-    ==================  =====================================================  ==========================================
-    mean                :math:`\mu = \sum P r`                                 :math:`P_i (r_i - \mu)`
-    covariance          :math:`C = \sum P (r - \mu)(r - \mu)^T`                :math:`P_i ((r_i - \mu)(r_i - \mu)^T - C)`
-    entropy             :math:`S = -\sum P \log P`                             :math:`-P_i (\log P_i + S)`
-    logsumexp           :math:`\log \sum e^z`                                  :math:`P_i`
-    peak                the pixel of the maximum, integers                     none
-    peak_probability    :math:`P_p` at that pixel                              :math:`P_p ([i = p] - P_i)`
-    ==================  =====================================================  ==========================================
+    ================  =================================================  ========================================
+    field             definition                                         gradient with respect to :math:`z_i`
+    ================  =================================================  ========================================
+    mean              :math:`\mu = \sum P r`                             :math:`P_i (r_i - \mu)`
+    covariance        :math:`C = \sum P (r - \mu)(r - \mu)^T`            :math:`P_i ((r_i - \mu)(r_i - \mu)^T - C)`
+    entropy           :math:`S = -\sum P \log P`                         :math:`-P_i (\log P_i + S)`
+    logsumexp         :math:`\log \sum e^z`                              :math:`P_i`
+    peak              the pixel of the maximum, integers                 none
+    peak_probability  :math:`P_p` at that pixel                          :math:`P_p ([i = p] - P_i)`
+    ================  =================================================  ========================================
 
     Covariance and entropy tell how sure the point is; they cost a fraction of a second pass. Sums are taken about the
     peak's pixel, so the covariance of a sharp peak keeps its digits anywhere in the map, and a variance is never

@@ -289,7 +289,8 @@ def _moment_gradients(
 
 
 def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_for_moments(ctx, *inputs, output[_PEAK], output[-1])
+    heatmap, beta, beta_value, coordinates = inputs
+    _keep_for_moments(ctx, heatmap, beta, beta_value, coordinates, output[_PEAK], output[-1])
 
 
 torch.library.register_autograd("kpfused::spatial_moments2d", _moment_gradients, setup_context=_setup_moments)
