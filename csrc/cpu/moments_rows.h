@@ -22,32 +22,35 @@ template <class T>
 KPFUSED_INLINE int64_t find_in_span(const T* p, int64_t n, Acc<T> value) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
+  constexpr int kStep = 8;  // vectors compared before the first branch
   const Vec<A> wanted = splat(value);
-  const auto first_of = [&](int64_t i) __attribute__((always_inline)) {
-    A lanes[L];
-    store_vector(lanes, load(p + i));
-    int64_t j = 0;
-    while (!(lanes[j] == value)) ++j;
-    return i + j;
-  };
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    Mask<A> hit = load(p + i) == wanted;
-    for (int j = 1; j < 4; ++j) hit |= load(p + i + j * L) == wanted;
-    if (any<A>(hit)) break;
+  for (; i + kStep * L <= n; i += kStep * L) {
+    Mask<A> hit[kStep];
+    for (int j = 0; j < kStep; ++j) hit[j] = load(p + i + j * L) == wanted;
+    for (int half = kStep / 2; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) hit[j] |= hit[j + half];
+    }
+    if (any<A>(hit[0])) break;
   }
-  for (; i + L <= n; i += L) {
-    if (any<A>(load(p + i) == wanted)) return first_of(i);
+  for (; i < n; i += L) {
+    const int64_t at = at_most(i, n - L);
+    const Vec<A> v = load(p + at);
+    for (int j = 0; any<A>(v == wanted) && j < L; ++j) {
+      if (v[j] == value) return at + j;
+    }
   }
-  return i < n && any<A>(load(p + n - L) == wanted) ? first_of(n - L) : -1;
+  return -1;
 }
 
 // The first pixel, in row order, whose key is the peak.
 template <class T>
 KPFUSED_INLINE Pixel find_peak(const RowsChunk<T>& chunk, Acc<T> sign, Acc<T> peak) {
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    const int64_t c = find_in_span(chunk.p + r * chunk.stride_y, chunk.cols, peak * sign);
-    if (c >= 0) return {r, c};
+  const bool dense = chunk.stride_y == chunk.cols;
+  const int64_t rows = dense ? 1 : chunk.rows, cols = dense ? chunk.rows * chunk.cols : chunk.cols;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = find_in_span(chunk.p + r * chunk.stride_y, cols, peak * sign);
+    if (i >= 0) return {r + i / chunk.cols, i % chunk.cols};
   }
   return {-1, -1};
 }
