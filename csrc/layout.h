@@ -8,23 +8,25 @@
 
 namespace kpfused {
 
-// Sizes of a tensor (..., H, W) and the strides of up to two tensors of that shape that one kernel walks together
-// (heatmap and its gradient): their leading dimensions must fold to the same (outer, inner).
+// The views of up to three tensors of one shape (..., H, W) that one kernel walks together: heatmap, its gradient, and a
+// mask, which may lie in any way. Their leading dimensions must fold to the same (outer, inner).
 struct Layout {
-  MapView first, second;
+  MapView first, second, mask;
   bool in_place;  // false: no kernel reads this layout; copy to contiguous first
 };
 
 namespace detail {
 
+constexpr int kTensors = 3;
+
 struct Run {
-  int64_t size, first, second;
+  int64_t size, stride[kTensors];
 };
 
 inline MapView view_of(const Run& outer, const Run& inner, int64_t height, int64_t width, const int64_t* strides,
-                       int64_t dims, bool second) {
-  MapView v{outer.size, inner.size, height, width, second ? outer.second : outer.first,
-            second ? inner.second : inner.first, strides[dims - 2], strides[dims - 1]};
+                       int64_t dims, int tensor) {
+  MapView v{outer.size, inner.size, height, width, outer.stride[tensor], inner.stride[tensor], strides[dims - 2],
+            strides[dims - 1]};
   // The stride of an axis of one pixel means nothing; say what a dense row would.
   if (width == 1) v.stride_x = 1;
   if (height == 1) v.stride_y = v.stride_x * width;
@@ -33,28 +35,34 @@ inline MapView view_of(const Run& outer, const Run& inner, int64_t height, int64
 
 }  // namespace detail
 
-// `second` may be null. dims >= 2; strides are never negative in torch.
-inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* first, const int64_t* second) {
+// `second` and `mask` may be null. dims >= 2; strides are never negative in torch.
+inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* first, const int64_t* second,
+                          const int64_t* mask = nullptr) {
   const int64_t height = sizes[dims - 2], width = sizes[dims - 1];
-  const int64_t* other = second ? second : first;
-  detail::Run runs[2] = {{1, 0, 0}, {1, 0, 0}};  // inner, outer
+  const int64_t* const strides[detail::kTensors] = {first, second ? second : first, mask ? mask : first};
+  detail::Run runs[2] = {{1, {}}, {1, {}}};  // inner, outer
   int used = 0;
   for (int64_t d = dims - 3; d >= 0; --d) {
     const int64_t n = sizes[d];
-    if (n == 0) return {{0, 0, height, width, 0, 0, width, 1}, {0, 0, height, width, 0, 0, width, 1}, true};
-    if (n == 1) continue;
-    if (used > 0) {
-      detail::Run& last = runs[used - 1];
-      if (first[d] == last.first * last.size && other[d] == last.second * last.size) {
-        last.size *= n;
-        continue;
-      }
+    if (n == 0) {
+      const MapView none{0, 0, height, width, 0, 0, width, 1};
+      return {none, none, none, true};
     }
-    if (used == 2) return {{}, {}, false};
-    runs[used++] = {n, first[d], other[d]};
+    if (n == 1) continue;
+    detail::Run* const last = used > 0 ? &runs[used - 1] : nullptr;
+    bool continues = last != nullptr;
+    for (int t = 0; continues && t < detail::kTensors; ++t) continues = strides[t][d] == last->stride[t] * last->size;
+    if (continues) {
+      last->size *= n;
+      continue;
+    }
+    if (used == 2) return {{}, {}, {}, false};
+    detail::Run& run = runs[used++];
+    run.size = n;
+    for (int t = 0; t < detail::kTensors; ++t) run.stride[t] = strides[t][d];
   }
-  Layout layout{detail::view_of(runs[1], runs[0], height, width, first, dims, false),
-                detail::view_of(runs[1], runs[0], height, width, other, dims, true), true};
+  const auto view = [&](int t) { return detail::view_of(runs[1], runs[0], height, width, strides[t], dims, t); };
+  Layout layout{view(0), view(1), view(2), true};
   const bool rows = layout.first.stride_x == 1 && layout.second.stride_x == 1;
   // Kernels tell the two kinds apart by stride_x alone, so both tensors must be of the same one.
   const bool channels = layout.first.stride_inner == 1 && layout.second.stride_inner == 1 &&

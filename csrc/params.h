@@ -45,7 +45,7 @@ struct PixelView {
   MapView mask_view;    // of the same extents; strides may be zero
   const int64_t* sizes;  // null: the whole map
   int64_t divisor, modulus;
-  double empty_value;
+  double empty_value;  // meant where not all pixels count
 
   KPFUSED_HD constexpr bool all() const { return !mask && !sizes; }
 };

@@ -11,6 +11,7 @@ from torch import Tensor
 from kpfused.reference import COORDINATES
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _INDEX = {name: index for index, name in enumerate(COORDINATES)}
 
 
@@ -63,15 +64,49 @@ def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float 
 
 def check_broadcast(name: str, tensor: Tensor, heatmap: Tensor) -> None:
     """Accepts a tensor on the heatmap's device that broadcasts against its leading dimensions."""
-    if tensor.device != heatmap.device:
-        raise ValueError(f"{name} must be on the device of heatmap, {heatmap.device}; got {tensor.device}")
+    _check_device(name, tensor, heatmap)
     leading = heatmap.shape[:-2]
-    missing = len(leading) - tensor.dim()
-    fits = missing >= 0 and all(
-        have in (1, want) for have, want in zip(tensor.shape, leading[max(missing, 0) :], strict=True)
-    )
-    if not fits:
+    if not _broadcasts(tensor.shape, leading):
         raise ValueError(
             f"{name} must broadcast against the leading dimensions {tuple(leading)} of heatmap; "
             f"got shape {tuple(tensor.shape)}"
         )
+
+
+def check_mask(mask: Tensor, heatmap: Tensor) -> None:
+    """Accepts a bool tensor on the heatmap's device that broadcasts to it."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a tensor of torch.bool, True where a pixel counts; got {mask.dtype}")
+    _check_device("mask", mask, heatmap)
+    if not _broadcasts(mask.shape, heatmap.shape):
+        raise ValueError(
+            f"mask must broadcast to the shape {tuple(heatmap.shape)} of heatmap; got shape {tuple(mask.shape)}"
+        )
+
+
+def check_valid_size(valid_size: tuple[Tensor | int, Tensor | int], heatmap: Tensor) -> None:
+    """Accepts (height, width), each a number within the map or an integer tensor as :func:`check_broadcast` does."""
+    if not isinstance(valid_size, (tuple, list)) or len(valid_size) != 2:
+        raise TypeError(f"valid_size must be (height, width); got {valid_size!r}")
+    for axis, size, most in zip(("height", "width"), valid_size, heatmap.shape[-2:], strict=True):
+        name = f"{axis} of valid_size"
+        if isinstance(size, Tensor):
+            if size.dtype not in _INTEGERS:
+                raise TypeError(f"{name} must be an integer tensor; got {size.dtype}")
+            check_broadcast(name, size, heatmap)
+        elif isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be a number or a torch.Tensor; got {type(size).__name__}")
+        elif not 0 <= size <= most:
+            raise ValueError(f"{name} must be from 0 to {most}; got {size}")
+
+
+def _check_device(name: str, tensor: Tensor, heatmap: Tensor) -> None:
+    if tensor.device != heatmap.device:
+        raise ValueError(f"{name} must be on the device of heatmap, {heatmap.device}; got {tensor.device}")
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    missing = len(to) - len(shape)
+    return missing >= 0 and all(have in (1, want) for have, want in zip(shape, to[max(missing, 0) :], strict=True))

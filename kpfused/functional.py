@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from kpfused import checks, ops
@@ -15,6 +19,9 @@ def soft_argmax2d(
     *,
     temperature: Tensor | float | None = None,
     coordinates: str = "pixel",
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float = math.nan,
 ) -> Tensor:
     r"""Expected (x, y) coordinates under the spatial softmax of a heatmap, in one pass over it.
 
@@ -33,6 +40,14 @@ def soft_argmax2d(
         coordinates: units of the result along an axis of ``n`` pixels, for pixel ``i``:
             ``"pixel"`` i; ``"corners"`` 2i/(n-1) - 1, and 0 where n is 1; ``"centers"`` (2i+1)/n - 1;
             ``"unit"`` i/n; ``"unit_centered"`` i/n - 1/2.
+        mask: bool, True where a pixel counts, broadcastable to ``heatmap`` and not expanded in memory:
+            ``(B, 1, H, W)`` for one per image. Other pixels may hold anything, NaN too; their gradient is exactly zero.
+        valid_size: (height, width) of the part of the map that counts, from its first pixel on, for batches padded to
+            one size. Each is a number or an integer tensor that broadcasts against the leading dimensions, ``(B, 1)``
+            for one per image of ``(B, K, H, W)``; tensors are clamped to the map. The rest is not read. Units stay
+            those of the whole map.
+        empty_value: what a map gives in which no pixel counts, or none that does has a logit above -inf. With a mask
+            or a valid size only; its gradient is then zero.
 
     Returns:
         ``(..., 2)``, (x, y) in this order; float64 for float64 heatmaps and float32 for all others. A map that holds
@@ -42,11 +57,12 @@ def soft_argmax2d(
     and writes the gradient once, in the heatmap's memory format; nothing else of its size is kept or allocated.
 
     Raises:
-        TypeError: heatmap, beta or temperature is of a type or dtype that is not listed above.
+        TypeError: an argument is of a type or dtype that is not listed above.
         ValueError: fewer than two dimensions, no pixels, both beta and temperature, a temperature of zero, a tensor
-            that does not broadcast or lies on another device, or unknown coordinates.
+            that does not broadcast or lies on another device, a valid size beyond the map, or unknown coordinates.
     """
-    return ops.soft_argmax2d(*_checked(heatmap, beta, temperature, coordinates))
+    arguments = _checked(heatmap, beta, temperature, coordinates)
+    return ops.soft_argmax2d(*arguments, *_pixels(heatmap, mask, valid_size, empty_value))
 
 
 def spatial_moments2d(
@@ -55,6 +71,9 @@ def spatial_moments2d(
     *,
     temperature: Tensor | float | None = None,
     coordinates: str = "pixel",
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float = math.nan,
 ) -> SpatialMoments:
     r"""Mean, covariance, entropy, log-sum-exp and peak of the spatial softmax of a heatmap, from one read of it.
 
@@ -80,6 +99,9 @@ def spatial_moments2d(
         beta: as in :func:`soft_argmax2d`.
         temperature: as in :func:`soft_argmax2d`.
         coordinates: units of mean and covariance, as in :func:`soft_argmax2d`. The peak is always in pixels.
+        mask: as in :func:`soft_argmax2d`.
+        valid_size: as in :func:`soft_argmax2d`.
+        empty_value: as in :func:`soft_argmax2d`, of all fields but the peak, which is then the first pixel.
 
     Returns:
         :class:`SpatialMoments`. Where a map holds NaN or +inf or nothing but -inf, its real fields are NaN (the
@@ -92,7 +114,8 @@ def spatial_moments2d(
         TypeError: as in :func:`soft_argmax2d`.
         ValueError: as in :func:`soft_argmax2d`.
     """
-    return ops.spatial_moments2d(*_checked(heatmap, beta, temperature, coordinates))
+    arguments = _checked(heatmap, beta, temperature, coordinates)
+    return ops.spatial_moments2d(*arguments, *_pixels(heatmap, mask, valid_size, empty_value))
 
 
 def _checked(
@@ -107,6 +130,28 @@ def _checked(
     if temperature is not None and not isinstance(temperature, Tensor):
         return heatmap, None, 1.0 / temperature, index
     return heatmap, _beta_tensor(heatmap, beta, temperature), 0.0, index
+
+
+def _pixels(
+    heatmap: Tensor,
+    mask: Tensor | None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None,
+    empty_value: float,
+) -> tuple[Any, ...]:
+    """Which pixels count, as an op takes it: nothing where all do."""
+    if mask is None and valid_size is None:
+        return ()
+    if mask is not None:
+        checks.check_mask(mask, heatmap)
+        mask = mask.expand(heatmap.shape)
+    size = None
+    if valid_size is not None:
+        checks.check_valid_size(valid_size, heatmap)
+        height, width = (torch.as_tensor(n, dtype=torch.int64, device=heatmap.device) for n in valid_size)
+        size = torch.stack((height + 0 * width, width + 0 * height), -1)
+        if height.dim() or width.dim():
+            size = ops.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()
+    return mask, size, float(empty_value)
 
 
 def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None) -> Tensor:

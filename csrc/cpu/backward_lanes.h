@@ -67,7 +67,11 @@ class BackwardLanes {
                                     row,
                                     col,
                                     channels};
-      channels < L ? padded(all, lanes) : pixels(all, lanes);
+      if (channels < L || !params_.pixels.all()) {
+        buffered(all, outer * view_.inner + first, lanes);
+      } else {
+        pixels(all, lanes);
+      }
       for (int64_t c = 0; (kBeta || kMoments) && c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c, count = parts_.count();
         A of_peak = A(0);
@@ -143,20 +147,24 @@ class BackwardLanes {
     }
   }
 
-  // Fewer channels than lanes: through buffers in which every pixel fills a vector.
-  void padded(const GradientChunk<T>& all, Lanes& lanes) const {
-    const Tiling chunks = lane_chunks<T>(all.rows, all.cols, all.channels);
-    T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
+  // Fewer channels than lanes, or pixels that do not count: through buffers.
+  void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
+    const int64_t padded = padded_channels<A>(all.channels);
+    const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.channels);
+    const LanesCounting<T> counting(params_.pixels, view_, params_.beta, first_map, all.channels);
+    T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)], zeros[2 * kChannelBlock];
     __builtin_memset(from, 0, sizeof(from));
+    __builtin_memset(zeros, 0, sizeof(zeros));
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
-        const int64_t row = chunks.y.begin(i), col = chunks.x.begin(j), rows = chunks.y.size(i);
-        const int64_t cols = chunks.x.size(j);
-        copy_pixels(all.h + row * all.stride_y + col * all.stride_x, all.stride_y, all.stride_x, from, cols * L,
-                    int64_t(L), rows, cols, all.channels);
-        pixels({from, to, cols * L, L, cols * L, L, rows, cols, all.row + row, all.col + col, L}, lanes);
-        copy_pixels<T>(to, cols * L, int64_t(L), all.out + row * all.out_y + col * all.out_x, all.out_y, all.out_x,
-                       rows, cols, all.channels);
+        const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
+        const PixelRange range = {all.row + y, chunks.y.size(i), all.col + x, chunks.x.size(j)};
+        const int64_t stride_y = range.cols * padded;
+        counting.copy(all.h + y * all.stride_y + x * all.stride_x, all.stride_y, all.stride_x, from, stride_y, padded,
+                      range, counting.weightless);
+        pixels({from, to, stride_y, padded, stride_y, padded, range.rows, range.cols, range.row, range.col, padded},
+               lanes);
+        counting.copy(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range, zeros);
       }
     }
   }

@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#include "maps.h"
+#include "counting.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -32,6 +32,7 @@ KPFUSED_INLINE void load_gradient(const BackwardParams& params, int64_t map, Map
   to.of = falloff(sharpness(to.beta), stats.peak);
   to.q = backward_slope(stats, g[0] * A(params.units.scale_x), g[params.grad_stride_xy] * A(params.units.scale_y),
                         params.grad_beta ? A(1) : to.beta);
+  if (is_empty(params.pixels, stats.sum)) to.q = {};
 }
 
 template <class A>
@@ -56,6 +57,7 @@ KPFUSED_INLINE void load_gradient(const BackwardParams& params, int64_t map, Map
   to.beta = beta_of<A>(params.beta, map);
   to.of = falloff(sharpness(to.beta), stats.peak);
   to.q = backward_polynomial(stats, field_gradients<A>(params, map), to.beta, params.grad_beta ? A(1) : to.beta);
+  if (is_empty(params.pixels, stats.sum)) to.q = {};
 }
 
 // What dbeta needs once a map beside the sum over its elements, likewise without its sign: only the log-sum-exp changes
@@ -100,10 +102,6 @@ KPFUSED_INLINE void store_one(T* p, Acc<T> value) {
   *p = lanes[0];
 }
 
-struct PixelRange {
-  int64_t row, rows, col, cols;
-};
-
 // The gradient at the peak's pixel, which its probability raises, where the pixel lies in the range; `out` is that of the
 // range's first pixel. Returns what dbeta needs once a map.
 template <class T, bool kBeta>
@@ -113,6 +111,8 @@ KPFUSED_INLINE Acc<T> finish_peak(const BackwardParams& params, int64_t index,
   const int64_t col = peak_of_map(params, index, 0), row = peak_of_map(params, index, 1);
   const int64_t x = col - range.col, y = row - range.row;
   if (x < 0 || x >= range.cols || y < 0 || y >= range.rows) return A(0);
+  // The peak of a map of NaN may be any pixel.
+  if (!params.pixels.all() && !counting_of(params.pixels, params.view, index).at(row, col)) return A(0);
   const A q = map.q.value_at_peak(centred<A>(col, params.view.width), centred<A>(row, params.view.height));
   store_one(out + y * params.grad_view.stride_y + x * params.grad_view.stride_x, kBeta ? map.beta * q : q);
   return kBeta ? grad_beta_of_peak<A>(params, index) : A(0);
@@ -215,12 +215,13 @@ class BackwardRows {
     Vec<A> dbeta = {};
     Map map;
     load_gradient(params_, index, map);
+    const Counting some = counting_of(params_.pixels, view_, index), *counting = params_.pixels.all() ? nullptr : &some;
     if (plan_.flat) {
-      flat_area(h, out, area, map, dbeta);
+      flat_area(h, out, area, counting, map, dbeta);
     } else {
       const Cut blocks = cut(area.cols, kTable<A>, kRowMultiple);
       for (int64_t b = 0; b < blocks.count; ++b) {
-        columns(h, out, area.row, area.rows, area.col + blocks.begin(b), blocks.size(b), map, dbeta);
+        columns(h, out, {area.row, area.rows, area.col + blocks.begin(b), blocks.size(b)}, counting, map, dbeta);
       }
     }
     A of_peak = A(0);
@@ -232,8 +233,12 @@ class BackwardRows {
     return kBeta ? map.of.sign * (reduce_generic<A>(dbeta) + of_peak) : A(0);
   }
 
-  void columns(const T* h, T* out, int64_t row, int64_t rows, int64_t col, int64_t cols, const Map& map,
+  // `counting` is null where all pixels count.
+  void columns(const T* h, T* out, const PixelRange& range, const Counting* counting, const Map& map,
                Vec<A>& dbeta) const {
+    const int64_t col = range.col, cols = range.cols;
+    const T otherwise = weightless<T>(map.of.sign);
+    T counted[kTable<A>];
     // What the column gives to q, and with moments what it gives times dy.
     A table[kTable<A>], cross[kMoments ? kTable<A> : 1];
     const Vec<A> x = iota<A>() + centred<A>(col, view_.width);
@@ -248,34 +253,48 @@ class BackwardRows {
     };
     for (int64_t i = 0; i + L <= cols; i += L) fill(i);
     fill(cols - L);
-    for (int64_t r = row; r < row + rows; ++r) {
+    for (int64_t r = range.row; r < range.row + range.rows; ++r) {
       const A y = centred<A>(r, view_.height);
       const Vec<A> of_row = splat(map.q.along_y(y)), dy = splat(y - map.q.mean_y);
+      const T* from = h + r * view_.stride_y + col;
+      T* to = out + r * params_.grad_view.stride_y + col;
+      if (counting) {
+        copy_counting(from, counted, cols, otherwise, *counting, r, col);
+        from = counted;
+      }
       backward_span<T, kBeta, kMoments>(
-          h + r * view_.stride_y + col, out + r * params_.grad_view.stride_y + col, cols, map,
+          from, to, cols, map,
           [&](int64_t i) __attribute__((always_inline)) {
             const Vec<A> q = load_vector(table + i) + of_row;
             return kMoments ? q + load_vector(cross + (kMoments ? i : 0)) * dy : q;
           },
           dbeta);
+      if (counting) copy_counting(to, to, cols, T{}, *counting, r, col);
     }
   }
 
-  KPFUSED_INLINE void flat_area(const T* h, T* out, const Area& area, const Map& map, Vec<A>& dbeta) const {
+  KPFUSED_INLINE void flat_area(const T* h, T* out, const Area& area, const Counting* counting, const Map& map,
+                                Vec<A>& dbeta) const {
     for (int64_t i = 0; i < area.chunks.count; ++i) {
       const int64_t r = area.row + area.chunks.begin(i);
       Map shifted = map;
       shifted.q.mean_y -= table_.shift(r, view_.height);
-      flat_chunk(h + r * view_.stride_y, out + r * params_.grad_view.stride_y, area.chunks.size(i), shifted, dbeta);
+      T* to = out + r * params_.grad_view.stride_y;
+      flat_chunk(h + r * view_.stride_y, to, r, area.chunks.size(i), counting, shifted, dbeta);
     }
   }
 
-  void flat_chunk(const T* h, T* out, int64_t rows, const Map& map, Vec<A>& dbeta) const {
+  void flat_chunk(const T* h, T* out, int64_t row, int64_t rows, const Counting* counting, const Map& map,
+                  Vec<A>& dbeta) const {
     const int64_t width = view_.width, n = rows * width;
     const auto dense = [&](int64_t stride_y) { return n >= L && (stride_y == width || rows == 1); };
     T from[kTable<A>], to[kTable<A>];
-    if (!dense(view_.stride_y)) {
-      gather_rows(h, view_.stride_y, rows, width, from);
+    if (counting || !dense(view_.stride_y)) {
+      if (counting) {
+        copy_counting_rows(h, view_.stride_y, rows, width, from, weightless<T>(map.of.sign), *counting, row, 0);
+      } else {
+        gather_rows(h, view_.stride_y, rows, width, from);
+      }
       for (int64_t i = n; i < L; ++i) from[i] = from[0];
       h = from;
     }
@@ -291,9 +310,10 @@ class BackwardRows {
     Vec<A> more = {};
     backward_span<T, kBeta, kMoments>(h, scatter ? to : out, at_least(n, L), map, q, more);
     if (kBeta) dbeta += n < L ? keep<A>(more, ~last_lanes<A>(L - n)) : more;
-    if (!scatter) return;
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < width; ++c) out[r * params_.grad_view.stride_y + c] = to[r * width + c];
+      T* const row_out = out + r * params_.grad_view.stride_y;
+      for (int64_t c = 0; scatter && c < width; ++c) row_out[c] = to[r * width + c];
+      if (counting) copy_counting(row_out, row_out, width, T{}, *counting, row + r, 0);
     }
   }
 

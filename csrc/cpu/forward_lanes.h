@@ -30,9 +30,14 @@ class ForwardLanes {
       Lanes lanes;
       load_beta(outer * view_.inner + first, channels, lanes);
       const int64_t then = at_most(item + 1, end - 1);
-      run_part(origin(outer, part, first),
-               origin(then / blocks_.count / parts, then / blocks_.count % parts, blocks_.begin(then % blocks_.count)),
-               part, channels, lanes);
+      const T* const base = origin(outer, part, first);
+      if (channels < kLanes<A> || !params_.pixels.all()) {
+        run_buffered(base, part, outer * view_.inner + first, channels, lanes);
+      } else {
+        run_part(base,
+                 origin(then / blocks_.count / parts, then / blocks_.count % parts, blocks_.begin(then % blocks_.count)),
+                 part, channels, lanes);
+      }
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c;
         const S state = state_of(lanes, c, channels);
@@ -77,20 +82,16 @@ class ForwardLanes {
 
   // `next` is where the item after this one begins.
   void run_part(const T* base, const T* next, int64_t part, int64_t channels, Lanes& lanes) const {
-    constexpr int L = kLanes<A>;
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
-    const bool pad = channels < L;
     const Tiling chunks = lane_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
     const auto begin = [&](int64_t n) {
       return n == chunks.count() ? next
                                  : base + chunks.y.begin(n / chunks.x.count) * view_.stride_y +
                                        chunks.x.begin(n % chunks.x.count) * view_.stride_x;
     };
-    T buffer[kGatherBytes / sizeof(T)];
-    if (pad) __builtin_memset(buffer, 0, sizeof(buffer));
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
-      LanesChunk<T> chunk = {begin(n),
+      const LanesChunk<T> chunk = {begin(n),
                              view_.stride_y,
                              view_.stride_x,
                              chunks.y.size(ci),
@@ -100,8 +101,26 @@ class ForwardLanes {
                              (begin(n + 1) - begin(n)) * int64_t(sizeof(T)),
                              channels,
                              n == 0};
-      if (pad) pad_channels(chunk, buffer);
       run_chunk(chunk, lanes);
+    }
+  }
+
+  // Fewer channels than lanes, or pixels that do not count: through a buffer.
+  void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
+    const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
+    const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
+    const LanesCounting<T> counting(params_.pixels, view_, params_.beta, first_map, channels);
+    T buffer[kGatherBytes / sizeof(T)];
+    __builtin_memset(buffer, 0, sizeof(buffer));
+    for (int64_t n = 0; n < chunks.count(); ++n) {
+      const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);
+      const PixelRange range = {parts_.y.begin(i) + y, chunks.y.size(n / chunks.x.count), parts_.x.begin(j) + x,
+                                chunks.x.size(n % chunks.x.count)};
+      counting.copy(base + y * view_.stride_y + x * view_.stride_x, view_.stride_y, view_.stride_x, buffer,
+                    range.cols * padded, padded, range, counting.weightless);
+      run_chunk({buffer, range.cols * padded, padded, range.rows, range.cols, centred<A>(range.col, view_.width),
+                 centred<A>(range.row, view_.height), 0, padded, n == 0},
+                lanes);
     }
   }
 
@@ -124,13 +143,6 @@ class ForwardLanes {
     if (groups - g == 3) run_block<3>(chunk, g, lanes);
     if (groups - g == 2) run_block<2>(chunk, g, lanes);
     if (groups - g == 1) run_block<1>(chunk, g, lanes);
-  }
-
-  static void pad_channels(LanesChunk<T>& chunk, T* buffer) {
-    constexpr int L = kLanes<A>;
-    copy_pixels(chunk.p, chunk.stride_y, chunk.stride_x, buffer, chunk.cols * L, L, chunk.rows, chunk.cols,
-                chunk.channels);
-    chunk.p = buffer, chunk.stride_x = L, chunk.stride_y = chunk.cols * L, chunk.channels = L, chunk.ahead = 0;
   }
 
   const ForwardParams& params_;

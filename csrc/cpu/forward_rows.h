@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "counting.h"
 #include "moments_rows.h"
 #include "sums_rows.h"
 
@@ -32,13 +33,14 @@ class ForwardRows {
     for (int64_t map = begin; map < end; ++map) {
       const T* p = base + walk.offset();
       walk.advance();
-      const Part part = {p, 0, 0, chunks, map + 1 < end ? base + walk.offset() : p};
-      write_result(params_, map, of_part(part, sharpness(beta_of<A>(params_.beta, map))));
+      const Part part = {map, p, 0, 0, chunks, map + 1 < end ? base + walk.offset() : p};
+      write_result(params_, map, of_part(part));
     }
   }
 
  private:
   struct Part {
+    int64_t map;
     const T* p;
     int64_t row, col;
     Tiling chunks;
@@ -52,8 +54,8 @@ class ForwardRows {
     const int64_t row = parts.y.begin(i), col = parts.x.begin(j);
     const T* p = base + map_offset(view_, map) + row * view_.stride_y + col;
     const T* next = j + 1 == parts.x.count ? p - col + parts.y.size(i) * view_.stride_y : p + parts.x.size(j);
-    const Part part = {p, row, col, plan_.chunks(parts.y.size(i), parts.x.size(j)), next};
-    write_state(params_, item, of_part(part, sharpness(beta_of<A>(params_.beta, map))));
+    const Part part = {map, p, row, col, plan_.chunks(parts.y.size(i), parts.x.size(j)), next};
+    write_state(params_, item, of_part(part));
   }
 
   static S nothing() {
@@ -64,7 +66,9 @@ class ForwardRows {
     }
   }
 
-  KPFUSED_INLINE S of_part(const Part& part, const Sharpness<A>& sharp) const {
+  KPFUSED_INLINE S of_part(const Part& part) const {
+    const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
+    if (!params_.pixels.all()) return of_counting(part, sharp);
     S state = chunk(part, 0, 0, sharp, nothing());
     if (part.chunks.count() == 1) return state;
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
@@ -79,12 +83,16 @@ class ForwardRows {
     const Cut &y = part.chunks.y, &x = part.chunks.x;
     const int64_t row = part.row + y.begin(i), col = part.col + x.begin(j);
     const T* p = part.p + y.begin(i) * view_.stride_y + x.begin(j);
-    if (plan_.flat) return flat_chunk(p, y.size(i), table_.shift(row, view_.height), sharp, so_far);
+    if (plan_.flat) return flat_chunk(p, view_.stride_y, y.size(i), row, sharp, so_far);
     const T* next = j + 1 < x.count   ? p + x.size(j)
                     : i + 1 < y.count ? part.p + y.begin(i + 1) * view_.stride_y
                                       : part.next;
-    const RowsChunk<T> chunk = {p, view_.stride_y, y.size(i), x.size(j), centred<A>(col, view_.width),
-                                centred<A>(row, view_.height), (next - p) * int64_t(sizeof(T))};
+    return rows_chunk({p, view_.stride_y, y.size(i), x.size(j), centred<A>(col, view_.width),
+                       centred<A>(row, view_.height), (next - p) * int64_t(sizeof(T))},
+                      sharp, so_far);
+  }
+
+  static KPFUSED_INLINE S rows_chunk(const RowsChunk<T>& chunk, const Sharpness<A>& sharp, const S& so_far) {
     if constexpr (kMoments) {
       return chunk_moments(chunk, sharp, so_far);
     } else {
@@ -92,11 +100,13 @@ class ForwardRows {
     }
   }
 
-  KPFUSED_INLINE S flat_chunk(const T* p, int64_t rows, A shift, const Sharpness<A>& sharp, const S& so_far) const {
+  KPFUSED_INLINE S flat_chunk(const T* p, int64_t stride_y, int64_t rows, int64_t row, const Sharpness<A>& sharp,
+                              const S& so_far) const {
+    const A shift = table_.shift(row, view_.height);
     const int64_t n = rows * view_.width;
     T buffer[kTable<A>];
-    if (n < kLanes<A> || (view_.stride_y != view_.width && rows > 1)) {
-      gather_rows(p, view_.stride_y, rows, view_.width, buffer);
+    if (n < kLanes<A> || (stride_y != view_.width && rows > 1)) {
+      gather_rows(p, stride_y, rows, view_.width, buffer);
       for (int64_t i = n; i < kLanes<A>; ++i) buffer[i] = buffer[0];
       p = buffer;
     }
@@ -107,6 +117,30 @@ class ForwardRows {
       state.sum_y += state.sum * shift;
       return state;
     }
+  }
+
+  // A part of which not all pixels count.
+  S of_counting(const Part& part, const Sharpness<A>& sharp) const {
+    const Counting counting = counting_of(params_.pixels, view_, part.map);
+    const T otherwise = weightless<T>(sharp.sign);
+    // Where rows are cut, pieces may be longer than their average, by which rows are counted; there are two at most.
+    T buffer[kChunkBytes / sizeof(T) + 2 * kRowMultiple];
+    S state = nothing();
+    for (int64_t i = 0; i < part.chunks.y.count; ++i) {
+      for (int64_t j = 0; j < part.chunks.x.count; ++j) {
+        const int64_t y = part.chunks.y.begin(i), x = part.chunks.x.begin(j), cols = part.chunks.x.size(j);
+        const int64_t row = part.row + y, col = part.col + x;
+        const int64_t rows = at_most(part.chunks.y.size(i), counting.rows - row);
+        if (rows <= 0 || col >= counting.cols) continue;
+        copy_counting_rows(part.p + y * view_.stride_y + x, view_.stride_y, rows, cols, buffer, otherwise, counting,
+                           row, col);
+        const RowsChunk<T> chunk = {buffer, cols, rows, cols, centred<A>(col, view_.width),
+                                    centred<A>(row, view_.height), 0};
+        state = merge(state, plan_.flat ? flat_chunk(buffer, cols, rows, row, sharp, state) : rows_chunk(chunk, sharp, state),
+                      sharp.scale, ScalarExp2{});
+      }
+    }
+    return state;
   }
 
   const ForwardParams& params_;

@@ -2,7 +2,7 @@
 // What forward and backward share where lanes are channels.
 #pragma once
 
-#include "maps.h"
+#include "counting.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -16,23 +16,58 @@ KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t channels) {
   return at_most(group * kLanes<A>, channels - kLanes<A>);
 }
 
-// Chunks of pixels, each with all channels of a block. Fewer channels than lanes are padded to a vector.
+// Chunks of pixels, each with all channels of a block.
 template <class T>
 KPFUSED_INLINE Tiling lane_chunks(int64_t rows, int64_t cols, int64_t channels) {
-  constexpr int64_t L = kLanes<Acc<T>>, size = sizeof(T);
-  const int64_t pixels = channels < L ? kGatherBytes / (L * size) : at_least(kChunkBytes / (channels * size), 32);
-  return tile(rows, cols, pixels, 1);
+  return tile(rows, cols, at_least(kChunkBytes / (channels * int64_t(sizeof(T))), 32), 1);
 }
 
-// Copies pixels of `channels` elements each: from and to rows of pixels with the given strides.
+// Channels of a block as a buffer holds them: at least a vector.
+template <class A>
+KPFUSED_INLINE int64_t padded_channels(int64_t channels) {
+  return at_least(channels, kLanes<A>);
+}
+
+// Pixels that a buffer of `bytes` takes.
 template <class T>
-KPFUSED_INLINE void copy_pixels(const T* from, int64_t from_y, int64_t from_x, T* to, int64_t to_y, int64_t to_x,
-                                int64_t rows, int64_t cols, int64_t channels) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < cols; ++c) {
-      for (int64_t k = 0; k < channels; ++k) to[r * to_y + c * to_x + k] = from[r * from_y + c * from_x + k];
+KPFUSED_INLINE Tiling buffer_chunks(int64_t rows, int64_t cols, int64_t channels) {
+  return tile(rows, cols, kGatherBytes / (padded_channels<Acc<T>>(channels) * int64_t(sizeof(T))), 1);
+}
+
+// Which pixels count, for every channel of a block, and what stands in place of the others.
+template <class T>
+struct LanesCounting {
+  int64_t channels;
+  bool shared;  // the same pixels for all channels
+  Counting each[2 * kChannelBlock];
+  T weightless[2 * kChannelBlock];
+
+  LanesCounting(const PixelView& pixels, const MapView& view, const BetaView& beta, int64_t first_map, int64_t count)
+      : channels(count), shared((!pixels.mask || pixels.mask_view.stride_inner == 0) &&
+                                (!pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0)) {
+    for (int64_t k = 0; k < channels; ++k) {
+      each[k] = counting_of(pixels, view, first_map + k);
+      weightless[k] = KPFUSED_ISA::weightless<T>(sharpness(beta_of<Acc<T>>(beta, first_map + k)).sign);
     }
   }
-}
+
+  // Copies pixels of `channels` elements each, from and to rows of pixels with the given strides. Channels of pixels that
+  // do not count get `otherwise` and are not read.
+  void copy(const T* from, int64_t from_y, int64_t from_x, T* to, int64_t to_y, int64_t to_x, const PixelRange& range,
+            const T* otherwise) const {
+    for (int64_t r = 0; r < range.rows; ++r) {
+      for (int64_t c = 0; c < range.cols; ++c) {
+        const T* p = from + r * from_y + c * from_x;
+        T* out = to + r * to_y + c * to_x;
+        if (!shared) {
+          for (int64_t k = 0; k < channels; ++k) out[k] = each[k].at(range.row + r, range.col + c) ? p[k] : otherwise[k];
+          continue;
+        }
+        if (!each[0].at(range.row + r, range.col + c)) p = otherwise;
+        for (int64_t k = 0; k < channels; ++k) out[k] = p[k];
+      }
+    }
+  }
+};
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

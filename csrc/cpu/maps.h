@@ -126,6 +126,12 @@ struct RowPlan {
   }
 };
 
+// Whether a map is to give `empty_value`.
+template <class A>
+KPFUSED_INLINE bool is_empty(const PixelView& pixels, A sum) {
+  return !pixels.all() && sum == A(0);
+}
+
 // The result of a map, into its two destinations.
 template <class A>
 KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const State<A>& state) {
@@ -133,6 +139,10 @@ KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const
   A* out = static_cast<A*>(params.stats) + map * kStats;
   out[0] = stats.peak, out[1] = stats.sum, out[2] = stats.mean_x, out[3] = stats.mean_y;
   A* coordinates = static_cast<A*>(params.coordinates) + map * 2;
+  if (is_empty(params.pixels, state.sum)) {
+    coordinates[0] = coordinates[1] = A(params.pixels.empty_value);
+    return;
+  }
   // Rounded once: a mean in float32 would already cost as much as small maps lose in their sums.
   const double sum = double(state.sum);
   coordinates[0] = A(params.units.scale_x * (double(state.sum_x) / sum) + params.units.offset_x);
@@ -161,15 +171,23 @@ KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const
   coordinates[1] = A(u.scale_y * stats.mean_y + u.offset_y);
   const MomentFields& fields = params.moments;
   A* covariance = static_cast<A*>(fields.covariance) + map * 4;
+  A *entropy = static_cast<A*>(fields.entropy) + map, *logsumexp = static_cast<A*>(fields.logsumexp) + map;
+  A* chance = static_cast<A*>(fields.peak_probability) + map;
+  fields.peak[map * 2] = pixel_at(state.at_x, params.view.width);
+  fields.peak[map * 2 + 1] = pixel_at(state.at_y, params.view.height);
+  if (is_empty(params.pixels, state.sum)) {
+    const A value = A(params.pixels.empty_value);
+    coordinates[0] = coordinates[1] = covariance[0] = covariance[1] = covariance[2] = covariance[3] = value;
+    *entropy = *logsumexp = *chance = value;
+    return;
+  }
   covariance[0] = A(u.scale_x * u.scale_x * stats.xx);
   covariance[1] = covariance[2] = A(u.scale_x * u.scale_y * stats.xy);
   covariance[3] = A(u.scale_y * u.scale_y * stats.yy);
   const double beta = std::fabs(double(beta_of<A>(params.beta, map))), log_sum = std::log(stats.sum);
-  static_cast<A*>(fields.entropy)[map] = A(log_sum - beta * stats.distance);
-  static_cast<A*>(fields.logsumexp)[map] = A(beta * stats.peak + log_sum);
-  static_cast<A*>(fields.peak_probability)[map] = A(peak_probability(stats.sum));
-  fields.peak[map * 2] = pixel_at(state.at_x, params.view.width);
-  fields.peak[map * 2 + 1] = pixel_at(state.at_y, params.view.height);
+  *entropy = A(log_sum - beta * stats.distance);
+  *logsumexp = A(beta * stats.peak + log_sum);
+  *chance = A(peak_probability(stats.sum));
 }
 
 // The state of one part of a split map, to be merged. Item: map * parts + part.

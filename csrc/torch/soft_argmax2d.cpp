@@ -3,6 +3,7 @@
 //
 // Users reach the ops through kpfused/functional.py, whose checks name the argument at fault. What is checked here is
 // what would otherwise touch memory that is not there.
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -62,37 +63,98 @@ void check_device(const Tensor& tensor, const Tensor& heatmap, const char* name)
                   " must be on the device of heatmap");
 }
 
+// The first `dims` sizes of a tensor against the leading dimensions of heatmap.
+void check_broadcast(const Tensor& heatmap, const Tensor& tensor, int64_t dims, const char* name) {
+  const int64_t leading = heatmap.dim() - 2;
+  bool fits = dims <= leading;
+  for (int64_t d = 0; fits && d < dims; ++d) {
+    fits = tensor.size(d) == 1 || tensor.size(d) == heatmap.size(leading - dims + d);
+  }
+  STD_TORCH_CHECK(fits, name, " must broadcast against the leading dimensions of heatmap");
+}
+
 BetaView beta_view(const Tensor& heatmap, const std::optional<Tensor>& beta, double value) {
   BetaView view{nullptr, value, 1, 1};
   if (!beta) return view;
   check_device(*beta, heatmap, "beta");
   STD_TORCH_CHECK(beta->scalar_type() == accumulator_of(dtype_of(heatmap)) && beta->is_contiguous(),
                   "beta must be contiguous and of the dtype of the coordinates");
-  const auto sizes = heatmap.sizes();
-  const auto beta_sizes = beta->sizes();
-  const int64_t leading = heatmap.dim() - 2, dims = beta->dim();
-  STD_TORCH_CHECK(dims <= leading, "beta must broadcast against the leading dimensions of heatmap");
-  for (int64_t d = 0; d < dims; ++d) {
-    STD_TORCH_CHECK(beta_sizes[d] == 1 || beta_sizes[d] == sizes[leading - dims + d],
-                    "beta must broadcast against the leading dimensions of heatmap");
-  }
-  STD_TORCH_CHECK(fold_beta(sizes.data(), leading, beta_sizes.data(), dims, &view),
+  check_broadcast(heatmap, *beta, beta->dim(), "beta");
+  STD_TORCH_CHECK(fold_beta(heatmap.sizes().data(), heatmap.dim() - 2, beta->sizes().data(), beta->dim(), &view),
                   "beta broadcasts along separate dimensions; expand it");
   view.values = beta->const_data_ptr();
   return view;
 }
 
+// What an op is told beside the heatmap.
+struct Settings {
+  std::optional<Tensor> beta;
+  double beta_value;
+  int64_t coordinates;
+  std::optional<Tensor> mask;        // bool, of the heatmap's shape; strides may be zero
+  std::optional<Tensor> valid_size;  // int64 (..., 2), (height, width), leading dimensions as those of beta
+  double empty_value;
+};
+
+// Broadcasts against the leading dimensions of heatmap as beta does.
+PixelView pixel_view(const Tensor& heatmap, const Settings& settings, const MapView& mask_view) {
+  PixelView view{nullptr, mask_view, nullptr, 1, 1, settings.empty_value};
+  if (settings.mask) view.mask = static_cast<const uint8_t*>(settings.mask->const_data_ptr());
+  if (!settings.valid_size) return view;
+  const Tensor& size = *settings.valid_size;
+  check_device(size, heatmap, "valid_size");
+  const int64_t dims = size.dim() - 1;
+  STD_TORCH_CHECK(size.scalar_type() == ScalarType::Long && size.is_contiguous() && dims >= 0 && size.size(dims) == 2,
+                  "valid_size must be a contiguous int64 tensor (..., 2)");
+  BetaView run{};
+  check_broadcast(heatmap, size, dims, "valid_size");
+  STD_TORCH_CHECK(fold_beta(heatmap.sizes().data(), heatmap.dim() - 2, size.sizes().data(), dims, &run),
+                  "valid_size broadcasts along separate dimensions; expand it");
+  view.sizes = static_cast<const int64_t*>(size.const_data_ptr());
+  view.divisor = run.divisor;
+  view.modulus = run.modulus;
+  return view;
+}
+
+// How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no
+// kernel reads its layout, and then the target, and expands a mask in memory where its strides do not fold with theirs.
+Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr) {
+  const auto fold = [&] {
+    return fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
+                       target ? target->strides().data() : nullptr, mask ? mask->strides().data() : nullptr);
+  };
+  if (mask) {
+    check_device(*mask, heatmap, "mask");
+    bool same = mask->dim() == heatmap.dim() && mask->scalar_type() == ScalarType::Bool;
+    for (int64_t d = 0; same && d < heatmap.dim(); ++d) same = mask->size(d) == heatmap.size(d);
+    STD_TORCH_CHECK(same, "mask must be bool and of the shape of heatmap");
+  }
+  Layout layout = fold();
+  if (layout.in_place) return layout;
+  heatmap = torch::stable::contiguous(heatmap);
+  if (target) {
+    const auto sizes = heatmap.sizes();
+    *target = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
+  }
+  layout = fold();
+  if (layout.in_place) return layout;
+  mask = torch::stable::contiguous(*mask);
+  return fold();
+}
+
 // What forward and backward share of their parameters.
 template <class Params>
-Params common_params(const Tensor& heatmap, const MapView& view, const std::optional<Tensor>& beta, double beta_value,
-                     int64_t coordinates) {
+Params common_params(const Tensor& heatmap, const Layout& layout, const Settings& settings) {
+  const MapView& view = layout.first;
+  const int64_t coordinates = settings.coordinates;
   STD_TORCH_CHECK(0 <= coordinates && coordinates < kCoordinates, "unknown coordinates");
   STD_TORCH_CHECK(view.height > 0 && view.width > 0, "heatmap must have at least one pixel");
   Params p{};
   p.dtype = dtype_of(heatmap);
   p.heatmap = heatmap.const_data_ptr();
   p.view = view;
-  p.beta = beta_view(heatmap, beta, beta_value);
+  p.pixels = pixel_view(heatmap, settings, layout.mask);
+  p.beta = beta_view(heatmap, settings.beta, settings.beta_value);
   p.units = units_of(static_cast<Coordinates>(coordinates), view.height, view.width);
   return p;
 }
@@ -108,20 +170,19 @@ void run(Params& p, const Tensor& heatmap) {
   Backend::run(p, heatmap);
 }
 
-// Copies a heatmap to contiguous where no kernel reads its layout.
-Layout readable(Tensor& heatmap) {
-  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-  Layout layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
-  if (layout.in_place) return layout;
-  heatmap = torch::stable::contiguous(heatmap);
-  return fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), nullptr);
+Settings settings_of(std::optional<Tensor>& beta, double beta_value, int64_t coordinates, std::optional<Tensor>& mask,
+                     std::optional<Tensor>& valid_size, std::optional<double> empty_value) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  return {std::move(beta), beta_value, coordinates, std::move(mask), std::move(valid_size), empty_value.value_or(kNan)};
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value,
-                                   int64_t coordinates) {
-  const Layout layout = readable(heatmap);
-  auto p = common_params<ForwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
+std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
+                                   std::optional<Tensor> mask, std::optional<Tensor> valid_size,
+                                   std::optional<double> empty_value) {
+  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
+  Settings settings = settings_of(beta, beta_value, coordinates, mask, valid_size, empty_value);
+  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings.mask), settings);
   Tensor result = empty(heatmap, leading_sizes(heatmap, {2}), accumulator_of(p.dtype));
   Tensor stats = empty(heatmap, leading_sizes(heatmap, {kStats}), accumulator_of(p.dtype));
   p.coordinates = result.mutable_data_ptr();
@@ -133,9 +194,12 @@ std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, d
 using MomentTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Backend>
-MomentTensors moments_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates) {
-  const Layout layout = readable(heatmap);
-  auto p = common_params<ForwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
+MomentTensors moments_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
+                              std::optional<Tensor> mask, std::optional<Tensor> valid_size,
+                              std::optional<double> empty_value) {
+  STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
+  Settings settings = settings_of(beta, beta_value, coordinates, mask, valid_size, empty_value);
+  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings.mask), settings);
   const ScalarType dtype = accumulator_of(p.dtype);
   Tensor mean = empty(heatmap, leading_sizes(heatmap, {2}), dtype);
   Tensor covariance = empty(heatmap, leading_sizes(heatmap, {2, 2}), dtype);
@@ -167,21 +231,15 @@ Tensor readable_grad(Tensor grad, BackwardParams* p) {
 // One gradient: the heatmap as a kernel reads it, and what the kernel writes to. `result` is what the caller gets.
 struct Gradient {
   Tensor heatmap, result, grad_heatmap, grad_beta;
+  Settings settings;
   BackwardParams params;
 
-  Gradient(Tensor input, const Tensor& stats, const std::optional<Tensor>& beta, double beta_value, int64_t coordinates,
-           bool needs_grad_beta, bool with_moments)
-      : heatmap(std::move(input)), result(torch::stable::empty_like(heatmap)), grad_heatmap(result) {
+  Gradient(Tensor input, const Tensor& stats, Settings given, bool needs_grad_beta, bool with_moments)
+      : heatmap(std::move(input)), result(torch::stable::empty_like(heatmap)), grad_heatmap(result),
+        settings(std::move(given)) {
     STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-    Layout layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(), result.strides().data());
-    if (!layout.in_place) {
-      heatmap = torch::stable::contiguous(heatmap);
-      const auto sizes = heatmap.sizes();
-      grad_heatmap = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
-      layout = fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
-                           grad_heatmap.strides().data());
-    }
-    params = common_params<BackwardParams>(heatmap, layout.first, beta, beta_value, coordinates);
+    const Layout layout = readable(heatmap, settings.mask, &grad_heatmap);
+    params = common_params<BackwardParams>(heatmap, layout, settings);
     params.with_moments = with_moments;
     check_of_maps(stats, with_moments ? kMomentStats : kStats, "stats");
     params.stats = stats.const_data_ptr();
@@ -210,8 +268,10 @@ struct Gradient {
 
 template <class Backend>
 std::tuple<Tensor, Tensor> backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, std::optional<Tensor> beta,
-                                    double beta_value, int64_t coordinates, bool needs_grad_beta) {
-  Gradient gradient(heatmap, stats, beta, beta_value, coordinates, needs_grad_beta, false);
+                                    double beta_value, int64_t coordinates, bool needs_grad_beta,
+                                    std::optional<Tensor> mask, std::optional<Tensor> valid_size) {
+  Gradient gradient(heatmap, stats, settings_of(beta, beta_value, coordinates, mask, valid_size, std::nullopt),
+                    needs_grad_beta, false);
   gradient.check_of_maps(grad_coordinates, 2, "grad_coordinates");
   grad_coordinates = readable_grad(grad_coordinates, &gradient.params);
   return gradient.run<Backend>();
@@ -222,8 +282,10 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
                                             std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_logsumexp,
                                             std::optional<Tensor> grad_peak_probability, Tensor heatmap, Tensor stats,
                                             Tensor peak, std::optional<Tensor> beta, double beta_value,
-                                            int64_t coordinates, bool needs_grad_beta) {
-  Gradient gradient(heatmap, stats, beta, beta_value, coordinates, needs_grad_beta, true);
+                                            int64_t coordinates, bool needs_grad_beta, std::optional<Tensor> mask,
+                                            std::optional<Tensor> valid_size) {
+  Gradient gradient(heatmap, stats, settings_of(beta, beta_value, coordinates, mask, valid_size, std::nullopt),
+                    needs_grad_beta, true);
   BackwardParams& p = gradient.params;
   const auto dense = [&](std::optional<Tensor>& grad, int64_t values, const char* name) -> const void* {
     if (!grad) return nullptr;
@@ -250,26 +312,26 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
 // Each kernel goes by two names. The one users and compilers see has an autograd formula (kpfused/ops.py); the one with
 // an underscore has none, so that the eager path, which brings its own autograd.Function, passes no Python between the
 // dispatcher and the kernel.
+// Arguments of every forward and of every backward, behind those of its own.
+#define KPFUSED_SETTINGS "Tensor? beta, float beta_value, int coordinates"
+#define KPFUSED_PIXELS "Tensor? mask=None, Tensor? valid_size=None"
+#define KPFUSED_FORWARD(returns) \
+  "(Tensor heatmap, " KPFUSED_SETTINGS ", " KPFUSED_PIXELS ", float? empty_value=None) -> (" returns ")"
+#define KPFUSED_BACKWARD(gradients, kept)                                                                          \
+  "(" gradients ", Tensor heatmap, " kept ", " KPFUSED_SETTINGS ", bool needs_grad_beta, " KPFUSED_PIXELS ") -> " \
+  "(Tensor grad_heatmap, Tensor grad_beta)"
+
 STABLE_TORCH_LIBRARY(kpfused, m) {
-  m.def(
-      "soft_argmax2d(Tensor heatmap, Tensor? beta, float beta_value, int coordinates) "
-      "-> (Tensor coordinates, Tensor stats)");
-  m.def(
-      "_soft_argmax2d(Tensor heatmap, Tensor? beta, float beta_value, int coordinates) "
-      "-> (Tensor coordinates, Tensor stats)");
-  m.def(
-      "soft_argmax2d_backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, "
-      "int coordinates, bool needs_grad_beta) -> (Tensor grad_heatmap, Tensor grad_beta)");
-  m.def(
-      "_soft_argmax2d_backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, "
-      "int coordinates, bool needs_grad_beta) -> (Tensor grad_heatmap, Tensor grad_beta)");
-  m.def(
-      "spatial_moments2d(Tensor heatmap, Tensor? beta, float beta_value, int coordinates) -> (Tensor mean, "
-      "Tensor covariance, Tensor entropy, Tensor logsumexp, Tensor peak, Tensor peak_probability, Tensor stats)");
-  m.def(
-      "spatial_moments2d_backward(Tensor? grad_mean, Tensor? grad_covariance, Tensor? grad_entropy, "
-      "Tensor? grad_logsumexp, Tensor? grad_peak_probability, Tensor heatmap, Tensor stats, Tensor peak, Tensor? beta, "
-      "float beta_value, int coordinates, bool needs_grad_beta) -> (Tensor grad_heatmap, Tensor grad_beta)");
+  m.def("soft_argmax2d" KPFUSED_FORWARD("Tensor coordinates, Tensor stats"));
+  m.def("_soft_argmax2d" KPFUSED_FORWARD("Tensor coordinates, Tensor stats"));
+  m.def("soft_argmax2d_backward" KPFUSED_BACKWARD("Tensor grad_coordinates", "Tensor stats"));
+  m.def("_soft_argmax2d_backward" KPFUSED_BACKWARD("Tensor grad_coordinates", "Tensor stats"));
+  m.def("spatial_moments2d" KPFUSED_FORWARD("Tensor mean, Tensor covariance, Tensor entropy, Tensor logsumexp, "
+                                            "Tensor peak, Tensor peak_probability, Tensor stats"));
+  m.def("spatial_moments2d_backward" KPFUSED_BACKWARD(
+      "Tensor? grad_mean, Tensor? grad_covariance, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor? grad_peak_probability",
+      "Tensor stats, Tensor peak"));
 }
 
 #define KPFUSED_IMPLEMENT(m, Backend)                                                   \
