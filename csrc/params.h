@@ -38,14 +38,15 @@ struct BetaView {
 
 // Which pixels count: all, or those where the mask is not zero and that lie within the map's valid size, (height, width) in
 // sizes[(n / divisor) % modulus * 2], clamped to the map's own. A pixel that does not count is not needed: its logit may
-// be anything, it weighs nothing and its gradient is zero, whatever the others are. A map in which nothing counts or all
-// that counts is -inf has `empty_value` for each of its real results, and no gradient.
+// be anything, it weighs nothing and its gradient is zero, whatever the others are. With `fills_empty`, a map in which
+// nothing counts or all that counts is -inf has `empty_value` for each of its real results, and no gradient.
 struct PixelView {
   const uint8_t* mask;  // null: all pixels within the valid size
   MapView mask_view;    // of the same extents; strides may be zero
   const int64_t* sizes;  // null: the whole map
   int64_t divisor, modulus;
-  double empty_value;  // meant where not all pixels count
+  bool fills_empty;  // always so where not all pixels count
+  double empty_value;
 
   KPFUSED_HD constexpr bool all() const { return !mask && !sizes; }
 };

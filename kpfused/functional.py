@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ def soft_argmax2d(
     coordinates: str = "pixel",
     mask: Tensor | None = None,
     valid_size: tuple[Tensor | int, Tensor | int] | None = None,
-    empty_value: float = math.nan,
+    empty_value: float | None = None,
 ) -> Tensor:
     r"""Expected (x, y) coordinates under the spatial softmax of a heatmap, in one pass over it.
 
@@ -46,8 +45,9 @@ def soft_argmax2d(
             one size. Each is a number or an integer tensor that broadcasts against the leading dimensions, ``(B, 1)``
             for one per image of ``(B, K, H, W)``; tensors are clamped to the map. The rest is not read. Units stay
             those of the whole map.
-        empty_value: what a map gives in which no pixel counts, or none that does has a logit above -inf. With a mask
-            or a valid size only; its gradient is then zero.
+        empty_value: what a map gives in which no pixel counts, or none that does has a logit above -inf; its gradient
+            is then zero. By default it gives NaN, with a gradient of zero under a mask or a valid size, and of NaN
+            without, as ``torch.softmax`` has it.
 
     Returns:
         ``(..., 2)``, (x, y) in this order; float64 for float64 heatmaps and float32 for all others. A map that holds
@@ -73,7 +73,7 @@ def spatial_moments2d(
     coordinates: str = "pixel",
     mask: Tensor | None = None,
     valid_size: tuple[Tensor | int, Tensor | int] | None = None,
-    empty_value: float = math.nan,
+    empty_value: float | None = None,
 ) -> SpatialMoments:
     r"""Mean, covariance, entropy, log-sum-exp and peak of the spatial softmax of a heatmap, from one read of it.
 
@@ -136,10 +136,10 @@ def _pixels(
     heatmap: Tensor,
     mask: Tensor | None,
     valid_size: tuple[Tensor | int, Tensor | int] | None,
-    empty_value: float,
+    empty_value: float | None,
 ) -> tuple[Any, ...]:
     """Which pixels count, as an op takes it: nothing where all do."""
-    if mask is None and valid_size is None:
+    if mask is None and valid_size is None and empty_value is None:
         return ()
     if mask is not None:
         checks.check_mask(mask, heatmap)
@@ -151,7 +151,7 @@ def _pixels(
         size = torch.stack((height + 0 * width, width + 0 * height), -1)
         if height.dim() or width.dim():
             size = ops.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()
-    return mask, size, float(empty_value)
+    return mask, size, empty_value
 
 
 def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None) -> Tensor:

@@ -1,33 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""The compiled ops: fake kernels, autograd, and the way from a checked call to a kernel.
+"""The compiled ops: fake kernels, autograd, vmap, and the way from a checked call to a kernel.
 
 The only module that touches ``torch.ops.kpfused``. Functions here trust their arguments: ``kpfused.functional`` has
-checked them.
+checked them. Every op comes as a :class:`_Kernel`, which says how its outputs and its backward go together; what
+autograd and function transforms need is written once, for any of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from kpfused import _C, reference
+from kpfused import _C, checks, reference
 from kpfused.results import SpatialMoments
-
-_OPS = torch.ops.kpfused
-# Resolved once: looking an overload up costs as much as a small kernel.
-_FORWARD = _OPS._soft_argmax2d.default
-_BACKWARD = _OPS._soft_argmax2d_backward.default
-_DIFFERENTIABLE_FORWARD = _OPS.soft_argmax2d.default
-_DIFFERENTIABLE_BACKWARD = _OPS.soft_argmax2d_backward.default
-_MOMENTS = _OPS.spatial_moments2d.default
-_MOMENTS_BACKWARD = _OPS.spatial_moments2d_backward.default
 
 _HAS_CUDA = bool(_C.build_info()["cuda"])
 _STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
@@ -43,6 +36,88 @@ def has_kernel(device_type: str) -> bool:
     return device_type == "cpu" or (device_type == "cuda" and _HAS_CUDA)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A forward op and its backward op.
+
+    ``forward(heatmap, beta, beta_value, coordinates, mask, valid_size, empty_value)`` returns its results and, last,
+    the stats. ``backward(*grads, heatmap, *kept, beta, beta_value, coordinates, needs_grad_beta, mask, valid_size,
+    empty_value)`` takes a gradient for every differentiable result and returns those of heatmap and beta, one beta for
+    every map. Arguments from mask on may be left out.
+
+    Each goes by two names. The one that users and compilers see has an autograd formula; the one with an underscore has
+    none, so that the eager path, which brings its own, passes no Python between the dispatcher and the kernel.
+    """
+
+    name: str
+    composition: Callable[..., tuple[Tensor, ...]]
+    """What forward computes but for the stats, in differentiable PyTorch, of the same arguments."""
+    sizes: tuple[tuple[int, ...], ...]
+    """Of every output, the dimensions behind the leading ones."""
+    constant: tuple[int, ...]
+    """Outputs without a gradient."""
+    kept: tuple[int, ...]
+    """Outputs that backward reads, in its order."""
+
+    def __post_init__(self) -> None:
+        ops = torch.ops.kpfused
+        # Resolved once: looking an overload up costs as much as a small kernel.
+        for name in ("forward", "backward"):
+            op = self.name if name == "forward" else f"{self.name}_backward"
+            object.__setattr__(self, name, getattr(ops, op).default)
+            object.__setattr__(self, f"eager_{name}", getattr(ops, f"_{op}").default)
+
+    forward: Any = dataclasses.field(init=False)
+    backward: Any = dataclasses.field(init=False)
+    eager_forward: Any = dataclasses.field(init=False)
+    eager_backward: Any = dataclasses.field(init=False)
+
+    @property
+    def differentiable(self) -> list[int]:
+        return [i for i in range(len(self.sizes)) if i not in self.constant]
+
+    @property
+    def grads(self) -> int:
+        return len(self.sizes) - len(self.constant)
+
+
+def _compose_soft_argmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    beta, keywords = _settings_of_reference(*settings)
+    return (reference.soft_argmax2d(heatmap, beta, **keywords),)
+
+
+def _compose_spatial_moments2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    beta, keywords = _settings_of_reference(*settings)
+    return reference.spatial_moments2d(heatmap, beta, **keywords)
+
+
+def _settings_of_reference(
+    beta: Tensor | None,
+    beta_value: float,
+    coordinates: int,
+    mask: Tensor | None = None,
+    valid_size: Tensor | None = None,
+    empty_value: float | None = None,
+) -> tuple[Tensor | float, dict[str, Any]]:
+    return beta_value if beta is None else beta, {
+        "coordinates": reference.COORDINATES[coordinates],
+        "mask": mask,
+        "valid_size": None if valid_size is None else (valid_size[..., 0], valid_size[..., 1]),
+        "empty_value": empty_value,
+    }
+
+
+_SOFT_ARGMAX2D = _Kernel("soft_argmax2d", _compose_soft_argmax2d, sizes=((2,), (_STATS,)), constant=(1,), kept=(1,))
+_PEAK = SpatialMoments._fields.index("peak")
+_MOMENTS2D = _Kernel(
+    "spatial_moments2d",
+    _compose_spatial_moments2d,
+    sizes=((2,), (2, 2), (), (), (2,), (), (_MOMENT_STATS,)),
+    constant=(_PEAK, 6),
+    kept=(6, _PEAK),
+)
+
+
 def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any) -> Tensor:
     """Soft-argmax of checked arguments.
 
@@ -52,44 +127,41 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coord
         beta_value: beta where ``beta`` is None.
         coordinates: index into ``reference.COORDINATES``.
         pixels: nothing where all pixels count; otherwise mask or None (bool, of the heatmap's shape), valid size or
-            None (contiguous int64 ``(..., 2)``, height and width, leading dimensions as those of beta) and empty value.
+            None (contiguous int64 ``(..., 2)``, height and width, leading dimensions as those of beta), and empty
+            value or None.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and _needs_reference(heatmap):
-        return _reference_soft_argmax2d(heatmap, beta, beta_value, coordinates, *pixels)
-    if compiling or not _is_plain(heatmap, beta):
-        result: Tensor = _DIFFERENTIABLE_FORWARD(heatmap, beta, beta_value, coordinates, *pixels)[0]
-    elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
-        result = _SoftArgmax2d.apply(heatmap, beta, beta_value, coordinates, *pixels)  # type: ignore[no-untyped-call]
-    else:
-        result = _FORWARD(heatmap, beta, beta_value, coordinates, *pixels)[0]
-    return result
+    return _call(_SOFT_ARGMAX2D, heatmap, beta, beta_value, coordinates, *pixels)[0]
 
 
-def _reference_soft_argmax2d(
+def spatial_moments2d(
     heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
-) -> Tensor:
-    return reference.soft_argmax2d(
-        heatmap,
-        beta_value if beta is None else beta,
-        coordinates=reference.COORDINATES[coordinates],
-        **_pixels_of_reference(*pixels),
-    )
+) -> SpatialMoments:
+    """Moments of checked arguments, which are those of :func:`soft_argmax2d`."""
+    return SpatialMoments(*_call(_MOMENTS2D, heatmap, beta, beta_value, coordinates, *pixels)[: _MOMENT_STATS - 2])
 
 
-def _pixels_of_reference(
-    mask: Tensor | None = None, valid_size: Tensor | None = None, empty_value: float | None = None
-) -> dict[str, Any]:
-    size = None if valid_size is None else (valid_size[..., 0], valid_size[..., 1])
-    return {"mask": mask, "valid_size": size, "empty_value": math.nan if empty_value is None else empty_value}
-
-
-def _needs_reference(heatmap: Tensor) -> bool:
-    """Devices without a kernel, function transforms (vmap, grad, jvp) and forward-mode derivatives."""
+def _call(
+    kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
+) -> tuple[Tensor, ...]:
+    """The outputs of a kernel, of which the composition lacks the last, the stats."""
+    compiling = torch.compiler.is_compiling()
     if not _is_on_kernel_device(heatmap):
-        _warn_of_slow_path(heatmap.device.type)
-        return True
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        if not compiling:
+            _warn_of_slow_path(heatmap.device.type)
+        return kernel.composition(heatmap, beta, beta_value, coordinates, *pixels)
+    transforming = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 or (compiling and (transforming or torch.onnx.is_in_onnx_export())):
+        return kernel.composition(heatmap, beta, beta_value, coordinates, *pixels)
+    result: tuple[Tensor, ...]
+    if transforming:
+        result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, coordinates, *pixels)
+    elif compiling or not _is_plain(heatmap, beta):
+        result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
+    elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
+        result = _Eager.apply(kernel, heatmap, beta, beta_value, coordinates, *pixels)  # type: ignore[no-untyped-call]
+    else:
+        result = kernel.eager_forward(heatmap, beta, beta_value, coordinates, *pixels)
+    return result
 
 
 def _is_on_kernel_device(heatmap: Tensor) -> bool:
@@ -111,269 +183,267 @@ def _warn_of_slow_path(device_type: str) -> None:
         warnings.warn(
             "kpfused was built without CUDA kernels; CUDA tensors take the slower PyTorch composition. "
             "Rebuild it with nvcc on PATH (see `python -m kpfused.info`).",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-class _SoftArgmax2d(torch.autograd.Function):
+# ---- Autograd -------------------------------------------------------------------------------------------------------
+
+
+class _Eager(torch.autograd.Function):
     """The eager path. An autograd.Function in the classic form costs half of what ``register_autograd`` does."""
 
     @staticmethod
     def forward(
-        ctx: Any, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
-    ) -> Tensor:
-        result, stats = _FORWARD(heatmap, beta, beta_value, coordinates, *pixels)
-        ctx.save_for_backward(heatmap, beta, stats, *pixels[:2])
-        ctx.beta_value, ctx.coordinates, ctx.rest = beta_value, coordinates, (None,) * (2 + len(pixels))
-        return result  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        op = _DIFFERENTIABLE_BACKWARD if torch.is_grad_enabled() else _BACKWARD
-        return _input_gradients(op, ctx, grad)
-
-
-def _input_gradients(op: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    heatmap, beta, stats, *pixels = ctx.saved_tensors
-    needs_heatmap, needs_beta = ctx.needs_input_grad[:2]
-    grad_heatmap, grad_beta = op(grad, heatmap, stats, beta, ctx.beta_value, ctx.coordinates, needs_beta, *pixels)
-    return (
-        grad_heatmap if needs_heatmap else None,
-        grad_beta.sum_to_size(beta.shape) if needs_beta else None,
-        *ctx.rest,
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    heatmap, beta, ctx.beta_value, ctx.coordinates, mask, valid_size, _ = inputs
-    ctx.save_for_backward(heatmap, beta, output[1], mask, valid_size)
-    ctx.rest = (None,) * 5
-
-
-def _op_backward(ctx: Any, grad: Tensor | None, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 7
-    return _input_gradients(_DIFFERENTIABLE_BACKWARD, ctx, grad)
-
-
-torch.library.register_autograd("kpfused::soft_argmax2d", _op_backward, setup_context=_setup_context)
-
-
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad, heatmap, _, beta, ctx.beta_value, ctx.coordinates, _, mask, valid_size = inputs
-    ctx.save_for_backward(grad, heatmap, beta, mask, valid_size)
-
-
-def _second_backward(ctx: Any, grad_grad_heatmap: Tensor | None, grad_grad_beta: Tensor | None) -> tuple[Any, ...]:
-    grad, heatmap, beta, mask, valid_size = ctx.saved_tensors
-
-    def forward(heatmap: Tensor, beta: Tensor | None) -> tuple[Tensor]:
-        return (_reference_soft_argmax2d(heatmap, beta, ctx.beta_value, ctx.coordinates, mask, valid_size, 0.0),)
-
-    upstream = (grad_grad_heatmap, grad_grad_beta)
-    (of_grad,), of_heatmap, of_beta = _second_derivatives(forward, (grad,), heatmap, beta, upstream)
-    return of_grad, of_heatmap, None, of_beta, None, None, None, None, None
-
-
-def _second_derivatives(
-    forward: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
-    grads: tuple[Tensor | None, ...],
-    heatmap: Tensor,
-    beta: Tensor | None,
-    upstream: tuple[Tensor | None, Tensor | None],
-) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-    """Of a backward op, with respect to its incoming gradients, heatmap and beta.
-
-    Through the reference composition ``forward``: rare enough not to need a kernel.
-    """
-    with torch.enable_grad():
-        tracked = [None if g is None else _tracked(g) for g in grads]
-        heatmap = _tracked(heatmap)
-        each = None if beta is None else _tracked(beta).expand(heatmap.shape[:-2])
-        results = forward(heatmap, each)
-        used = [(r, g) for r, g in zip(results, tracked, strict=True) if g is not None]
-        sources = [heatmap] if each is None else [heatmap, each]
-        first = torch.autograd.grad([r for r, _ in used], sources, [g for _, g in used], create_graph=True)
-        of_beta = upstream[1] if upstream[1] is not None and upstream[1].numel() else None
-        pairs = [(f, u) for f, u in zip(first, (upstream[0], of_beta), strict=False) if u is not None]
-        wanted = [g for _, g in used] + sources
-        second = torch.autograd.grad(
-            [f for f, _ in pairs], wanted, [u for _, u in pairs], create_graph=True, allow_unused=True
-        )
-    given = iter(second)
-    of_grads = [None if g is None else next(given) for g in grads]
-    of_heatmap = next(given)
-    of_each = next(given, None)
-    return of_grads, of_heatmap, None if beta is None or of_each is None else of_each.sum_to_size(beta.shape)
-
-
-def _tracked(tensor: Tensor) -> Tensor:
-    """The tensor as a node of its own: its history is the outer graph's to follow, not this formula's."""
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-
-
-torch.library.register_autograd(
-    "kpfused::soft_argmax2d_backward", _second_backward, setup_context=_setup_second_context
-)
-
-
-@torch.library.register_fake("kpfused::_soft_argmax2d")  # type: ignore[untyped-decorator]
-@torch.library.register_fake("kpfused::soft_argmax2d")  # type: ignore[untyped-decorator]
-def _fake_forward(
-    heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
-) -> tuple[Tensor, Tensor]:
-    leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
-    return heatmap.new_empty((*leading, 2), dtype=dtype), heatmap.new_empty((*leading, _STATS), dtype=dtype)
-
-
-@torch.library.register_fake("kpfused::_soft_argmax2d_backward")  # type: ignore[untyped-decorator]
-@torch.library.register_fake("kpfused::soft_argmax2d_backward")  # type: ignore[untyped-decorator]
-def _fake_backward(
-    grad_coordinates: Tensor,
-    heatmap: Tensor,
-    stats: Tensor,
-    beta: Tensor | None,
-    beta_value: float,
-    coordinates: int,
-    needs_grad_beta: bool,
-    *pixels: Any,
-) -> tuple[Tensor, Tensor]:
-    leading = heatmap.shape[:-2] if needs_grad_beta else (0,)
-    return torch.empty_like(heatmap), heatmap.new_empty(leading, dtype=stats.dtype)
-
-
-def spatial_moments2d(
-    heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
-) -> SpatialMoments:
-    """Moments of checked arguments, which are those of :func:`soft_argmax2d`."""
-    arguments = (heatmap, beta, beta_value, coordinates, *pixels)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and _needs_reference(heatmap):
-        return _reference_moments(*arguments)
-    if compiling or not _is_plain(heatmap, beta) or not torch.is_grad_enabled():
-        return SpatialMoments(*_MOMENTS(*arguments)[:-1])
-    return SpatialMoments(*_SpatialMoments.apply(*arguments))  # type: ignore[no-untyped-call]
-
-
-def _reference_moments(
-    heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
-) -> SpatialMoments:
-    return reference.spatial_moments2d(
-        heatmap,
-        beta_value if beta is None else beta,
-        coordinates=reference.COORDINATES[coordinates],
-        **_pixels_of_reference(*pixels),
-    )
-
-
-class _SpatialMoments(torch.autograd.Function):
-    """As _SoftArgmax2d."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _MOMENTS(*inputs)
-        _setup_moments(ctx, inputs, output)
-        return tuple(output[:-1])
+        ctx: Any,
+        kernel: _Kernel,
+        heatmap: Tensor,
+        beta: Tensor | None,
+        beta_value: float,
+        coordinates: int,
+        *pixels: Any,
+    ) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = kernel.eager_forward(heatmap, beta, beta_value, coordinates, *pixels)
+        _keep(kernel, ctx, (heatmap, beta, beta_value, coordinates, *pixels), output)
+        ctx.kernel = kernel
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _moment_gradients(ctx, *grads)
+        kernel = ctx.kernel
+        op = kernel.backward if torch.is_grad_enabled() else kernel.eager_backward
+        return None, *_input_gradients(kernel, op, ctx, ctx.needs_input_grad[1:3], grads)
 
 
-_PEAK = SpatialMoments._fields.index("peak")
-
-
-def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     heatmap, beta, ctx.beta_value, ctx.coordinates, *pixels = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[_PEAK])
-    ctx.save_for_backward(heatmap, beta, output[_PEAK], output[-1], *pixels[:2])
+    ctx.mark_non_differentiable(*(output[i] for i in kernel.constant))
+    ctx.save_for_backward(heatmap, beta, *(output[i] for i in kernel.kept), *pixels[:2])
+    ctx.empty_value = pixels[2:]
     ctx.rest = (None,) * (2 + len(pixels))
 
 
-def _moment_gradients(
-    ctx: Any,
-    grad_mean: Tensor | None,
-    grad_covariance: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    _: Tensor | None,
-    grad_peak_probability: Tensor | None,
-    __: Tensor | None = None,
+def _input_gradients(
+    kernel: _Kernel, op: Any, ctx: Any, needs: tuple[bool, bool], all_grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    grads = (grad_mean, grad_covariance, grad_entropy, grad_logsumexp, grad_peak_probability)
+    """Gradients of the arguments of forward from those of all its outputs."""
+    grads = [all_grads[i] for i in kernel.differentiable]
     if all(grad is None for grad in grads):
         return None, None, *ctx.rest
-    heatmap, beta, peak, stats, *pixels = ctx.saved_tensors
-    needs_heatmap, needs_beta = ctx.needs_input_grad[:2]
-    grad_heatmap, grad_beta = _MOMENTS_BACKWARD(
-        *grads, heatmap, stats, peak, beta, ctx.beta_value, ctx.coordinates, needs_beta, *pixels
-    )
+    saved = ctx.saved_tensors
+    heatmap, beta = saved[:2]
+    pixels = (*saved[2 + len(kernel.kept) :], *ctx.empty_value)
+    if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
+        settings = (ctx.beta_value, ctx.coordinates, *pixels)
+        gradients = _composed_gradients(kernel, tuple(grads), heatmap, beta, *settings)
+    else:
+        kept = saved[2 : 2 + len(kernel.kept)]
+        gradients = op(*grads, heatmap, *kept, beta, ctx.beta_value, ctx.coordinates, needs[1], *pixels)
     return (
-        grad_heatmap if needs_heatmap else None,
-        grad_beta.sum_to_size(beta.shape) if needs_beta else None,
+        gradients[0] if needs[0] else None,
+        gradients[1].sum_to_size(beta.shape) if needs[1] else None,
         *ctx.rest,
     )
 
 
-torch.library.register_autograd("kpfused::spatial_moments2d", _moment_gradients, setup_context=_setup_moments)
-
-
-def _setup_second_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *grads, heatmap, _, _, beta, ctx.beta_value, ctx.coordinates, _, mask, valid_size = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(heatmap, beta, mask, valid_size, *grads)
-
-
-def _second_moment_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    heatmap, beta, mask, valid_size, *grads = ctx.saved_tensors
-
-    def forward(heatmap: Tensor, beta: Tensor | None) -> tuple[Tensor, ...]:
-        fields = _reference_moments(heatmap, beta, ctx.beta_value, ctx.coordinates, mask, valid_size, 0.0)
-        return tuple(field for i, field in enumerate(fields) if i != _PEAK)
-
-    of_grads, of_heatmap, of_beta = _second_derivatives(
-        forward, tuple(grads), heatmap, beta, (upstream[0], upstream[1])
-    )
-    return (*of_grads, of_heatmap, None, None, of_beta, None, None, None, None, None)
-
-
-torch.library.register_autograd(
-    "kpfused::spatial_moments2d_backward", _second_moment_gradients, setup_context=_setup_second_moments
-)
-
-
-@torch.library.register_fake("kpfused::spatial_moments2d")  # type: ignore[untyped-decorator]
-def _fake_moments(
-    heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
+def _composed_gradients(
+    kernel: _Kernel, grads: tuple[Tensor | None, ...], heatmap: Tensor, beta: Tensor | None, *settings: Any
 ) -> tuple[Tensor, ...]:
+    """What the backward op computes, in differentiable PyTorch; no second gradient where there is no beta tensor."""
+    used = [i for i, grad in zip(kernel.differentiable, grads, strict=True) if grad is not None]
+
+    def forward(heatmap: Tensor, beta: Tensor | None = None) -> tuple[Tensor, ...]:
+        results = kernel.composition(heatmap, beta, *settings)
+        return tuple(results[i] for i in used)
+
+    sources = (heatmap,) if beta is None else (heatmap, beta.expand(heatmap.shape[:-2]))
+    gradients: tuple[Tensor, ...] = torch.func.vjp(forward, *sources)[1](tuple(g for g in grads if g is not None))
+    return gradients
+
+
+def _keep_second(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
+    beta, ctx.beta_value, ctx.coordinates, needs_grad_beta, *pixels = rest[len(kernel.kept) :]
+    if not needs_grad_beta:
+        ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(heatmap, beta, *grads, *pixels[:2])
+    ctx.empty_value = pixels[2:]
+    ctx.rest = (None,) * (3 + len(pixels))
+
+
+def _second_gradients(
+    kernel: _Kernel, ctx: Any, upstream_heatmap: Tensor | None, upstream_beta: Tensor | None
+) -> tuple[Any, ...]:
+    """Second derivatives, through the composition: rare enough not to need a kernel."""
+    heatmap, beta, *saved = ctx.saved_tensors
+    grads, pixels = saved[: kernel.grads], (*saved[kernel.grads :], *ctx.empty_value)
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    inputs = (*(grads[i] for i in given), heatmap, *(() if beta is None else (beta,)))
+
+    def first(*inputs: Tensor) -> tuple[Tensor, ...]:
+        filled: list[Tensor | None] = [None] * len(grads)
+        for i, grad in zip(given, inputs, strict=False):
+            filled[i] = grad
+        heatmap, *some_beta = inputs[len(given) :]
+        settings = (ctx.beta_value, ctx.coordinates, *pixels)
+        return _composed_gradients(kernel, tuple(filled), heatmap, some_beta[0] if some_beta else None, *settings)
+
+    gradients, pull = torch.func.vjp(first, *inputs)  # type: ignore[misc]
+    upstream = (upstream_heatmap, upstream_beta)[: len(gradients)]
+    second = pull(tuple(torch.zeros_like(g) if u is None else u for g, u in zip(gradients, upstream, strict=True)))
+    of_grads: list[Tensor | None] = [None] * len(grads)
+    for i, grad in zip(given, second, strict=False):
+        of_grads[i] = grad
+    of_heatmap, *of_beta = second[len(given) :]
+    return (*of_grads, of_heatmap, *(None,) * len(kernel.kept), of_beta[0] if of_beta else None, *ctx.rest)
+
+
+def _transformable(kernel: _Kernel) -> Any:
+    """The path of function transforms, in the form that they ask for. vmap runs each method once, on batched tensors:
+    the rules of the ops below then fold the batch."""
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(kernel.eager_backward)
+        setup_context = staticmethod(functools.partial(_keep_second, kernel))
+        backward = staticmethod(functools.partial(_second_gradients, kernel))
+
+    class Forward(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(kernel.eager_forward)
+        setup_context = staticmethod(functools.partial(_keep, kernel))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return _input_gradients(kernel, Backward.apply, ctx, ctx.needs_input_grad[:2], grads)
+
+    return Forward
+
+
+# ---- vmap -----------------------------------------------------------------------------------------------------------
+
+
+def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _align(tensor: Tensor, dim: int, leading: torch.Size, trailing: int) -> Tensor:
+    """A batched tensor that broadcasts against the leading dimensions, its batch the first of them."""
+    tensor = tensor.movedim(dim, 0)
+    missing = len(leading) + trailing - tensor.dim()
+    tensor = tensor.reshape(tensor.shape[0], *(1,) * missing, *tensor.shape[1:])
+    return foldable(tensor, leading, trailing).contiguous()
+
+
+def _fold_batch(size: int, dims: tuple[Any, ...], heatmap: Tensor, beta: Tensor | None, *pixels: Any) -> list[Any]:
+    """heatmap, beta and pixels as the ops take them, with the dimension of vmap as the first leading one."""
+    heatmap_dim, beta_dim, *pixel_dims = dims
+    heatmap = _batch_first(heatmap, heatmap_dim, size)
+    leading = heatmap.shape[:-2]
+    if beta is not None and beta_dim is not None:
+        beta = _align(beta, beta_dim, leading, 0)
+    if pixels:
+        mask, valid_size, empty_value = pixels
+        if mask is not None:
+            mask = _batch_first(mask, pixel_dims[0], size)
+        if valid_size is not None and pixel_dims[1] is not None:
+            valid_size = _align(valid_size, pixel_dims[1], leading, 1)
+        pixels = (mask, valid_size, empty_value)
+    return [heatmap, beta, *pixels]
+
+
+def _vmap_forward(
+    kernel: _Kernel, op: Any, info: Any, in_dims: tuple[Any, ...], heatmap: Tensor, beta: Any, *settings: Any
+) -> Any:
+    dims = (*in_dims[:2], *in_dims[4:])
+    heatmap, beta, *pixels = _fold_batch(info.batch_size, dims, heatmap, beta, *settings[2:])
+    return op(heatmap, beta, *settings[:2], *pixels), (0,) * len(kernel.sizes)
+
+
+def _vmap_backward(kernel: _Kernel, op: Any, info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    size, grads, kept = info.batch_size, kernel.grads, len(kernel.kept)
+    beta_at = grads + 1 + kept
+    dims = (in_dims[grads], in_dims[beta_at], *in_dims[beta_at + 4 :])
+    heatmap, beta, *pixels = _fold_batch(size, dims, inputs[grads], inputs[beta_at], *inputs[beta_at + 4 :])
+
+    def batched(begin: int, end: int) -> list[Any]:
+        pairs = zip(inputs[begin:end], in_dims[begin:end], strict=True)
+        return [None if tensor is None else _batch_first(tensor, dim, size).contiguous() for tensor, dim in pairs]
+
+    settings = inputs[beta_at + 1 : beta_at + 4]
+    result = op(*batched(0, grads), heatmap, *batched(grads + 1, beta_at), beta, *settings, *pixels)
+    return result, (0, 0 if settings[-1] else None)
+
+
+# ---- Fake kernels ---------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _check_op(heatmap: Tensor, beta: Tensor | None, coordinates: int) -> None:
+    """What the kernels refuse, for graphs that call the ops without the checks of ``kpfused.functional``."""
+    checks.check_heatmap(heatmap)
+    _require(0 <= coordinates < len(reference.COORDINATES), "unknown coordinates")
+    if beta is not None:
+        checks.check_broadcast("beta", beta, heatmap)
+        fits = beta.dtype == accumulator_dtype(heatmap.dtype) and beta.is_contiguous()
+        _require(fits, "beta must be contiguous and of the dtype of the coordinates")
+
+
+def _fake_forward(
+    kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
+) -> tuple[Tensor, ...]:
+    _check_op(heatmap, beta, coordinates)
     leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
-    sizes = {"mean": (2,), "covariance": (2, 2), "peak": (2,)}
-    fields = [
-        heatmap.new_empty((*leading, *sizes.get(name, ())), dtype=torch.int64 if name == "peak" else dtype)
-        for name in SpatialMoments._fields
-    ]
-    return *fields, heatmap.new_empty((*leading, _MOMENT_STATS), dtype=dtype)
+    return tuple(
+        heatmap.new_empty((*leading, *size), dtype=torch.int64 if kernel is _MOMENTS2D and i == _PEAK else dtype)
+        for i, size in enumerate(kernel.sizes)
+    )
 
 
-@torch.library.register_fake("kpfused::spatial_moments2d_backward")  # type: ignore[untyped-decorator]
-def _fake_moments_backward(
-    grad_mean: Tensor | None,
-    grad_covariance: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_peak_probability: Tensor | None,
-    heatmap: Tensor,
-    stats: Tensor,
-    peak: Tensor,
-    beta: Tensor | None,
-    beta_value: float,
-    coordinates: int,
-    needs_grad_beta: bool,
-    *pixels: Any,
-) -> tuple[Tensor, Tensor]:
-    leading = heatmap.shape[:-2] if needs_grad_beta else (0,)
-    return torch.empty_like(heatmap), heatmap.new_empty(leading, dtype=stats.dtype)
+def _fake_backward(kernel: _Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
+    grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
+    beta, _, coordinates, needs_grad_beta, *_ = rest[len(kernel.kept) :]
+    _check_op(heatmap, beta, coordinates)
+    leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
+    for tensor, i in zip(rest, kernel.kept, strict=False):
+        fits = tensor.is_contiguous() and tensor.shape == (*leading, *kernel.sizes[i])
+        _require(fits, f"{kernel.name}_backward must be given what {kernel.name} returned for this heatmap")
+    for grad, i in zip(grads, kernel.differentiable, strict=True):
+        fits = grad is None or (grad.dtype == dtype and grad.shape == (*leading, *kernel.sizes[i]))
+        _require(fits, "gradients must have the shapes and dtype of the results")
+    return torch.empty_like(heatmap), heatmap.new_empty(leading if needs_grad_beta else (0,), dtype=dtype)
+
+
+# ---- Registration ---------------------------------------------------------------------------------------------------
+
+
+def _register(kernel: _Kernel) -> None:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _input_gradients(kernel, kernel.backward, ctx, ctx.needs_input_grad[:2], grads)
+
+    bind = functools.partial
+    library = torch.library
+    library.register_autograd(kernel.forward, backward, setup_context=bind(_keep, kernel))
+    library.register_autograd(
+        kernel.backward, bind(_second_gradients, kernel), setup_context=bind(_keep_second, kernel)
+    )
+    for op in (kernel.forward, kernel.eager_forward):
+        library.register_fake(op, bind(_fake_forward, kernel))
+        library.register_vmap(op, bind(_vmap_forward, kernel, op))
+    for op in (kernel.backward, kernel.eager_backward):
+        library.register_fake(op, bind(_fake_backward, kernel))
+        library.register_vmap(op, bind(_vmap_backward, kernel, op))
+
+
+for _kernel in (_SOFT_ARGMAX2D, _MOMENTS2D):
+    _register(_kernel)
+_TRANSFORMABLE = {kernel.name: _transformable(kernel) for kernel in (_SOFT_ARGMAX2D, _MOMENTS2D)}
 
 
 def foldable(tensor: Tensor, leading: torch.Size, trailing: int = 0) -> Tensor:

@@ -48,23 +48,21 @@ def soft_argmax2d(
     coordinates: str = "pixel",
     mask: Tensor | None = None,
     valid_size: tuple[Tensor | int, Tensor | int] | None = None,
-    empty_value: float = math.nan,
+    empty_value: float | None = None,
 ) -> Tensor:
     """Expected (x, y) under ``softmax(beta * heatmap)`` over the last two dimensions. ``(..., H, W)`` to ``(..., 2)``.
 
     As the fused op: float32 results (float64 for float64 maps), and a logit of -inf is probability zero even where
     ``beta`` is zero. ``mask``, ``valid_size`` and ``empty_value`` as in :func:`kpfused.soft_argmax2d`.
     """
-    scaled, empty = _scaled(heatmap, beta, counting(heatmap, mask, valid_size))
-    probability = torch.softmax(scaled.flatten(-2), -1).view(scaled.shape)
-    mean = torch.stack([(m * axis).sum(-1) for m, axis in _marginals(probability, coordinates)], -1)
-    return mean if empty is None else mean.masked_fill(empty[..., None], empty_value)
+    scaled, empty = _scaled(heatmap, beta, 2, counting(heatmap, mask, valid_size), empty_value)
+    mean = torch.stack([(m * axis).sum(-1) for m, axis in _marginals(_softmax(scaled, 2), 2, coordinates)], -1)
+    return _filled(mean, empty, empty_value)
 
 
 def spatial_softmax2d(heatmap: Tensor, beta: Tensor | float = 1.0) -> Tensor:
     """``softmax(beta * heatmap)`` over the last two dimensions, in the dtype of coordinates."""
-    scaled, _ = _scaled(heatmap, beta, None)
-    return torch.softmax(scaled.flatten(-2), -1).view(scaled.shape)
+    return _softmax(_scaled(heatmap, beta, 2)[0], 2)
 
 
 def spatial_moments2d(
@@ -74,35 +72,59 @@ def spatial_moments2d(
     coordinates: str = "pixel",
     mask: Tensor | None = None,
     valid_size: tuple[Tensor | int, Tensor | int] | None = None,
-    empty_value: float = math.nan,
+    empty_value: float | None = None,
 ) -> SpatialMoments:
     """Mean, covariance, entropy, logsumexp, peak and its probability, as the fused op defines them."""
-    map_scaled, empty = _scaled(heatmap, beta, counting(heatmap, mask, valid_size))
-    scaled, width = map_scaled.flatten(-2), heatmap.shape[-1]
-    log_p = torch.log_softmax(scaled, -1)
+    return _moments(heatmap, beta, 2, coordinates, counting(heatmap, mask, valid_size), empty_value)
+
+
+def spatial_moments3d(
+    heatmap: Tensor, beta: Tensor | float = 1.0, *, coordinates: str = "pixel", mask: Tensor | None = None
+) -> SpatialMoments:
+    """Likewise over the last three dimensions, (x, y, z)."""
+    return _moments(heatmap, beta, 3, coordinates, mask, None)
+
+
+def _moments(
+    heatmap: Tensor,
+    beta: Tensor | float,
+    dims: int,
+    coordinates: str,
+    counts: Tensor | None,
+    empty_value: float | None,
+) -> SpatialMoments:
+    scaled, empty = _scaled(heatmap, beta, dims, counts, empty_value)
+    flat = scaled.flatten(-dims)
+    log_p = torch.log_softmax(flat, -1)
     p = log_p.exp().view(heatmap.shape)
-    (of_x, x), (of_y, y) = _marginals(p, coordinates)
-    mean_x, mean_y = (of_x * x).sum(-1), (of_y * y).sum(-1)
-    dx, dy = x - mean_x[..., None], y - mean_y[..., None]
-    xx, yy = (of_x * dx * dx).sum(-1), (of_y * dy * dy).sum(-1)
-    xy = ((p * dx[..., None, :]).sum(-1) * dy).sum(-1)
-    covariance = torch.stack((torch.stack((xx, xy), -1), torch.stack((xy, yy), -1)), -2)
+    axes = _marginals(p, dims, coordinates)
+    mean = torch.stack([(marginal * axis).sum(-1) for marginal, axis in axes], -1)
+    offsets = [axis - mean[..., i, None] for i, (_, axis) in enumerate(axes)]
+    covariance = torch.stack(
+        [torch.stack([_second_moment(p, offsets, i, j) for j in range(dims)], -1) for i in range(dims)], -2
+    )
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
-    # The order of the logits, which a beta of zero would level; maps without weight have their first pixel.
+    # The order of the logits, which a beta of zero would level.
     sign = torch.where(torch.as_tensor(beta, device=heatmap.device) < 0, -1, 1)[..., None]
-    index = (heatmap.detach().flatten(-2) * sign).masked_fill(scaled == -torch.inf, -torch.inf).argmax(-1)
-    peak_probability = log_p.exp().gather(-1, index[..., None])[..., 0]
-    mean, logsumexp = torch.stack((mean_x, mean_y), -1), torch.logsumexp(scaled, -1)
-    moments = SpatialMoments(
-        mean, covariance, entropy, logsumexp, torch.stack((index % width, index // width), -1), peak_probability
-    )
-    if empty is None:
-        return moments
-    filled = (
-        f.masked_fill(empty.view(empty.shape + (1,) * (f.dim() - empty.dim())), 0 if f is moments.peak else empty_value)
-        for f in moments
-    )
-    return SpatialMoments(*filled)
+    index = (heatmap.detach().flatten(-dims) * sign).masked_fill(flat == -torch.inf, -torch.inf).argmax(-1)
+    if empty is not None:
+        index = index.masked_fill(empty, 0)
+    chance = log_p.exp().gather(-1, index[..., None])[..., 0]
+    peak = []
+    for size in reversed(heatmap.shape[-dims:]):
+        peak.append(index % size)
+        index = index // size
+    real = (_filled(f, empty, empty_value) for f in (mean, covariance, entropy, torch.logsumexp(flat, -1), chance))
+    mean, covariance, entropy, logsumexp, chance = real
+    return SpatialMoments(mean, covariance, entropy, logsumexp, torch.stack(peak, -1), chance)
+
+
+def _second_moment(p: Tensor, offsets: list[Tensor], i: int, j: int) -> Tensor:
+    """Sum of ``p`` times the offsets along axes ``i`` and ``j``, where axis 0 is x, the last dimension."""
+    for axis in (i, j):
+        shape = [-1 if d == axis else 1 for d in reversed(range(len(offsets)))]
+        p = p * offsets[axis].reshape(*offsets[axis].shape[:-1], *shape)
+    return p.flatten(-len(offsets)).sum(-1)
 
 
 def counting(
@@ -117,28 +139,51 @@ def counting(
     return mask
 
 
-def _scaled(heatmap: Tensor, beta: Tensor | float, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _scaled(
+    heatmap: Tensor,
+    beta: Tensor | float,
+    dims: int,
+    counts: Tensor | None = None,
+    empty_value: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """``beta * heatmap`` in the dtype of coordinates, -inf where nothing weighs: at -inf logits, even where beta is
-    zero, and at pixels that do not count. And where some may not, the maps without weight, free of -inf."""
+    zero, and at pixels that do not count. And where maps may be empty, which are; they are then free of -inf."""
     dtype = torch.float64 if heatmap.dtype == torch.float64 else torch.float32
     logits = heatmap.to(dtype)
-    beta = torch.as_tensor(beta, dtype=dtype, device=heatmap.device)[..., None, None]
+    beta = torch.as_tensor(beta, dtype=dtype, device=heatmap.device)[(..., *[None] * dims)]
     weightless = (logits == -torch.inf) & (beta >= 0)
+    may_be_empty = counts is not None or empty_value is not None
+    if may_be_empty:
+        weightless = weightless | (torch.where(beta < 0, -1, 1) * logits == -torch.inf)
     if counts is not None:
-        weightless = weightless | (torch.where(beta < 0, -1, 1) * logits == -torch.inf) | ~counts
+        weightless = weightless | ~counts
     scaled = (beta * logits.masked_fill(weightless, 0)).masked_fill(weightless, -torch.inf)
-    if counts is None:
+    if not may_be_empty:
         return scaled, None
-    empty = weightless.flatten(-2).all(-1)
-    return scaled.masked_fill(empty[..., None, None], 0), empty
+    empty = weightless.flatten(-dims).all(-1)
+    return scaled.masked_fill(empty[(..., *[None] * dims)], 0), empty
 
 
-def _marginals(probability: Tensor, coordinates: str) -> list[tuple[Tensor, Tensor]]:
-    """For x, then y: the marginal probability and the coordinates it lies over."""
+def _filled(field: Tensor, empty: Tensor | None, empty_value: float | None) -> Tensor:
+    """A field of all maps with that of empty ones replaced."""
+    if empty is None:
+        return field
+    value = math.nan if empty_value is None else empty_value
+    return field.masked_fill(empty[(..., *[None] * (field.dim() - empty.dim()))], value)
+
+
+def _softmax(scaled: Tensor, dims: int) -> Tensor:
+    return torch.softmax(scaled.flatten(-dims), -1).view(scaled.shape)
+
+
+def _marginals(probability: Tensor, dims: int, coordinates: str) -> list[tuple[Tensor, Tensor]]:
+    """For x, y and so on: the marginal probability and the coordinates it lies over."""
     # Products and sums, not a matrix product: autocast would run that in half precision.
-    height, width = probability.shape[-2:]
-    dtype, device = probability.dtype, probability.device
+    all_dims = set(range(-dims, 0))
     return [
-        (probability.sum(-2), coordinate_axis(width, coordinates, dtype=dtype, device=device)),
-        (probability.sum(-1), coordinate_axis(height, coordinates, dtype=dtype, device=device)),
+        (
+            probability.sum(sorted(all_dims - {dim})),
+            coordinate_axis(probability.shape[dim], coordinates, dtype=probability.dtype, device=probability.device),
+        )
+        for dim in range(-1, -dims - 1, -1)
     ]

@@ -129,7 +129,7 @@ struct RowPlan {
 // Whether a map is to give `empty_value`.
 template <class A>
 KPFUSED_INLINE bool is_empty(const PixelView& pixels, A sum) {
-  return !pixels.all() && sum == A(0);
+  return pixels.fills_empty && sum == A(0);
 }
 
 // The result of a map, into its two destinations.

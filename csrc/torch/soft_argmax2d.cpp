@@ -93,12 +93,15 @@ struct Settings {
   int64_t coordinates;
   std::optional<Tensor> mask;        // bool, of the heatmap's shape; strides may be zero
   std::optional<Tensor> valid_size;  // int64 (..., 2), (height, width), leading dimensions as those of beta
-  double empty_value;
+  std::optional<double> empty_value;
 };
 
-// Broadcasts against the leading dimensions of heatmap as beta does.
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// A valid size broadcasts against the leading dimensions of heatmap as beta does.
 PixelView pixel_view(const Tensor& heatmap, const Settings& settings, const MapView& mask_view) {
-  PixelView view{nullptr, mask_view, nullptr, 1, 1, settings.empty_value};
+  PixelView view{nullptr, mask_view, nullptr, 1, 1, false, settings.empty_value.value_or(kNan)};
+  view.fills_empty = settings.mask || settings.valid_size || settings.empty_value;
   if (settings.mask) view.mask = static_cast<const uint8_t*>(settings.mask->const_data_ptr());
   if (!settings.valid_size) return view;
   const Tensor& size = *settings.valid_size;
@@ -170,18 +173,12 @@ void run(Params& p, const Tensor& heatmap) {
   Backend::run(p, heatmap);
 }
 
-Settings settings_of(std::optional<Tensor>& beta, double beta_value, int64_t coordinates, std::optional<Tensor>& mask,
-                     std::optional<Tensor>& valid_size, std::optional<double> empty_value) {
-  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-  return {std::move(beta), beta_value, coordinates, std::move(mask), std::move(valid_size), empty_value.value_or(kNan)};
-}
-
 template <class Backend>
 std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
                                    std::optional<Tensor> mask, std::optional<Tensor> valid_size,
                                    std::optional<double> empty_value) {
   STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-  Settings settings = settings_of(beta, beta_value, coordinates, mask, valid_size, empty_value);
+  Settings settings{beta, beta_value, coordinates, mask, valid_size, empty_value};
   auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings.mask), settings);
   Tensor result = empty(heatmap, leading_sizes(heatmap, {2}), accumulator_of(p.dtype));
   Tensor stats = empty(heatmap, leading_sizes(heatmap, {kStats}), accumulator_of(p.dtype));
@@ -198,7 +195,7 @@ MomentTensors moments_forward(Tensor heatmap, std::optional<Tensor> beta, double
                               std::optional<Tensor> mask, std::optional<Tensor> valid_size,
                               std::optional<double> empty_value) {
   STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-  Settings settings = settings_of(beta, beta_value, coordinates, mask, valid_size, empty_value);
+  Settings settings{beta, beta_value, coordinates, mask, valid_size, empty_value};
   auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings.mask), settings);
   const ScalarType dtype = accumulator_of(p.dtype);
   Tensor mean = empty(heatmap, leading_sizes(heatmap, {2}), dtype);
@@ -269,9 +266,10 @@ struct Gradient {
 template <class Backend>
 std::tuple<Tensor, Tensor> backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, std::optional<Tensor> beta,
                                     double beta_value, int64_t coordinates, bool needs_grad_beta,
-                                    std::optional<Tensor> mask, std::optional<Tensor> valid_size) {
-  Gradient gradient(heatmap, stats, settings_of(beta, beta_value, coordinates, mask, valid_size, std::nullopt),
-                    needs_grad_beta, false);
+                                    std::optional<Tensor> mask, std::optional<Tensor> valid_size,
+                                    std::optional<double> empty_value) {
+  Gradient gradient(heatmap, stats, {beta, beta_value, coordinates, mask, valid_size, empty_value}, needs_grad_beta,
+                    false);
   gradient.check_of_maps(grad_coordinates, 2, "grad_coordinates");
   grad_coordinates = readable_grad(grad_coordinates, &gradient.params);
   return gradient.run<Backend>();
@@ -283,9 +281,9 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
                                             std::optional<Tensor> grad_peak_probability, Tensor heatmap, Tensor stats,
                                             Tensor peak, std::optional<Tensor> beta, double beta_value,
                                             int64_t coordinates, bool needs_grad_beta, std::optional<Tensor> mask,
-                                            std::optional<Tensor> valid_size) {
-  Gradient gradient(heatmap, stats, settings_of(beta, beta_value, coordinates, mask, valid_size, std::nullopt),
-                    needs_grad_beta, true);
+                                            std::optional<Tensor> valid_size, std::optional<double> empty_value) {
+  Gradient gradient(heatmap, stats, {beta, beta_value, coordinates, mask, valid_size, empty_value}, needs_grad_beta,
+                    true);
   BackwardParams& p = gradient.params;
   const auto dense = [&](std::optional<Tensor>& grad, int64_t values, const char* name) -> const void* {
     if (!grad) return nullptr;
@@ -314,24 +312,31 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
 // dispatcher and the kernel.
 // Arguments of every forward and of every backward, behind those of its own.
 #define KPFUSED_SETTINGS "Tensor? beta, float beta_value, int coordinates"
-#define KPFUSED_PIXELS "Tensor? mask=None, Tensor? valid_size=None"
+#define KPFUSED_PIXELS "Tensor? mask=None, Tensor? valid_size=None, float? empty_value=None"
 #define KPFUSED_FORWARD(returns) \
-  "(Tensor heatmap, " KPFUSED_SETTINGS ", " KPFUSED_PIXELS ", float? empty_value=None) -> (" returns ")"
+  "(Tensor heatmap, " KPFUSED_SETTINGS ", " KPFUSED_PIXELS ") -> (" returns ")"
 #define KPFUSED_BACKWARD(gradients, kept)                                                                          \
   "(" gradients ", Tensor heatmap, " kept ", " KPFUSED_SETTINGS ", bool needs_grad_beta, " KPFUSED_PIXELS ") -> " \
   "(Tensor grad_heatmap, Tensor grad_beta)"
 
+#define KPFUSED_SOFT_ARGMAX2D KPFUSED_FORWARD("Tensor coordinates, Tensor stats")
+#define KPFUSED_SOFT_ARGMAX2D_BACKWARD KPFUSED_BACKWARD("Tensor grad_coordinates", "Tensor stats")
+#define KPFUSED_MOMENTS2D                                                                                       \
+  KPFUSED_FORWARD("Tensor mean, Tensor covariance, Tensor entropy, Tensor logsumexp, Tensor peak, " \
+                  "Tensor peak_probability, Tensor stats")
+#define KPFUSED_MOMENTS2D_BACKWARD                                                                                   \
+  KPFUSED_BACKWARD("Tensor? grad_mean, Tensor? grad_covariance, Tensor? grad_entropy, Tensor? grad_logsumexp, " \
+                   "Tensor? grad_peak_probability", "Tensor stats, Tensor peak")
+
 STABLE_TORCH_LIBRARY(kpfused, m) {
-  m.def("soft_argmax2d" KPFUSED_FORWARD("Tensor coordinates, Tensor stats"));
-  m.def("_soft_argmax2d" KPFUSED_FORWARD("Tensor coordinates, Tensor stats"));
-  m.def("soft_argmax2d_backward" KPFUSED_BACKWARD("Tensor grad_coordinates", "Tensor stats"));
-  m.def("_soft_argmax2d_backward" KPFUSED_BACKWARD("Tensor grad_coordinates", "Tensor stats"));
-  m.def("spatial_moments2d" KPFUSED_FORWARD("Tensor mean, Tensor covariance, Tensor entropy, Tensor logsumexp, "
-                                            "Tensor peak, Tensor peak_probability, Tensor stats"));
-  m.def("spatial_moments2d_backward" KPFUSED_BACKWARD(
-      "Tensor? grad_mean, Tensor? grad_covariance, Tensor? grad_entropy, Tensor? grad_logsumexp, "
-      "Tensor? grad_peak_probability",
-      "Tensor stats, Tensor peak"));
+  m.def("soft_argmax2d" KPFUSED_SOFT_ARGMAX2D);
+  m.def("_soft_argmax2d" KPFUSED_SOFT_ARGMAX2D);
+  m.def("soft_argmax2d_backward" KPFUSED_SOFT_ARGMAX2D_BACKWARD);
+  m.def("_soft_argmax2d_backward" KPFUSED_SOFT_ARGMAX2D_BACKWARD);
+  m.def("spatial_moments2d" KPFUSED_MOMENTS2D);
+  m.def("_spatial_moments2d" KPFUSED_MOMENTS2D);
+  m.def("spatial_moments2d_backward" KPFUSED_MOMENTS2D_BACKWARD);
+  m.def("_spatial_moments2d_backward" KPFUSED_MOMENTS2D_BACKWARD);
 }
 
 #define KPFUSED_IMPLEMENT(m, Backend)                                                   \
@@ -340,7 +345,9 @@ STABLE_TORCH_LIBRARY(kpfused, m) {
   m.impl("soft_argmax2d_backward", TORCH_BOX(&backward<Backend>));                      \
   m.impl("_soft_argmax2d_backward", TORCH_BOX(&backward<Backend>));                     \
   m.impl("spatial_moments2d", TORCH_BOX(&moments_forward<Backend>));                    \
-  m.impl("spatial_moments2d_backward", TORCH_BOX(&moments_backward<Backend>))
+  m.impl("_spatial_moments2d", TORCH_BOX(&moments_forward<Backend>));                   \
+  m.impl("spatial_moments2d_backward", TORCH_BOX(&moments_backward<Backend>));          \
+  m.impl("_spatial_moments2d_backward", TORCH_BOX(&moments_backward<Backend>))
 
 STABLE_TORCH_LIBRARY_IMPL(kpfused, CPU, m) { KPFUSED_IMPLEMENT(m, Cpu); }
 
