@@ -45,7 +45,7 @@ def check_sharpness(name: str, value: Tensor | float) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a torch.Tensor; got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break a compiled graph in which the number changes
         raise ValueError(f"{name} must be finite; got {value}")
     if name == "temperature" and value == 0:
         raise ValueError("temperature must not be zero; a map's softmax divides by it")
