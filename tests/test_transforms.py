@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,26 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kpfused
 from kpfused import SoftArgmax2d, reference
 from tests import cases
 
 Function = Callable[..., Tensor]
-
-
-class KernelCalls(TorchDispatchMode):
-    """Counts kernels by direction, whichever of their two names they are called by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "kpfused":
-            self.calls["backward" if "backward" in func.__name__ else "forward"] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def inputs(device: str, layout: str = "contiguous") -> tuple[Tensor, Tensor]:
@@ -87,24 +72,24 @@ TRANSFORMS: dict[str, tuple[Callable[[Function, Tensor, Tensor], Any], tuple[int
 def test_transforms(device: str, name: str, layout: str) -> None:
     transform, expected = TRANSFORMS[name]
     heatmap, beta = inputs(device, layout)
-    with KernelCalls() as counted:
+    with cases.KernelCalls() as counted:
         actual = transform(kpfused.soft_argmax2d, heatmap, beta)
     torch.testing.assert_close(actual, transform(reference.soft_argmax2d, heatmap, beta))
-    assert (counted.calls["forward"], counted.calls["backward"]) == expected
+    assert counted.calls() == expected
 
 
 @pytest.mark.parametrize("name", ["vmap of grad", "jacrev", "hessian"])
 def test_transforms_of_a_number(device: str, name: str) -> None:
-    transform, (forward, backward) = TRANSFORMS[name]
+    transform, expected = TRANSFORMS[name]
     heatmap, beta = inputs(device)
 
     def with_number(f: Function) -> Function:
         return lambda h, b, **kwargs: f(h, 0.7, **kwargs) + b.sum() * 0
 
-    with KernelCalls() as counted:
+    with cases.KernelCalls() as counted:
         actual = transform(with_number(kpfused.soft_argmax2d), heatmap, beta)
     torch.testing.assert_close(actual, transform(with_number(reference.soft_argmax2d), heatmap, beta))
-    assert counted.calls == Counter(forward=forward, backward=backward)
+    assert counted.calls() == expected
 
 
 # Maps (2, 3, 6, 7) with the vmapped dimension of 5 anywhere, and beta in every shape that broadcasts against (2, 3),
@@ -129,9 +114,9 @@ def test_vmap_folds_any_dimensions(
         values = vmap(f, in_dims)(heatmap, beta)
         return values, vmap(grad(loss(f), (0, 1)), in_dims)(heatmap, beta)
 
-    with KernelCalls() as counted:
+    with cases.KernelCalls() as counted:
         actual = values_and_gradients(kpfused.soft_argmax2d)
-    assert counted.calls == Counter(forward=2, backward=1)
+    assert counted.calls() == (2, 1)
     torch.testing.assert_close(actual, values_and_gradients(reference.soft_argmax2d))
 
 
@@ -200,9 +185,9 @@ def test_an_ensemble_of_layers(device: str) -> None:
     def call(parameters: Any, buffers: Any, heatmap: Tensor) -> Tensor:
         return functional_call(layers[0], (parameters, buffers), (heatmap,))
 
-    with KernelCalls() as counted:
+    with cases.KernelCalls() as counted:
         together = vmap(call, (0, 0, None))(parameters, buffers, heatmap)
-    assert counted.calls == Counter(forward=1)
+    assert counted.calls() == (1, 0)
     torch.testing.assert_close(together, torch.stack([layer(heatmap) for layer in layers]))
 
 
