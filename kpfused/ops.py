@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The compiled ops: fake kernels, autograd, and the way from a checked call to a kernel.
+"""The compiled ops: fake kernels, autograd, vmap, and the way from a checked call to a kernel.
 
 The only module that touches ``torch.ops.kpfused``. Functions here trust their arguments: ``kpfused.functional`` has
 checked them.

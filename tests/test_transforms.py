@@ -176,6 +176,12 @@ def test_a_dual_upstream_of_an_earlier_call(device: str) -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_gradcheck_of_forward_and_batched_modes(device: str) -> None:
+    leaves = [t.to(device).requires_grad_() for t in (cases.random((1, 2, 2, 3)), cases.random((2,)))]
+    checks = ("check_forward_ad", "check_batched_grad", "check_batched_forward_grad")
+    assert torch.autograd.gradcheck(kpfused.soft_argmax2d, leaves, **dict.fromkeys(checks, True))
+
+
 def test_an_ensemble_of_layers(device: str) -> None:
     """One call for many layers that each learned a beta of their own."""
     layers = [SoftArgmax2d(0.5 + i, learnable=True, num_keypoints=3).double().to(device) for i in range(4)]
