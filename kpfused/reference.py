@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The package's functions in a few plain PyTorch lines.
 
-The oracle of the tests (run it in float64), the eager peer of the benchmarks, and what devices without a kernel use.
-Everything here is differentiable by autograd and works on any device.
+The oracle of the tests (run it in float64), the eager peer of the benchmarks, and what devices without a kernel,
+forward-mode derivatives and ONNX export use. Everything here is differentiable by autograd and works on any device.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kpfused import reference
 
@@ -175,3 +177,21 @@ def assert_gradients(actual: Tensor, expected: Tensor, size: float = 0) -> None:
     steps, pixels = (40, 4) if accumulator == torch.float32 else (400, 40)
     tolerance = torch.finfo(accumulator).eps * (steps * largest + pixels * size) + torch.finfo(actual.dtype).tiny
     torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=tolerance, equal_nan=True)
+
+
+class KernelCalls(TorchDispatchMode):
+    """Notes the dtype of the heatmap at each call of a kernel, forward and backward, whichever its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward: list[torch.dtype] = []
+        self.backward: list[torch.dtype] = []
+
+    def calls(self) -> tuple[int, int]:
+        return len(self.forward), len(self.backward)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "kpfused":
+            backward = "backward" in func.__name__
+            (self.backward if backward else self.forward).append(args[backward].dtype)
+        return func(*args, **(kwargs or {}))

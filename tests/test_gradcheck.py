@@ -93,23 +93,3 @@ def test_second_derivatives_of_a_nonlinear_loss(device: str) -> None:
         first = torch.autograd.grad(f(heatmap, beta).pow(2).sum(), (heatmap, beta), create_graph=True)
         results.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), (heatmap, beta)))
     torch.testing.assert_close(results[0], results[1])
-
-
-def test_function_transforms_and_forward_mode(device: str) -> None:
-    heatmap, beta = (t.detach() for t in inputs(device, "contiguous", (3,)))
-    tangent = torch.randn_like(heatmap)
-    results = []
-    for f in (kpfused.soft_argmax2d, reference.soft_argmax2d):
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(heatmap, tangent)
-            forward = torch.autograd.forward_ad.unpack_dual(f(dual, beta)).tangent
-        results.append(
-            (
-                torch.func.vmap(f, in_dims=(0, None))(heatmap, beta),
-                torch.func.grad(lambda h, b, f=f: f(h, b).pow(2).sum(), argnums=(0, 1))(heatmap, beta),
-                torch.func.jacrev(f)(heatmap, beta),
-                torch.func.jvp(lambda h, f=f: f(h, beta), (heatmap,), (tangent,)),
-                forward,
-            )
-        )
-    torch.testing.assert_close(results[0], results[1])

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""torch.export, AOTInductor and ONNX of a small pose network and of every kind of head, with dynamic batch and size."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from kpfused import SoftArgmax2d, reference
+from tests import cases
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+SIZES = [(5, 3, 20, 31), (2, 3, 16, 12), (1, 3, 8, 40)]
+DYNAMIC = ({0: Dim("batch"), 2: Dim("height", min=2), 3: Dim("width", min=2)},)
+
+
+def network() -> nn.Module:
+    head = SoftArgmax2d(2.0, learnable=True, num_keypoints=5, coordinates="corners")
+    nn.init.uniform_(head.log_beta, -1.0, 2.0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), head).eval()
+
+
+def exported(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(module, (example,), dynamic_shapes=DYNAMIC)
+
+
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_export_save_and_load(device: str, layout: torch.memory_format) -> None:
+    module = network().to(device, memory_format=layout)
+    program = exported(module, torch.randn(2, 3, 16, 12, device=device).to(memory_format=layout))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for size in SIZES:
+        image = torch.randn(size, device=device).to(memory_format=layout)
+        with cases.KernelCalls() as counted:
+            points = loaded(image)
+        assert counted.calls() == (1, 0)
+        assert torch.equal(points, module(image))
+        gradients = [torch.autograd.grad(m(image).square().sum(), list(m.parameters())) for m in (loaded, module)]
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_aot_inductor(device: str, tmp_path: Path) -> None:
+    """A compiled package without Python in its path, with a channels_last input and a learned beta."""
+    module = network().to(device, memory_format=torch.channels_last)
+    example = torch.randn(2, 3, 16, 12, device=device).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(
+            exported(module, example), package_path=str(tmp_path / "pose.pt2")
+        )
+        compiled = torch._inductor.aoti_load_package(package)
+        for size in SIZES:
+            image = torch.randn(size, device=device).to(memory_format=torch.channels_last)
+            torch.testing.assert_close(compiled(image), module(image))
+
+
+class Heads(nn.Module):
+    """Every kind of head and every unit on one heatmap, so that one export covers them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            [
+                SoftArgmax2d(3.0),
+                SoftArgmax2d(-1.5),
+                SoftArgmax2d(temperature=0.25, coordinates="corners"),
+                SoftArgmax2d(torch.tensor([0.5, 1.0, 4.0]), coordinates="centers"),
+                SoftArgmax2d(temperature=nn.Parameter(torch.tensor(0.5)), coordinates="unit"),
+                SoftArgmax2d(2.0, learnable=True),
+                SoftArgmax2d(2.0, learnable=True, num_keypoints=3, coordinates="unit_centered"),
+            ]
+        )
+
+    def forward(self, heatmap: Tensor) -> list[Tensor]:
+        return [head(heatmap) for head in self.heads]
+
+
+def onnx_model(module: nn.Module) -> onnx.ModelProto:
+    """The model, in which no op of this package is left and none of any domain but ONNX's own."""
+    image = torch.randn(2, 3, 16, 12)
+    program = torch.onnx.export(module.eval(), (image,), dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
+    assert program is not None
+    model = program.model_proto
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    return model
+
+
+def assert_runs_alike(model: onnx.ModelProto, module: nn.Module, image: Tensor) -> None:
+    """Within 1e-4 of a pixel."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.no_grad():
+        expected = module(image)
+    heads = [m for m in module.modules() if isinstance(m, SoftArgmax2d)]
+    expected = [expected] if isinstance(expected, Tensor) else expected
+    for a, b, head in zip(got, expected, heads, strict=True):
+        pixel = min(reference.coordinate_units(size, head.coordinates)[0] for size in image.shape[-2:])
+        torch.testing.assert_close(torch.from_numpy(a), b, rtol=0, atol=1e-4 * pixel, equal_nan=True)
+
+
+def test_onnx_of_a_network() -> None:
+    module = network()
+    model = onnx_model(module)
+    for size in SIZES:
+        assert_runs_alike(model, module, torch.randn(size))
+
+
+def test_onnx_of_every_head() -> None:
+    """Sharp maps too, and maps with logits of -inf, which are NaN where beta is negative."""
+    module = Heads()
+    model = onnx_model(module)
+    for size in SIZES:
+        for kind in (cases.random, cases.peaked, cases.masked):
+            assert_runs_alike(model, module, kind(size).float())
