@@ -64,7 +64,7 @@ def gencode(nvcc):
 
 def extension():
     nvcc = find_nvcc()
-    cxx = ["-std=c++17", "-fvisibility=hidden", "-Wall", *(["-O0", "-g"] if DEBUG else ["-O3"])]
+    cxx = ["-std=c++17", "-fvisibility=hidden", "-Wall", *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"])]
     sources = ["csrc/module.cpp", *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/torch/*.cpp")]
     options = {"include_dirs": [pybind11.get_include()], "extra_link_args": ["-Wl,--exclude-libs,ALL"]}
     cuda, architectures, release = [], "", ""

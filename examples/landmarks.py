@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Find landmarks on real photographs with a small fully-convolutional network whose head is ``SoftArgmax2d``.
 
-    pip install kpfused scikit-image pillow tqdm
+    make demo                               # from the checkout; or, with kpfused installed:
+    pip install scikit-image pillow tqdm
     python examples/landmarks.py            # about a minute on two cores; see --help
 
 Four photographs carry seven marked points each. Every training view is a fresh random perspective warp, crop and

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Fused soft-argmax for keypoint networks: heatmaps to coordinates in one pass, on CPU and CUDA."""
 
+import importlib.util
+
+if importlib.util.find_spec("kpfused._C") is None:
+    raise ImportError(
+        f"kpfused._C is not built in {__path__[0]}: run `make build` in that checkout, or leave it to use the kpfused "
+        "that is installed"
+    )
+
 from kpfused.functional import soft_argmax2d, spatial_moments2d
 from kpfused.modules import SoftArgmax2d
 from kpfused.results import SpatialMoments

@@ -31,10 +31,11 @@ def soft_argmax2d(
 
     Args:
         heatmap: logits ``(..., H, W)`` in float32, float64, float16 or bfloat16, any number of leading dimensions.
-            Contiguous and channels_last tensors, and slices of them, are read in place. A logit of -inf is probability
-            zero.
+            Contiguous and channels_last tensors, and windows and ranges of samples or keypoints of them, are read in
+            place; other strides are copied. A logit of -inf is probability zero, with a beta that is not negative.
         beta: inverse temperature, multiplies the logits. A number, or a floating-point tensor that broadcasts against
-            the leading dimensions: ``(K,)`` for one per keypoint of ``(B, K, H, W)``.
+            the leading dimensions: ``(K,)`` for one per keypoint of ``(B, K, H, W)``. Under ``torch.compile`` every
+            new number is compiled anew, so make one that changes from step to step a tensor.
         temperature: divides the logits, in place of ``beta``. A number other than zero, or a tensor likewise.
         coordinates: units of the result along an axis of ``n`` pixels, for pixel ``i``:
             ``"pixel"`` i; ``"corners"`` 2i/(n-1) - 1, and 0 where n is 1; ``"centers"`` (2i+1)/n - 1;

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +92,27 @@ def test_missing_requirement_is_one_line(missing: str) -> None:
     assert lines[0].startswith(f"kpfused: building needs {missing}")
 
 
+def test_a_checkout_that_is_not_built(tmp_path: Path) -> None:
+    """It hides an installed package from whoever stands in it, which the error says."""
+    shutil.copytree(SETUP.parent / "kpfused", tmp_path / "kpfused", ignore=shutil.ignore_patterns("*.so"))
+    command = [sys.executable, "-c", "import kpfused"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=without_path())
+    assert result.returncode != 0
+    assert f"ImportError: kpfused._C is not built in {tmp_path / 'kpfused'}: run `make build`" in result.stderr
+
+
+def without_path() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def test_version_has_one_source() -> None:
     assert _C.build_info()["version"] == kpfused.__version__
+
+
+def test_symbols_are_for_debugging() -> None:
+    """Python's own flags ask for them, which made the module eight times as large."""
+    asked = "-g" in _C.build_info()["flags"].split()
+    assert (b".debug_info" in Path(_C.__file__).read_bytes()) == asked
 
 
 def test_info_is_complete(capsys: pytest.CaptureFixture[str]) -> None:

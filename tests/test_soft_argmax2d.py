@@ -139,7 +139,7 @@ def test_never_less_exact_than_eager_float32(device: str, kind: str, shape: tupl
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["random", "peaked", "border_peaked", "flat", "masked"])
 def test_half_precision_costs_the_rounding_of_the_input_only(device: str, dtype: torch.dtype, kind: str) -> None:
-    """Bitwise: the result of a half map is that of the same values in float32."""
+    """The result of a half map is that of the same values in float32, whose sums are cut elsewhere."""
     heatmap = cases.FINITE[kind]((4, 5, 64, 48)).to(device, dtype)
     half, single = kpfused.soft_argmax2d(heatmap), kpfused.soft_argmax2d(heatmap.float())
     cases.assert_coordinates(half, single.double(), 64)
