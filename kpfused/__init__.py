@@ -9,9 +9,27 @@ if importlib.util.find_spec("kpfused._C") is None:
         "that is installed"
     )
 
-from kpfused.functional import soft_argmax2d, spatial_moments2d
-from kpfused.modules import SoftArgmax2d
+from kpfused.functional import (
+    soft_argmax1d,
+    soft_argmax2d,
+    soft_argmax3d,
+    spatial_moments1d,
+    spatial_moments2d,
+    spatial_moments3d,
+)
+from kpfused.modules import SoftArgmax2d, SpatialMoments2d
 from kpfused.results import SpatialMoments
 from kpfused.version import __version__
 
-__all__ = ["SoftArgmax2d", "SpatialMoments", "__version__", "soft_argmax2d", "spatial_moments2d"]
+__all__ = [
+    "SoftArgmax2d",
+    "SpatialMoments",
+    "SpatialMoments2d",
+    "__version__",
+    "soft_argmax1d",
+    "soft_argmax2d",
+    "soft_argmax3d",
+    "spatial_moments1d",
+    "spatial_moments2d",
+    "spatial_moments3d",
+]

@@ -15,8 +15,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _INDEX = {name: index for index, name in enumerate(COORDINATES)}
 
 
-def check_heatmap(heatmap: Tensor) -> None:
-    """Accepts floating-point ``(..., H, W)`` with at least one pixel."""
+def check_heatmap(heatmap: Tensor, dims: str = "HW") -> None:
+    """Accepts floating-point ``(..., H, W)``, or what else ``dims`` names, with at least one pixel."""
     if not isinstance(heatmap, Tensor):
         raise TypeError(f"heatmap must be a torch.Tensor; got {type(heatmap).__name__}")
     if heatmap.dtype not in _DTYPES:
@@ -24,10 +24,21 @@ def check_heatmap(heatmap: Tensor) -> None:
     if heatmap.layout != torch.strided:
         raise TypeError(f"heatmap must be a strided tensor; got layout {heatmap.layout}")
     shape = heatmap.shape  # made anew at every access
-    if len(shape) < 2:
-        raise ValueError(f"heatmap must have at least two dimensions (..., H, W); got shape {tuple(shape)}")
-    if shape[-1] == 0 or shape[-2] == 0:
-        raise ValueError(f"heatmap must have H >= 1 and W >= 1; got shape {tuple(shape)}")
+    if len(shape) < len(dims):
+        count = ("one dimension", "two dimensions", "three dimensions")[len(dims) - 1]
+        raise ValueError(f"heatmap must have at least {count} (..., {', '.join(dims)}); got shape {tuple(shape)}")
+    if 0 in shape[-len(dims) :]:
+        wanted = " and ".join(f"{name} >= 1" for name in dims)
+        raise ValueError(f"heatmap must have {wanted}; got shape {tuple(shape)}")
+
+
+def check_depth(heatmap: Tensor, depth: int) -> None:
+    """Accepts ``(..., K * D, H, W)`` for a depth D."""
+    check_heatmap(heatmap, "CHW")
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"depth must be a number; got {type(depth).__name__}")
+    if depth < 1 or heatmap.shape[-3] % depth:
+        raise ValueError(f"depth must divide the {heatmap.shape[-3]} channels of heatmap; got {depth}")
 
 
 def coordinates_index(coordinates: str) -> int:

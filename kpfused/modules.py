@@ -4,28 +4,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kpfused import checks
-from kpfused.functional import soft_argmax2d
+from kpfused.functional import soft_argmax2d, spatial_moments2d
+from kpfused.results import SpatialMoments
 
 
-class SoftArgmax2d(nn.Module):
-    """Soft-argmax as a layer: ``(..., H, W)`` logits to ``(..., 2)`` coordinates, (x, y). See :func:`soft_argmax2d`.
-
-    Args:
-        beta: inverse temperature, a number or a tensor that broadcasts against the leading dimensions. A tensor is
-            kept as a buffer, an ``nn.Parameter`` as the parameter it is.
-        temperature: divides the logits, in place of ``beta``.
-        learnable: learn beta, starting from the number given. The parameter is ``log_beta``, so that beta stays
-            positive whatever the optimiser does.
-        num_keypoints: with ``learnable``, one beta for each of the K maps of ``(..., K, H, W)``; otherwise one for all.
-        coordinates: units of the result, as in :func:`soft_argmax2d`.
-
-    The state holds no grid and nothing of map size, so a checkpoint works at any resolution.
-    """
+class _Layer(nn.Module):
+    """What layers share: beta or temperature, fixed or learned, and the units."""
 
     def __init__(
         self,
@@ -35,11 +25,13 @@ class SoftArgmax2d(nn.Module):
         learnable: bool = False,
         num_keypoints: int | None = None,
         coordinates: str = "pixel",
+        empty_value: float | None = None,
     ) -> None:
         super().__init__()
         checks.check_beta_or_temperature(beta, temperature)
         checks.coordinates_index(coordinates)
         self.coordinates = coordinates
+        self.empty_value = empty_value
         self.learnable = learnable
         self.beta: Tensor | float
         self.temperature: Tensor | float | None
@@ -57,20 +49,66 @@ class SoftArgmax2d(nn.Module):
         else:
             setattr(self, name, value)
 
-    def forward(self, heatmap: Tensor) -> Tensor:
-        """Coordinates ``(..., 2)``, (x, y), of ``heatmap`` ``(..., H, W)``."""
+    def _settings(self) -> dict[str, Any]:
+        """The keywords of the layer's function."""
+        settings: dict[str, Any] = {"coordinates": self.coordinates, "empty_value": self.empty_value}
         if self.learnable:
-            return soft_argmax2d(heatmap, self.log_beta.exp(), coordinates=self.coordinates)
-        return soft_argmax2d(heatmap, self.beta, temperature=self.temperature, coordinates=self.coordinates)
+            return {"beta": self.log_beta.exp(), **settings}
+        return {"beta": self.beta, "temperature": self.temperature, **settings}
 
     def extra_repr(self) -> str:
+        shown = [f"coordinates={self.coordinates!r}"]
+        if self.empty_value is not None:
+            shown.append(f"empty_value={self.empty_value}")
         if self.learnable:
             count = self.log_beta.numel() if self.log_beta.dim() else None
-            return f"learnable=True, num_keypoints={count}, coordinates={self.coordinates!r}"
+            return ", ".join([f"learnable=True, num_keypoints={count}", *shown])
         name = "beta" if self.temperature is None else "temperature"
         value = getattr(self, name)
-        shown = f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        return f"{name}={shown}, coordinates={self.coordinates!r}"
+        text = f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        return ", ".join([f"{name}={text}", *shown])
+
+
+class SoftArgmax2d(_Layer):
+    """Soft-argmax as a layer: ``(..., H, W)`` logits to ``(..., 2)`` coordinates, (x, y). See :func:`soft_argmax2d`.
+
+    Args:
+        beta: inverse temperature, a number or a tensor that broadcasts against the leading dimensions. A tensor is
+            kept as a buffer, an ``nn.Parameter`` as the parameter it is.
+        temperature: divides the logits, in place of ``beta``.
+        learnable: learn beta, starting from the number given. The parameter is ``log_beta``, so that beta stays
+            positive whatever the optimiser does.
+        num_keypoints: with ``learnable``, one beta for each of the K maps of ``(..., K, H, W)``; otherwise one for all.
+        coordinates: units of the result, as in :func:`soft_argmax2d`.
+        empty_value: what a map without weight gives, as in :func:`soft_argmax2d`.
+
+    The state holds no grid and nothing of map size, so a checkpoint works at any resolution.
+    """
+
+    def forward(
+        self,
+        heatmap: Tensor,
+        mask: Tensor | None = None,
+        valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    ) -> Tensor:
+        """Coordinates ``(..., 2)``, (x, y), of ``heatmap`` ``(..., H, W)``."""
+        return soft_argmax2d(heatmap, mask=mask, valid_size=valid_size, **self._settings())
+
+
+class SpatialMoments2d(_Layer):
+    """Moments as a layer: ``(..., H, W)`` logits to :class:`kpfused.SpatialMoments`. See :func:`spatial_moments2d`.
+
+    Arguments and state are those of :class:`SoftArgmax2d`.
+    """
+
+    def forward(
+        self,
+        heatmap: Tensor,
+        mask: Tensor | None = None,
+        valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    ) -> SpatialMoments:
+        """Moments of every map of ``heatmap`` ``(..., H, W)``."""
+        return spatial_moments2d(heatmap, mask=mask, valid_size=valid_size, **self._settings())
 
 
 def _initial_log_beta(beta: Tensor | float, temperature: Tensor | float | None, num_keypoints: int | None) -> Tensor:

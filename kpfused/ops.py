@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from kpfused import _C, checks, reference
 from kpfused.results import SpatialMoments
+from kpfused.volume import merge_slices
 
 _HAS_CUDA = bool(_C.build_info()["cuda"])
 _STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
@@ -140,20 +141,43 @@ def spatial_moments2d(
     return SpatialMoments(*_call(_MOMENTS2D, heatmap, beta, beta_value, coordinates, *pixels)[: _MOMENT_STATS - 2])
 
 
+def spatial_moments3d(
+    heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, mask: Tensor | None
+) -> SpatialMoments:
+    """Moments of volumes ``(..., D, H, W)``, slice by slice; beta broadcasts against ``(..., D)``."""
+    names = reference.COORDINATES
+    number = beta_value if beta is None else beta
+    if _takes_composition(heatmap):
+        each = number[..., 0] if isinstance(number, Tensor) else number
+        return reference.spatial_moments3d(heatmap, each, coordinates=names[coordinates], mask=mask)
+    # The dimension before depth goes behind it where it lies so in memory, as in channels_last_3d.
+    swap = heatmap.dim() > 3 and heatmap.stride(-4) < heatmap.stride(-3)
+    if swap:
+        heatmap = heatmap.transpose(-3, -4)
+        mask = None if mask is None else mask.transpose(-3, -4)
+        beta = None if beta is None else _swapped(beta, heatmap.shape[:-2])
+    *fields, stats = _call(_MOMENTS2D, heatmap, beta, beta_value, coordinates, mask, None, 0.0)
+    if swap:
+        depth_dim = heatmap.dim() - 4
+        *fields, stats = (f.transpose(depth_dim, depth_dim + 1) for f in (*fields, stats))
+    return merge_slices(SpatialMoments(*fields), stats, number, stats.shape[-2], names[coordinates])
+
+
+def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
+    if beta.dim() < 2:
+        return beta
+    return foldable(beta.transpose(-1, -2), leading).contiguous()
+
+
 def _call(
     kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
     """The outputs of a kernel, of which the composition lacks the last, the stats."""
+    if _takes_composition(heatmap):
+        return kernel.composition(heatmap, beta, beta_value, coordinates, *pixels)
     compiling = torch.compiler.is_compiling()
-    if not _is_on_kernel_device(heatmap):
-        if not compiling:
-            _warn_of_slow_path(heatmap.device.type)
-        return kernel.composition(heatmap, beta, beta_value, coordinates, *pixels)
-    transforming = torch._C._are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 or (compiling and (transforming or torch.onnx.is_in_onnx_export())):
-        return kernel.composition(heatmap, beta, beta_value, coordinates, *pixels)
     result: tuple[Tensor, ...]
-    if transforming:
+    if torch._C._are_functorch_transforms_active():
         result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, coordinates, *pixels)
     elif compiling or not _is_plain(heatmap, beta):
         result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
@@ -162,6 +186,19 @@ def _call(
     else:
         result = kernel.eager_forward(heatmap, beta, beta_value, coordinates, *pixels)
     return result
+
+
+def _takes_composition(heatmap: Tensor) -> bool:
+    """Devices without a kernel, forward-mode derivatives, transforms inside a compiled graph, and export to ONNX."""
+    if not _is_on_kernel_device(heatmap):
+        if not torch.compiler.is_compiling():
+            _warn_of_slow_path(heatmap.device.type)
+        return True
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export()
 
 
 def _is_on_kernel_device(heatmap: Tensor) -> bool:
@@ -183,7 +220,7 @@ def _warn_of_slow_path(device_type: str) -> None:
         warnings.warn(
             "kpfused was built without CUDA kernels; CUDA tensors take the slower PyTorch composition. "
             "Rebuild it with nvcc on PATH (see `python -m kpfused.info`).",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

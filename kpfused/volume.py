@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+r"""Volumes as stacks of slices: each slice is a map, and what its map leaves is merged along the depth.
+
+A slice leaves its moments and the weight of all its pixels, relative to the volume's peak. With slices :math:`d` of
+weight :math:`\pi_d`, mean :math:`\mu_d`, covariance :math:`C_d` and entropy :math:`S_d`, the volume has mean
+:math:`\sum \pi_d \mu_d`, covariance :math:`\sum \pi_d (C_d + (\mu_d - \mu)(\mu_d - \mu)^T)` and entropy
+:math:`\sum \pi_d (S_d - \log \pi_d)`. All tensors here hold a few numbers a slice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kpfused import reference
+from kpfused.results import SpatialMoments
+
+
+def merge_slices(
+    slices: SpatialMoments, stats: Tensor, beta: Tensor | float, depth: int, coordinates: str
+) -> SpatialMoments:
+    """Moments of volumes from those of their slices ``(..., D)``.
+
+    Args:
+        slices: moments of every slice; empty slices have finite values.
+        stats: of every slice, ``(..., D, 8)``: the key of the peak, the sum of weights relative to it, and more.
+        beta: a number, or a tensor that broadcasts against ``(..., D)``.
+        depth: D.
+        coordinates: units of the result.
+    """
+    relative, top = _relative_logsumexp(slices.logsumexp, stats.detach(), beta)
+    log_weight = torch.log_softmax(relative, -1)
+    weight = log_weight.exp()
+    z = reference.coordinate_axis(depth, coordinates, dtype=weight.dtype, device=weight.device)
+    means = torch.cat((slices.mean, z[:, None].expand(*weight.shape, 1)), -1)  # (..., D, 3)
+    mean = (weight[..., None] * means).sum(-2)
+    offset = means - mean[..., None, :]
+    within = torch.nn.functional.pad(slices.covariance, (0, 1, 0, 1))
+    between = offset[..., :, None] * offset[..., None, :]
+    covariance = (weight[..., None, None] * (within + between)).sum(-3)
+    surprise = slices.entropy - log_weight.masked_fill(weight == 0, 0)
+    index = stats[..., 0].argmax(-1, keepdim=True)
+    peak = slices.peak.gather(-2, index[..., None].expand(*index.shape, 2))[..., 0, :]
+    return SpatialMoments(
+        mean,
+        covariance,
+        (weight * surprise).sum(-1),
+        torch.logsumexp(relative, -1) + top,
+        torch.cat((peak, index), -1),
+        (weight * slices.peak_probability).gather(-1, index)[..., 0],
+    )
+
+
+def _relative_logsumexp(logsumexp: Tensor, stats: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of every slice less the greatest logit of its volume, and that logit.
+
+    Its gradient is that of the log-sum-exp; its value comes from the stats, because at large logits the difference of
+    two rounded log-sum-exps has lost what matters.
+    """
+    sharpness = beta.detach().abs() if isinstance(beta, Tensor) else abs(beta)
+    key, total = stats[..., 0], stats[..., 1]
+    exact = sharpness * (key - key.amax(-1, keepdim=True)) + total.log()
+    carrier = logsumexp.masked_fill(total == 0, 0)
+    top = key.amax(-1) * (sharpness.squeeze(-1) if isinstance(sharpness, Tensor) else sharpness)
+    return exact + (carrier - carrier.detach()), top
