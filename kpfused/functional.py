@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kpfused import checks, ops
+from kpfused import checks, ops, reference
 from kpfused.results import SpatialMoments
 
 
@@ -21,6 +22,7 @@ def soft_argmax2d(
     mask: Tensor | None = None,
     valid_size: tuple[Tensor | int, Tensor | int] | None = None,
     empty_value: float | None = None,
+    debias: bool = False,
 ) -> Tensor:
     r"""Expected (x, y) coordinates under the spatial softmax of a heatmap, in one pass over it.
 
@@ -49,6 +51,12 @@ def soft_argmax2d(
         empty_value: what a map gives in which no pixel counts, or none that does has a logit above -inf; its gradient
             is then zero. By default it gives NaN, with a gradient of zero under a mask or a valid size, and of NaN
             without, as ``torch.softmax`` has it.
+        debias: take away the pull of the background towards the centre of the map, after Gu et al., "Removing the Bias
+            of Integral Pose Regression" (ICCV 2021): pixels whose logit is zero still weigh one each. With
+            :math:`\rho = H W / \sum e^{\beta h}`, the share of such a background in the whole, and the map's centre
+            :math:`c` the result is :math:`(\mu - \rho c) / (1 - \rho)`. For heatmaps that are zero away from their
+            peak, as behind a ReLU; :math:`\rho` is held at 0.9 at most, beyond which there is no peak to speak of. Not
+            together with a mask or a valid size.
 
     Returns:
         ``(..., 2)``, (x, y) in this order; float64 for float64 heatmaps and float32 for all others. A map that holds
@@ -60,10 +68,27 @@ def soft_argmax2d(
     Raises:
         TypeError: an argument is of a type or dtype that is not listed above.
         ValueError: fewer than two dimensions, no pixels, both beta and temperature, a temperature of zero, a tensor
-            that does not broadcast or lies on another device, a valid size beyond the map, or unknown coordinates.
+            that does not broadcast or lies on another device, a valid size beyond the map, debias with a mask or a
+            valid size, or unknown coordinates.
     """
     arguments = _checked(heatmap, beta, temperature, coordinates)
-    return ops.soft_argmax2d(*arguments, *_pixels(heatmap, mask, valid_size, empty_value))
+    pixels = _pixels(heatmap, mask, valid_size, empty_value)
+    if not debias:
+        return ops.soft_argmax2d(*arguments, *pixels)
+    if mask is not None or valid_size is not None:
+        raise ValueError("debias=True takes all pixels of the map for background; give no mask and no valid_size")
+    moments = ops.spatial_moments2d(*arguments, *pixels)
+    return _debiased(moments.mean, moments.logsumexp, heatmap.shape[-2:], coordinates)
+
+
+def _debiased(mean: Tensor, logsumexp: Tensor, size: torch.Size, coordinates: str) -> Tensor:
+    share = (math.log(size.numel()) - logsumexp).clamp(max=math.log(_MOST_BACKGROUND)).exp()
+    height, width = size
+    centre = (reference.coordinate_units(n, coordinates)[1] for n in (width, height))
+    return torch.stack([(mean[..., i] - share * c) / (1 - share) for i, c in enumerate(centre)], -1)
+
+
+_MOST_BACKGROUND = 0.9
 
 
 def spatial_moments2d(

@@ -81,9 +81,14 @@ class SoftArgmax2d(_Layer):
         num_keypoints: with ``learnable``, one beta for each of the K maps of ``(..., K, H, W)``; otherwise one for all.
         coordinates: units of the result, as in :func:`soft_argmax2d`.
         empty_value: what a map without weight gives, as in :func:`soft_argmax2d`.
+        debias: take away the pull of the background, as in :func:`soft_argmax2d`.
 
     The state holds no grid and nothing of map size, so a checkpoint works at any resolution.
     """
+
+    def __init__(self, beta: Tensor | float = 1.0, *, debias: bool = False, **settings: Any) -> None:
+        super().__init__(beta, **settings)
+        self.debias = debias
 
     def forward(
         self,
@@ -92,7 +97,7 @@ class SoftArgmax2d(_Layer):
         valid_size: tuple[Tensor | int, Tensor | int] | None = None,
     ) -> Tensor:
         """Coordinates ``(..., 2)``, (x, y), of ``heatmap`` ``(..., H, W)``."""
-        return soft_argmax2d(heatmap, mask=mask, valid_size=valid_size, **self._settings())
+        return soft_argmax2d(heatmap, mask=mask, valid_size=valid_size, debias=self.debias, **self._settings())
 
 
 class SpatialMoments2d(_Layer):
