@@ -98,7 +98,7 @@ KPFUSED_DEVICE CountedColumn<V> counted_column(const PixelView& pixels, const Ma
 template <int N, int V>
 KPFUSED_DEVICE unsigned counted_bits(const CountedColumn<V>& c, const MapView& mask, int done, int ty) {
   unsigned bits = 0;
-#pragma unroll
+#pragma unroll 8 / V
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -119,7 +119,7 @@ KPFUSED_DEVICE void moments_step(const T* p, int64_t step, int rows, int done, c
   Pack<T, V> pack[N];
   load_packs<kFull>(p, step, rows, plan.ty, pack);
   unsigned bits = ~0u;
-  if (!pixels.all()) bits = counted_bits<N>(counted, pixels.mask_view, done, plan.ty);
+  if (!kFull && !pixels.all()) bits = counted_bits<N>(counted, pixels.mask_view, done, plan.ty);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     A key[N];
@@ -127,7 +127,7 @@ KPFUSED_DEVICE void moments_step(const T* p, int64_t step, int rows, int done, c
     for (int i = 0; i < N; ++i) {
       key[i] = kFull || i * plan.ty < rows ? widen(pack[i].value[j]) * beta[j].sign : -INFINITY;
     }
-    if (!pixels.all()) {
+    if (!kFull && !pixels.all()) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (!(bits >> (i * V + j) & 1)) key[i] = -INFINITY;
@@ -144,6 +144,7 @@ KPFUSED_DEVICE void channels_moments_states(const T* image, const ChannelsPart& 
   using A = Acc<T>;
   constexpr int N = kItems<T, V>;
   const int64_t step = plan.ty * p.view.stride_y;
+  const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
   for (int column = part.column; column < p.view.width; column += plan.tx) {
     const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, column);
     MomentChannel<A> channel[V];
@@ -152,10 +153,15 @@ KPFUSED_DEVICE void channels_moments_states(const T* image, const ChannelsPart& 
     const T* from = image + part.top * p.view.stride_y + column * p.view.stride_x + part.channel;
     A y = centred<A>(part.top, p.view.height);
     int rows = counted.most;
-    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty, from += N * step, y += static_cast<A>(N * plan.ty)) {
+    const auto advance = [&] {
+      rows -= N * plan.ty;
+      from += N * step;
+      y += static_cast<A>(N * plan.ty);
+    };
+    for (; rows > unchecked; advance()) {
       moments_step<true>(from, step, rows, counted.most - rows, plan, beta, y, p.pixels, counted, channel);
     }
-    if (rows > 0) {
+    for (; rows > 0; advance()) {
       moments_step<false>(from, step, rows, counted.most - rows, plan, beta, y, p.pixels, counted, channel);
     }
     const A x = centred<A>(column, p.view.width);
@@ -206,12 +212,15 @@ struct ColumnPolynomial {
   int peak;  // rows from the thread's first to that of the peak; negative where it is not in this column
 };
 
+// A peak's pixel: its column, and its row from the thread's first on; negative rows are none of the thread's part.
+struct PeakPixel {
+  int column, row;
+};
+
 template <class A>
-KPFUSED_DEVICE ColumnPolynomial<A> column_polynomial(const MapPolynomial<A>& map, const ChannelsPart& part, A x,
-                                                     int column) {
-  const int64_t peak = map.peak_y - part.top;
-  const bool here = map.peak_x == column && 0 <= peak && peak < part.rows;
-  return {map.q.along_x(x), map.q.y + map.q.along_both(x), here ? static_cast<int>(peak) : -1};
+KPFUSED_DEVICE PeakPixel peak_pixel(const MapPolynomial<A>& map, const ChannelsPart& part) {
+  const int64_t row = map.peak_y - part.top;
+  return {static_cast<int>(map.peak_x), 0 <= row && row < part.rows ? static_cast<int>(row) : -1};
 }
 
 template <bool kFull, class T, int V>
@@ -225,7 +234,7 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
   Pack<T, V> pack[N];
   load_packs<kFull>(from, step, rows, ty, pack);
   unsigned bits = ~0u;
-  if (!pixels.all()) bits = counted_bits<N>(counted, pixels.mask_view, done, ty);
+  if (!kFull && !pixels.all()) bits = counted_bits<N>(counted, pixels.mask_view, done, ty);
 #pragma unroll
   for (int i = 0; i < N; ++i, to += out_step) {
     if (!kFull && i * ty >= rows) continue;
@@ -234,7 +243,7 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
     for (int j = 0; j < V; ++j) {
       A key = widen(pack[i].value[j]) * map[j].sharp.sign;
       // As in rows: hidden from dbeta, and selected, as q may be NaN.
-      const bool counts = pixels.all() || (bits >> (i * V + j) & 1 && !map[j].empty);
+      const bool counts = kFull || pixels.all() || (bits >> (i * V + j) & 1 && !map[j].empty);
       if (!counts) key = -INFINITY;
       const A dy = y + static_cast<A>(i * ty) - map[j].q.mean_y;
       A q = column[j].constant + dy * (column[j].slope + map[j].q.yy * dy);
@@ -249,28 +258,35 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
 template <class T, int V>
 KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const ChannelsPart& part, const BackwardParams& p,
                                               const Plan& plan, int64_t n, const MapPolynomial<Acc<T>> (&map)[V],
-                                              Acc<T> (&dbeta)[V]) {
+                                              const PeakPixel (&peak)[V], Acc<T> (&dbeta)[V]) {
   using A = Acc<T>;
   constexpr int N = kItems<T, V>;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
+  const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
   for (int x = part.column; x < p.view.width; x += plan.tx) {
     const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, x);
     ColumnPolynomial<A> column[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) column[j] = column_polynomial(map[j], part, centred<A>(x, p.view.width), x);
+    for (int j = 0; j < V; ++j) {
+      const A at = centred<A>(x, p.view.width);
+      column[j] = {map[j].q.along_x(at), map[j].q.y + map[j].q.along_both(at), peak[j].column == x ? peak[j].row : -1};
+    }
     const T* from = image + part.top * p.view.stride_y + x * p.view.stride_x + part.channel;
     T* const out_column = out + part.top * p.grad_view.stride_y + x * p.grad_view.stride_x + part.channel;
     T* to = out_column;
     A y = centred<A>(part.top, p.view.height);
     int rows = counted.most;
-    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty) {
-      moments_gradient_step<true>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
-                                  counted, dbeta);
+    const auto advance = [&] {
+      rows -= N * plan.ty;
       from += N * step;
       to += N * out_step;
       y += static_cast<A>(N * plan.ty);
+    };
+    for (; rows > unchecked; advance()) {
+      moments_gradient_step<true>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
+                                  counted, dbeta);
     }
-    if (rows > 0) {
+    for (; rows > 0; advance()) {
       moments_gradient_step<false>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
                                    counted, dbeta);
     }
@@ -287,16 +303,18 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kMomentBlocks<T>
   const ChannelsPart part = channels_part(plan, p.view);
   const int64_t n = part.image * p.view.inner + part.channel;
   MapPolynomial<A> map[V];
+  PeakPixel peak[V];
   A dbeta[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     map[j] = map_polynomial<A>(p, part.active ? n + j : 0);
+    peak[j] = peak_pixel(map[j], part);
     dbeta[j] = 0;
   }
   if (part.active) {
     channels_moments_gradient<T, V>(static_cast<const T*>(p.heatmap) + part.image * p.view.stride_outer,
                                     static_cast<T*>(p.grad_heatmap) + part.image * p.grad_view.stride_outer, part, p,
-                                    plan, n, map, dbeta);
+                                    plan, n, map, peak, dbeta);
   }
   if (!p.grad_beta) return;
   KPFUSED_SHARED(A, shared);

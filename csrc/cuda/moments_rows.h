@@ -12,6 +12,9 @@
 
 namespace kpfused::cuda {
 
+// Rows beyond which no step needs a check are none where some pixels may not count: the step that ends a column checks.
+constexpr int kEveryStep = 0x7fffffff;
+
 // As kRowBlocks.
 template <class T>
 constexpr int kMomentBlocks = sizeof(Acc<T>) == 8 ? 1 : 2;
@@ -123,10 +126,10 @@ KPFUSED_DEVICE void moments_step(const T* p, int64_t step, int rows, const Plan&
   Pack<T, V> pack[N];
   load_packs<kFull>(p, step, rows, plan.ty, pack);
   unsigned bits = 0;
-  if (!counted.all) bits = counted_bits<N, V>(counted, mask, rows, plan.ty, columns_left);
+  if (!kFull && !counted.all) bits = counted_bits<N, V>(counted, mask, rows, plan.ty, columns_left);
   A key[N][V];
   keys_of<kFull>(pack, rows, plan.ty, beta.sign, key);
-  if (!counted.all) hide(bits, key);
+  if (!kFull && !counted.all) hide(bits, key);
   A top = columns.peak;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -149,6 +152,7 @@ KPFUSED_DEVICE Moments<Acc<T>> rows_moments_state(const T* map, const RowsPart& 
   const T* column = map + part.top * view.stride_y + part.left;
   const uint8_t* mask_column = mask_at(counted, part.top, part.left);
   A x = centred<A>(part.left, view.width);
+  const int unchecked = counted.all ? (N - 1) * plan.ty : kEveryStep;
   for (int left = part.columns; left > 0; left -= tx, column += tx, x += static_cast<A>(tx)) {
     MomentColumns<A, V> columns;
     columns.clear();
@@ -156,11 +160,18 @@ KPFUSED_DEVICE Moments<Acc<T>> rows_moments_state(const T* map, const RowsPart& 
     const uint8_t* mask = mask_column;
     A y = centred<A>(part.top, view.height);
     int rows = part.rows;
-    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty, p += N * step, y += static_cast<A>(N * plan.ty)) {
+    const auto advance = [&] {
+      rows -= N * plan.ty;
+      p += N * step;
+      y += static_cast<A>(N * plan.ty);
+    };
+    for (; rows > unchecked; advance()) {
       moments_step<true>(p, step, rows, plan, beta, y, counted, mask, left, columns);
+    }
+    for (; rows > 0; advance()) {
+      moments_step<false>(p, step, rows, plan, beta, y, counted, mask, left, columns);
       if (mask) mask += N * plan.ty * counted.stride_y;
     }
-    if (rows > 0) moments_step<false>(p, step, rows, plan, beta, y, counted, mask, left, columns);
     state = merge(state, columns.moments(x), beta.scale, Exp2{});
     if (mask) mask_column += tx * counted.stride_x;
   }
@@ -240,11 +251,12 @@ KPFUSED_DEVICE A gradient(A key, A q, const MapPolynomial<A>& map, A& dbeta) {
   return map.beta * wq;
 }
 
+// cross: of the first column, what Polynomial::along_both gives; from there on, q's slope in y grows from column to column.
 // to_peak: rows from the first to that of the peak's pixel; at: its column. Neither need lie in this step.
 template <bool kFull, class T, int V>
 KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, int64_t out_step, int rows, int ty,
                                           const MapPolynomial<Acc<T>>& map, const Acc<T> (&along_x)[V],
-                                          const Acc<T> (&cross)[V], Acc<T> y, int to_peak, int at,
+                                          Acc<T> cross, Acc<T> y, int to_peak, int at,
                                           const CountedPixels& counted, const uint8_t* mask, int columns_left,
                                           Acc<T>& dbeta) {
   using A = Acc<T>;
@@ -252,24 +264,25 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
   Pack<T, V> pack[N];
   load_packs<kFull>(from, step, rows, ty, pack);
   unsigned bits = 0;
-  if (!counted.all && !map.empty) bits = counted_bits<N, V>(counted, mask, rows, ty, columns_left);
+  if (!kFull && !counted.all && !map.empty) bits = counted_bits<N, V>(counted, mask, rows, ty, columns_left);
   A key[N][V];
   keys_of<kFull>(pack, rows, ty, map.sharp.sign, key);
-  if (!counted.all) hide(bits, key);
+  if (!kFull && !counted.all) hide(bits, key);
 #pragma unroll
   for (int i = 0; i < N; ++i, to += out_step) {
     if (!kFull && i * ty >= rows) continue;
-    const A row_y = y + static_cast<A>(i * ty), along_y = map.q.along_y(row_y), dy = row_y - map.q.mean_y;
+    const A row_y = y + static_cast<A>(i * ty), dy = row_y - map.q.mean_y;
+    const A along_y = map.q.along_y(row_y) + cross * dy, per_column = map.q.xy * dy;
     A q[V], dh[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) q[j] = along_x[j] + (along_y + cross[j] * dy);
+    for (int j = 0; j < V; ++j) q[j] = along_x[j] + along_y + per_column * static_cast<A>(j);
     if (i * ty == to_peak) {
 #pragma unroll
       for (int j = 0; j < V; ++j) q[j] += j == at ? map.q.at_peak : A(0);
     }
 #pragma unroll
     for (int j = 0; j < V; ++j) dh[j] = gradient(key[i][j], q[j], map, dbeta);
-    if (!counted.all) {
+    if (!kFull && !counted.all) {
       // Selected: what the other pixels made of the map's q may be NaN.
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -299,39 +312,42 @@ KPFUSED_DEVICE Acc<T> rows_moments_gradient(const T* map, T* out, const RowsPart
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
   const int tx = plan.tx * V;
   const RowsPart valid = clipped(part, counted);
+  const int unchecked = counted.all ? (N - 1) * plan.ty : kEveryStep;
+  // The peak's pixel from the thread's first on, or a row that is none.
+  const int64_t right = at.peak_x - part.left, down = at.peak_y - part.top;
+  const int peak_x = 0 <= right && right < part.columns ? static_cast<int>(right) : -1;
+  const int peak_y = 0 <= down && down < part.rows ? static_cast<int>(down) : -1;
   const int64_t first = part.top * p.view.stride_y + part.left;
   T* const out_first = out + part.top * p.grad_view.stride_y + part.left;
   for (int done = 0; done < part.columns; done += tx) {
     const A x = centred<A>(part.left + done, p.view.width);
-    A along_x[V], cross[V];
+    A along_x[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      along_x[j] = at.q.along_x(x + static_cast<A>(j));
-      cross[j] = at.q.along_both(x + static_cast<A>(j));
-    }
+    for (int j = 0; j < V; ++j) along_x[j] = at.q.along_x(x + static_cast<A>(j));
+    const A cross = at.q.along_both(x);
     const int columns_left = valid.columns - done;
-    const int64_t peak_column = at.peak_x - part.left - done, peak_row = at.peak_y - part.top;
-    const bool here = 0 <= peak_column && peak_column < V && 0 <= peak_row && peak_row < part.rows;
-    int to_peak = here ? static_cast<int>(peak_row) : -1;
+    const int peak_column = peak_x - done;
+    int to_peak = 0 <= peak_column && peak_column < V ? peak_y : -1;
     const T* from = map + first + done;
     T* to = out_first + done;
     const uint8_t* mask = mask_at(counted, part.top, part.left + done);
     A y = centred<A>(part.top, p.view.height);
     int rows = columns_left > 0 ? valid.rows : 0;
     const auto advance = [&] {
+      rows -= N * plan.ty;
       from += N * step;
       to += N * out_step;
       y += static_cast<A>(N * plan.ty);
       to_peak -= N * plan.ty;
-      if (mask) mask += N * plan.ty * counted.stride_y;
     };
-    for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty, advance()) {
+    for (; rows > unchecked; advance()) {
       moments_gradient_step<true>(from, to, step, out_step, rows, plan.ty, at, along_x, cross, y, to_peak,
-                                  static_cast<int>(peak_column), counted, mask, columns_left, dbeta);
+                                  peak_column, counted, mask, columns_left, dbeta);
     }
-    if (rows > 0) {
+    for (; rows > 0; advance()) {
       moments_gradient_step<false>(from, to, step, out_step, rows, plan.ty, at, along_x, cross, y, to_peak,
-                                   static_cast<int>(peak_column), counted, mask, columns_left, dbeta);
+                                   peak_column, counted, mask, columns_left, dbeta);
+      if (mask) mask += N * plan.ty * counted.stride_y;
     }
     if (!counted.all) {
       fill_below<T, V>(out_first + done, p.grad_view.stride_y, columns_left > 0 ? valid.rows : 0, part.rows, plan.ty);

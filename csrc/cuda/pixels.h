@@ -37,7 +37,8 @@ KPFUSED_DEVICE const uint8_t* mask_at(const CountedPixels& c, int64_t y, int64_t
 template <int N, int V>
 KPFUSED_DEVICE unsigned counted_bits(const CountedPixels& c, const uint8_t* mask, int rows, int ty, int columns) {
   unsigned bits = 0;
-#pragma unroll
+  // 8 loads at a time: more would cost the registers of loops that know no mask.
+#pragma unroll 8 / V
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {

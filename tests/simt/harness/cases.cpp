@@ -381,15 +381,15 @@ void add_moments(std::vector<Case>& cases) {
     if (group == "units" || group == "betas") c.upstream_fields = kFields[turn / every % 8];
     cases.push_back(c);
     if (group == "far" || (pixels > 100000 && turn % 2 == 0)) continue;
-    c.counts = kinds[kind++ % 6];
     // Masks without moments go through the same kernels.
-    c.moments = kind % 3 != 0;
+    c.moments = kind / 6 % 3 != 0;
+    c.counts = kinds[kind++ % 6];
     cases.push_back(c);
   }
   const Size sizes[] = {{7, 9}, {16, 16}, {48, 40}, {96, 72}, {20, 12}};
   for (int variant = 0; variant < 5; ++variant) {
     for (const Values values : {Values::border, Values::ties}) {
-      for (const Counts counts : {Counts::all, Counts::own}) {
+      for (const Counts counts : {Counts::all, Counts::own, Counts::both}) {
         Case c = maps("moments", variant == 4 ? 2 : 1, 5, sizes[variant]);
         c.channels_last = variant == 4;
         c.values = values;
