@@ -31,6 +31,9 @@ SHARED = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}
 # Instructions an element that 4.3 TB/s leave to 132 multiprocessors of 128 lanes at 1.75 GHz: bytes an element over
 # bandwidth, times lanes. Forward reads an element, backward reads and writes it.
 BUDGET = {("forward", 4): 29, ("forward", 2): 14, ("backward", 4): 58, ("backward", 2): 29}
+# The kernels of moments do twice the arithmetic of means: in half precision they are held to what they take, which is
+# more than that bandwidth leaves.
+MOMENTS_BUDGET = {("forward", 4): 29, ("forward", 2): 26, ("backward", 4): 58, ("backward", 2): 33}
 
 
 @dataclass
@@ -47,18 +50,23 @@ class Kernel:
 
     @property
     def parameters(self) -> list[str]:
-        """Template arguments: element type, elements of a load, whether dbeta is wanted."""
+        """Template arguments: element type, elements of a load, and of means whether dbeta is wanted."""
         return re.search(r"<(.*)>\(", self.name)[1].replace("kpfused::cuda::", "").split(", ")  # type: ignore[index]
 
     @property
     def short(self) -> str:
         """Name without namespaces and arguments."""
-        return re.sub(r"^void |kpfused::cuda::|\(.*", "", self.name)
+        return re.sub(r"^void |kpfused::(cuda::)?|\(.*", "", self.name)
 
     @property
     def streams(self) -> bool:
         """Whether it walks over maps; the others merge partial results."""
-        return len(self.parameters) > 1
+        return "rows" in self.name or "channels" in self.name
+
+    @property
+    def moments(self) -> bool:
+        """Whether it is one of the kernels of moments and masks."""
+        return "_moments" in self.name
 
     @property
     def element_bytes(self) -> int:
@@ -70,12 +78,12 @@ class Kernel:
 
     @property
     def direction(self) -> str:
-        return "forward" if "forward" in self.name else "backward"
+        return "backward" if "backward" in self.name else "forward"
 
     @property
     def items(self) -> int:
         """Loads in flight: items_of of csrc/plan.h."""
-        return 8 if self.vector == 1 else 2 if self.element_bytes == 2 else 4
+        return 8 if self.vector == 1 else 4 if self.element_bytes == 8 else 16 // self.vector
 
     @property
     def main_loop(self) -> list[str]:
@@ -94,7 +102,7 @@ class Kernel:
 
     @property
     def budget(self) -> int | None:
-        return BUDGET.get((self.direction, self.element_bytes))
+        return (MOMENTS_BUDGET if self.moments else BUDGET).get((self.direction, self.element_bytes))
 
     @property
     def blocks(self) -> int:
@@ -183,9 +191,12 @@ def table(arch: str) -> str:
 PREFACE = """# What the compiler made of the CUDA kernels
 
 Written by `python -m benchmarks.resources`; nvcc {nvcc}, sm_{arch}. Template arguments: element type, elements of one
-load, and whether the gradient with respect to beta is wanted. Instructions are those of the main loop over the elements
-it takes; the budget is what 4.3 TB/s leave to 132 multiprocessors of 128 lanes at 1.75 GHz. Blocks are counted by
-registers and threads alone; shared memory is at most 4 KB for rows and 48 KB for channels, by launch.
+load, and for means whether the gradient with respect to beta is wanted. Instructions are those of the main loop over
+the elements it takes, all of its branches counted. The budget of means is what 4.3 TB/s leave to 132 multiprocessors of
+128 lanes at 1.75 GHz: 29 forward in float32 and 14 in half precision, twice that backward. Kernels of moments keep to
+it in float32; in half precision they exceed it, and their budget only holds them to what they take. Maps with a mask
+take these kernels too, but another loop, the one that also ends a column. Blocks are counted by registers and threads
+alone; shared memory is at most 4 KB for rows and 48 KB for channels, by launch.
 
 """
 

@@ -16,7 +16,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kpfused import _C, reference, soft_argmax2d
+from kpfused import _C, reference, soft_argmax2d, spatial_moments2d
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -70,6 +70,34 @@ def check(heatmap: Tensor, beta: float | Tensor, name: str) -> str | None:
     return f"{name}: {off:.2g} pixels, gradient {off_gradient:.2g} off"
 
 
+def check_moments(heatmap: Tensor, beta: float | Tensor, name: str) -> str | None:
+    """Likewise for all fields of the moments at once."""
+    leaf = heatmap.detach().requires_grad_()
+    plain = heatmap.cpu().double().requires_grad_()
+    actual = spatial_moments2d(leaf, beta)
+    number = beta.detach().cpu().double() if isinstance(beta, Tensor) else beta
+    expected = reference.spatial_moments2d(plain, number)
+    if not torch.equal(actual.peak.cpu(), expected.peak):
+        return f"{name}: peaks differ"
+    tolerance = 1e-9 if heatmap.dtype == torch.float64 else 1e-4
+    size = max(heatmap.shape[-2:])
+    scales = {"mean": size, "covariance": size * size, "entropy": 10, "logsumexp": 10, "peak_probability": 1}
+    loss: Tensor | float = 0.0
+    expected_loss: Tensor | float = 0.0
+    for field, scale in scales.items():
+        got, want = getattr(actual, field), getattr(expected, field)
+        off = (got.detach().cpu().double() - want).abs().max().item()
+        if off > tolerance * scale:
+            return f"{name}: {field} is {off:.2g} off"
+        loss, expected_loss = loss + got.sum() / scale, expected_loss + want.sum() / scale
+    assert isinstance(loss, Tensor)
+    assert isinstance(expected_loss, Tensor)
+    gradient = torch.autograd.grad(loss, leaf)[0].cpu().double()
+    expected_gradient = torch.autograd.grad(expected_loss, plain)[0]
+    off = ((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()).item()
+    return None if off <= max(tolerance, torch.finfo(heatmap.dtype).eps) else f"{name}: gradient {off:.2g} off"
+
+
 def regime(heatmap: Tensor, channels_last: bool) -> str:
     """The regime that the launch plan gives an aligned map."""
     height, width = heatmap.shape[-2:]
@@ -97,8 +125,9 @@ def main() -> None:
                 accumulator = torch.float64 if dtype == torch.float64 else torch.float32
                 per_keypoint = torch.linspace(0.5, 2, shape[1], dtype=accumulator).to(device).requires_grad_()
                 # The gradient of beta is asked for along with the first layout, so both kinds of backward run.
-                message = check(heatmap, 1.5 if index else per_keypoint, f"{shape} {dtype} {name} ({found})")
-                wrong += [message] if message else []
+                beta = 1.5 if index else per_keypoint
+                label = f"{shape} {dtype} {name} ({found})"
+                wrong += [m for m in (check(heatmap, beta, label), check_moments(heatmap, beta, label)) if m]
                 runs += 1
     print(f"{runs} inputs, forward and backward; regimes: {reached}")
     missing = {"team", "block", "split", "channels", "channels_split"} - reached.keys()

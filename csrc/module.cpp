@@ -33,9 +33,10 @@ kpfused::Dtype dtype_of(const std::string& name) {
   throw py::value_error("dtype must be 'float32', 'float64', 'float16' or 'bfloat16'; got '" + name + "'");
 }
 
-py::dict launch_plan(int64_t height, int64_t width, const std::string& dtype, int64_t channels, bool aligned) {
+py::dict launch_plan(int64_t height, int64_t width, const std::string& dtype, int64_t channels, bool aligned,
+                     bool moments) {
   if (height < 1 || width < 1 || channels < 0) throw py::value_error("height and width must be at least 1, channels 0");
-  const kpfused::Plan plan = kpfused::choose_plan({dtype_of(dtype), height, width, channels, aligned});
+  const kpfused::Plan plan = kpfused::choose_plan({dtype_of(dtype), height, width, channels, aligned, moments});
   py::dict d;
   d["regime"] = kpfused::regime_name(plan.regime);
   d["vector"] = plan.vector;
@@ -58,7 +59,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of kpfused.";
   m.def("build_info", &build_info, "How this module was built and which CPU kernels it uses.");
   m.def("launch_plan", &launch_plan, py::arg("height"), py::arg("width"), py::arg("dtype"), py::arg("channels") = 0,
-        py::arg("aligned") = true,
+        py::arg("aligned") = true, py::arg("moments") = false,
         "How the CUDA kernels take a map: regime and launch shape. channels: those of a channels_last image, 0 for maps "
-        "whose rows are contiguous. aligned: vectors of 16 bytes start on 16 bytes.");
+        "whose rows are contiguous. aligned: vectors of 16 bytes start on 16 bytes. moments: for moments, or for means of "
+        "maps with a mask or valid size.");
 }

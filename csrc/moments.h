@@ -166,11 +166,16 @@ KPFUSED_HD Moments<A, V> moved(const Moments<A, V>& s, V peak, V at_x, V at_y, V
   return m;
 }
 
-// The higher peak wins; of equal ones, the first in row order.
+// Whether b's peak wins over a's: the higher one does; of equal ones, the first in row order.
+template <class S>
+KPFUSED_HD auto second_wins(const S& a, const S& b) {
+  const auto sooner = (b.at_y < a.at_y) | ((b.at_y == a.at_y) & (b.at_x < a.at_x));
+  return (b.peak > a.peak) | ((b.peak == a.peak) & sooner);
+}
+
 template <class A, class V, class Exp2>
 KPFUSED_HD Moments<A, V> merge(const Moments<A, V>& a, const Moments<A, V>& b, V scale, Exp2 exp2) {
-  const auto sooner = (b.at_y < a.at_y) | ((b.at_y == a.at_y) & (b.at_x < a.at_x));
-  const auto second = (b.peak > a.peak) | ((b.peak == a.peak) & sooner);
+  const auto second = second_wins(a, b);
   const V peak = second ? b.peak : a.peak, at_x = second ? b.at_x : a.at_x, at_y = second ? b.at_y : a.at_y;
   const Moments<A, V> p = moved(a, peak, at_x, at_y, scale, exp2), q = moved(b, peak, at_x, at_y, scale, exp2);
   return {peak,        p.sum + q.sum, at_x,        at_y,        p.x + q.x,

@@ -34,11 +34,12 @@ struct PlanKey {
   int64_t height, width;
   int64_t channels;  // of one pixel in channels_last; 0 for rows
   bool aligned;      // 16-byte vectors start on 16 bytes wherever they are read or written
+  bool moments;      // the kernels of moments and of masks, which keep more numbers for every column and channel
 };
 
 struct Plan {
   Regime regime;
-  int vector;   // elements of one load: 16 bytes, or one element
+  int vector;   // elements of one load: 16 bytes, 2 of channels with moments, or one element
   int items;    // loads a thread issues before it uses the first
   int threads;  // of a block
   int team;     // threads that share a map, or a part of one
@@ -52,11 +53,16 @@ struct Plan {
   KPFUSED_HD constexpr int teams() const { return threads / team; }
 };
 
-// Loads that a thread issues before it uses the first: 64 bytes in float32, which with the conversion's registers is
-// also what half precision affords (two loads of 8), and 8 loads of a single element.
+// Loads that a thread issues before it uses the first: 16 elements, in float64 four vectors, and 8 single elements.
 constexpr int items_of(int element_bytes, int vector) {
-  if (vector == 1) return 8;
-  return element_bytes == 2 ? 2 : 4;
+  return vector == 1 ? 8 : element_bytes == 8 ? 4 : 16 / vector;
+}
+
+// Elements of a load where memory is aligned. With moments, a thread has registers for 2 channels, and neighbours' loads
+// still join to whole sectors; float64 is bound by arithmetic, so single elements do.
+constexpr int widest(int element_bytes, bool channels, bool moments) {
+  if (!moments) return 16 / element_bytes;
+  return element_bytes == 8 ? 1 : channels ? 2 : 16 / element_bytes;
 }
 
 namespace plan_detail {
@@ -118,7 +124,7 @@ constexpr void arrange_block(Plan& plan, int64_t height, int64_t columns) {
 
 constexpr Plan choose_rows(const PlanKey& key) {
   const int size = element_size(key.dtype);
-  const int wide = 16 / size;
+  const int wide = widest(size, false, key.moments);
   Plan plan{};
   plan.vector = key.aligned && key.width % wide == 0 ? wide : 1;
   plan.items = items_of(size, plan.vector);
@@ -162,7 +168,7 @@ constexpr void arrange_channels(Plan& plan, int64_t height, int64_t width) {
 
 constexpr Plan choose_channels(const PlanKey& key) {
   const int size = element_size(key.dtype);
-  const int wide = 16 / size;
+  const int wide = widest(size, true, key.moments);
   Plan plan{};
   plan.vector = key.aligned && key.channels % wide == 0 ? wide : 1;
   plan.items = items_of(size, plan.vector);

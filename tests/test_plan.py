@@ -48,17 +48,40 @@ def test_table(height: int, width: int, dtype: str, channels: int, regime: str, 
     assert (plan["regime"], plan["vector"], plan["parts"]) == (regime, vector, parts)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "dtype", "channels", "regime", "vector", "items", "parts"),
+    [
+        # rows: as for means, but float64 one element at a time
+        (7, 9, "float32", 0, "team", 1, 8, 1),
+        (64, 64, "bfloat16", 0, "block", 8, 2, 1),
+        (256, 256, "float32", 0, "block", 4, 4, 1),
+        (513, 256, "float32", 0, "split", 4, 4, 9),
+        (96, 72, "float64", 0, "block", 1, 8, 1),
+        # channels: two to a thread, where means take 16 bytes
+        (10, 12, "float32", 17, "channels", 1, 8, 1),
+        (10, 12, "float32", 512, "channels", 2, 8, 1),
+        (256, 256, "bfloat16", 16, "channels_split", 2, 8, 32),
+    ],
+)
+def test_table_of_moments(
+    height: int, width: int, dtype: str, channels: int, regime: str, vector: int, items: int, parts: int
+) -> None:
+    plan = _C.launch_plan(height, width, dtype, channels, moments=True)
+    assert (plan["regime"], plan["vector"], plan["items"], plan["parts"]) == (regime, vector, items, parts)
+
+
 @given(
     height=st.integers(1, 3000),
     width=st.integers(1, 3000),
     dtype=DTYPES,
     channels=st.one_of(st.just(0), st.integers(1, 3000)),
     aligned=st.booleans(),
+    moments=st.booleans(),
 )
 def test_every_plan_covers_the_map_within_the_limits(
-    height: int, width: int, dtype: str, channels: int, aligned: bool
+    height: int, width: int, dtype: str, channels: int, aligned: bool, moments: bool
 ) -> None:
-    plan = _C.launch_plan(height, width, dtype, channels, aligned)
+    plan = _C.launch_plan(height, width, dtype, channels, aligned, moments)
     accumulator = max(4, SIZE[dtype])
     # The launch: whole warps, registers for 256 threads, 48 KB of shared memory for one state a thread and channel.
     assert plan["threads"] % 32 == 0
@@ -66,7 +89,7 @@ def test_every_plan_covers_the_map_within_the_limits(
     assert plan["tx"] * plan["ty"] * plan["groups"] <= plan["team"]
     assert plan["threads"] % plan["team"] == 0
     if channels:
-        assert plan["threads"] * plan["vector"] * 4 * accumulator <= 48 << 10
+        assert plan["threads"] * plan["vector"] * (10 if moments else 4) * accumulator <= 48 << 10
         assert plan["tiles"] * plan["groups"] * plan["vector"] >= channels
         assert channels % plan["vector"] == 0
     else:
@@ -74,8 +97,8 @@ def test_every_plan_covers_the_map_within_the_limits(
         assert plan["columns_per_part"] % plan["vector"] == 0
     if plan["team"] <= 32:
         assert plan["team"] & (plan["team"] - 1) == 0
-    # 16 bytes or one element, never a vector where memory is not aligned.
-    assert plan["vector"] in (1, 16 // SIZE[dtype])
+    # 16 bytes, with moments two channels, or one element; never a vector where memory is not aligned.
+    assert plan["vector"] in (1, 2 if moments and channels else 16 // SIZE[dtype])
     assert aligned or plan["vector"] == 1
     rows = -(-height // plan["rows_per_part"])
     assert plan["parts"] == rows * -(-width // plan["columns_per_part"])

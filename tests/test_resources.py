@@ -30,8 +30,12 @@ def streaming(arch: str) -> list[Kernel]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_is_in(arch: str) -> None:
     """Four types, whole vectors and single elements, forward, backward with and without dbeta, rows and channels."""
-    assert len(streaming(arch)) == 4 * 2 * 3 * 2
-    assert len(all_kernels(arch)) == 4 * 2 * 3 * 2 + 2 * 2  # and the merges, for both accumulators
+    means = [k for k in streaming(arch) if not k.moments]
+    assert len(means) == 4 * 2 * 3 * 2
+    # Moments: float64 takes single elements alone, and dbeta is always summed.
+    assert len(streaming(arch)) - len(means) == (3 * 2 + 1) * 2 * 2
+    # And the merges, for both accumulators: states of means, of moments, and dbeta.
+    assert len(all_kernels(arch)) == len(streaming(arch)) + 2 * 3
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -47,6 +51,12 @@ def test_a_block_fits(arch: str) -> None:
         assert kernel.blocks >= 1, kernel.short
 
 
+def bits(text: str) -> int:
+    """How wide a load or a store is."""
+    width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", text)
+    return int(width[1]) if width else 32
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_main_loops(arch: str) -> None:
     """Loads of 16 bytes before the first use, exp2 in hardware, no division, no call."""
@@ -56,8 +66,10 @@ def test_main_loops(arch: str) -> None:
         loads = [text for text in loop if text.startswith("LDG")]
         stores = [text for text in loop if text.startswith("STG")]
         assert len(stores) == (kernel.items if kernel.direction == "backward" else 0), kernel.short
-        wide = kernel.vector > 1
-        assert all((".128" in text) == wide for text in loads + stores), kernel.short
+        assert all(bits(text) == 8 * kernel.element_bytes * kernel.vector for text in loads + stores), kernel.short
+        # Channels of moments are loaded two at a time, whole sectors by neighbouring threads.
+        narrow = kernel.moments and "channels" in kernel.name
+        assert kernel.vector in (1, 2 if narrow else 16 // kernel.element_bytes), kernel.short
         if kernel.element_bytes < 8:  # float64's exp2 is the math library's and has conversions of its own
             elements = kernel.items * kernel.vector
             assert sum("MUFU.EX2" in text for text in loop) >= elements, kernel.short

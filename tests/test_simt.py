@@ -82,9 +82,17 @@ def expected_kernels() -> set[str]:
         for v in (1, vector):
             forward, backward = f"forward<{dtype}, {v}>", f"backward<{dtype}, {v}, "
             names |= {f"{kernel} by {forward}" for kernel in ("rows_forward<T, V>", "channels_forward<T, V>")}
-            names |= {f"merge_states<A> by {forward}", f"add_grad_beta<A> by {backward}true>"}
+            names |= {f"merge_states<State<A>> by {forward}", f"add_grad_beta<A> by {backward}true>"}
             for kernel in ("rows_backward<T, V, kBeta>", "channels_backward<T, V, kBeta>"):
                 names |= {f"{kernel} by {backward}{with_beta}>" for with_beta in ("true", "false")}
+    # Those of moments and masks; float64 takes single elements only.
+    for dtype, rows, channels in (("float", 4, 2), ("double", 1, 1), ("Float16", 8, 2), ("Bfloat16", 8, 2)):
+        for kind, widest in (("rows", rows), ("channels", channels)):
+            for v in {1, widest}:
+                launcher = f"launch_{kind}_moments<{dtype}, {v}>"
+                names |= {f"{kind}_moments<T, V> by {launcher}", f"{kind}_moments_backward<T, V> by {launcher}"}
+    for dtype in ("float", "double"):
+        names |= {f"{kernel} by launch_merge<{dtype}>" for kernel in ("merge_states<Moments<A>>", "add_grad_beta<A>")}
     return names
 
 

@@ -85,14 +85,6 @@ struct Channel {
   }
 };
 
-template <bool kFull, class T, int V, int N>
-KPFUSED_DEVICE void load_packs(const T* p, int64_t step, int rows, int ty, Pack<T, V> (&pack)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i, p += step) {
-    if (kFull || i * ty < rows) pack[i] = load<T, V>(p);
-  }
-}
-
 template <bool kFull, class T, int V>
 KPFUSED_DEVICE void channels_step(const T* p, int64_t step, int rows, const Plan& plan,
                                   const Sharpness<Acc<T>> (&beta)[V], Acc<T> y, Channel<Acc<T>> (&channel)[V]) {
@@ -256,7 +248,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kChannelBlocks<T
   }
   if (!kBeta) return;
   KPFUSED_SHARED(A, shared);
-  const Add<A> op[V] = {};
+  const Add op[V] = {};
   reduce_pixels(dbeta, part, plan, shared, op);
   if (part.pixel != 0 || !part.active) return;
   A* const target = static_cast<A*>(plan.parts() > 1 ? p.workspace : p.grad_beta);

@@ -16,13 +16,20 @@ inline bool vectors_aligned(const MapView& v, int size, bool channels) {
          (channels ? whole(v.stride_x) : v.inner == 1 || whole(v.stride_inner));
 }
 
-inline PlanKey plan_key(Dtype dtype, const MapView& view, bool aligned) {
-  return {dtype, view.height, view.width, view.stride_x == 1 ? 0 : view.inner, aligned};
+// Whether the kernels of moments take it: they also know masks, for which the others have no registers to spare.
+template <class Params>
+bool takes_moments(const Params& p) {
+  return p.with_moments || !p.pixels.all();
+}
+
+template <class Params>
+PlanKey plan_key(const Params& p, bool aligned) {
+  return {p.dtype, p.view.height, p.view.width, p.view.stride_x == 1 ? 0 : p.view.inner, aligned, takes_moments(p)};
 }
 
 inline Plan plan_of(const ForwardParams& p) {
   const bool channels = p.view.stride_x != 1;
-  return choose_plan(plan_key(p.dtype, p.view,
+  return choose_plan(plan_key(p,
                               multiple_of_vector(p.heatmap) &&
                                   vectors_aligned(p.view, element_size(p.dtype), channels)));
 }
@@ -30,7 +37,7 @@ inline Plan plan_of(const ForwardParams& p) {
 inline Plan plan_of(const BackwardParams& p) {
   const bool channels = p.view.stride_x != 1;
   const int size = element_size(p.dtype);
-  return choose_plan(plan_key(p.dtype, p.view,
+  return choose_plan(plan_key(p,
                               multiple_of_vector(p.heatmap) && multiple_of_vector(p.grad_heatmap) &&
                                   vectors_aligned(p.view, size, channels) &&
                                   vectors_aligned(p.grad_view, size, channels)));
@@ -66,7 +73,7 @@ int forward(const ForwardParams& p, const Plan& plan, Stream stream) {
     KPFUSED_LAUNCH((rows_forward<T, V>), grid, plan.threads, shared, stream, launch);
   }
   if (plan.parts() > 1) {
-    KPFUSED_LAUNCH((merge_states<A>), merge_grid(p.view), kMergeThreads, 0, stream, launch);
+    KPFUSED_LAUNCH((merge_states<State<A>>), merge_grid(p.view), kMergeThreads, 0, stream, launch);
   }
   return static_cast<int>(cudaGetLastError());
 }

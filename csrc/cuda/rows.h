@@ -106,20 +106,31 @@ struct Columns {
   }
 };
 
-// N vectors, ty rows apart, as keys, all loaded before the first is used. kFull: all of them lie in the map, as in every
-// step but a thread's last; otherwise rows beyond the end weigh nothing.
+// N vectors, ty rows apart, all loaded before the first is used. kFull: all of them lie in the map, as in every step but
+// a thread's last.
 template <bool kFull, class T, int V, int N>
-KPFUSED_DEVICE void load_keys(const T* p, int64_t step, int rows, int ty, Acc<T> sign, Acc<T> (&key)[N][V]) {
-  Pack<T, V> pack[N];
+KPFUSED_DEVICE void load_packs(const T* p, int64_t step, int rows, int ty, Pack<T, V> (&pack)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i, p += step) {
     if (kFull || i * ty < rows) pack[i] = load<T, V>(p);
   }
+}
+
+// Those vectors as keys; rows beyond the end weigh nothing.
+template <bool kFull, class T, int V, int N>
+KPFUSED_DEVICE void keys_of(const Pack<T, V> (&pack)[N], int rows, int ty, Acc<T> sign, Acc<T> (&key)[N][V]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int j = 0; j < V; ++j) key[i][j] = kFull || i * ty < rows ? widen(pack[i].value[j]) * sign : -INFINITY;
   }
+}
+
+template <bool kFull, class T, int V, int N>
+KPFUSED_DEVICE void load_keys(const T* p, int64_t step, int rows, int ty, Acc<T> sign, Acc<T> (&key)[N][V]) {
+  Pack<T, V> pack[N];
+  load_packs<kFull>(p, step, rows, ty, pack);
+  keys_of<kFull>(pack, rows, ty, sign, key);
 }
 
 template <bool kFull, class T, int V>
@@ -279,7 +290,7 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kRowBlocks<T, kBeta>
   }
   if (!kBeta) return;
   KPFUSED_SHARED(A, shared);
-  dbeta = reduce_team(dbeta, plan.team, shared, Add<A>{}) * at.sharp.sign;
+  dbeta = reduce_team(dbeta, plan.team, shared, Add{}) * at.sharp.sign;
   if (threadIdx.x % plan.team != 0 || part.map >= p.view.maps()) return;
   static_cast<A*>(plan.parts() > 1 ? p.workspace : p.grad_beta)[part.item] = dbeta;
 }

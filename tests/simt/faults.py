@@ -46,6 +46,10 @@ def planted(fault: Fault) -> Iterator[Path]:
 MEMORY = "AddressSanitizer: heap-buffer-overflow"
 BLOCK = "block/float32/1x3x48x64"
 TEAM = "team/float32/1x7x7x9"
+MOMENTS = "moments/float32/1x5x48x40/border"
+SIZED = "moments/float32/1x5x48x40/border/beta-number/dense/moments/mask+size"
+TIES = "moments/float32/1x5x96x72/ties"
+MOMENT_SOURCES = ("moments_float32.cu",)
 
 FAULTS = (
     # Barriers.
@@ -89,8 +93,8 @@ FAULTS = (
     Fault(
         name="wrong_mask",
         file="cuda/merge.h",
-        old="__shfl_xor_sync(kAllLanes, s.sum_y, lane_mask)",
-        new="__shfl_xor_sync(kAllLanes >> 16, s.sum_y, lane_mask)",
+        old="float from_lane(float x, int lane_mask) { return __shfl_xor_sync(kAllLanes,",
+        new="float from_lane(float x, int lane_mask) { return __shfl_xor_sync(kAllLanes >> 16,",
         kind="access",
         report="simt fault: __shfl_xor_sync",
         cases=BLOCK,
@@ -125,9 +129,9 @@ FAULTS = (
     ),
     Fault(
         name="merge_without_rescaling",
-        file="moments.h",
-        old="x = rebase(a, peak, scale, exp2), y = rebase(b, peak, scale, exp2)",
-        new="x = a, y = b",
+        file="cuda/merge.h",
+        old="m = rebase(s, butterfly(s.peak, lanes, Higher{}), op.scale, Exp2{})",
+        new="m = s",
         kind="access",
         report="FAILED block/float32.*coordinate",
         cases=BLOCK,
@@ -172,8 +176,8 @@ FAULTS = (
     Fault(
         name="row_read_behind_the_image",
         file="cuda/channels.h",
-        old="i * ty < rows) pack[i] =",
-        new="i * ty <= rows) pack[i] =",
+        old="part.rows = static_cast<int>(below < plan.rows_per_part ? below : plan.rows_per_part) - ry;",
+        new="part.rows = static_cast<int>(below < plan.rows_per_part ? below : plan.rows_per_part) - ry + 1;",
         kind="asan",
         report=f"{MEMORY}.*\n.*READ of size",
         cases="channels/float32/2x8x7x9",
@@ -248,8 +252,8 @@ FAULTS = (
     Fault(
         name="plan_that_depends_on_the_batch",
         file="cuda/launch.h",
-        old="view.stride_x == 1 ? 0 : view.inner, aligned}",
-        new="view.stride_x == 1 ? 0 : view.inner, aligned && view.maps() > 1}",
+        old="p.view.stride_x == 1 ? 0 : p.view.inner, aligned,",
+        new="p.view.stride_x == 1 ? 0 : p.view.inner, aligned && p.view.maps() > 1,",
         kind="access",
         report="differs for a map alone, in a copy",
         cases=BLOCK,
@@ -282,5 +286,107 @@ FAULTS = (
         kind="access",
         report="FAILED team/float32.*gradient of map",
         cases=TEAM,
+    ),
+    # Moments.
+    Fault(
+        name="sums_left_about_the_old_peak",
+        file="cuda/moments_rows.h",
+        old="    y = w * (y + dy * all);\n    all *= w;",
+        new="    y = w * y;\n    all *= w;",
+        kind="access",
+        report="FAILED .*/moments: (coordinate y|variance of y)",
+        cases="block/float32/1x3x47x53/random/beta-per-map/dense/moments",
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="later_of_two_peaks_in_a_thread",
+        file="cuda/moments_rows.h",
+        old="if (!(to > peak)) return;\n    int pixel",
+        new="if (!(to >= peak)) return;\n    int pixel",
+        kind="access",
+        report="FAILED .*peak of map",
+        cases=TIES,
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="last_of_two_peaks_of_all_threads",
+        file="moments.h",
+        old="(b.at_y < a.at_y) |",
+        new="(b.at_y > a.at_y) |",
+        kind="access",
+        report="FAILED .*peak of map",
+        cases=TIES,
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="infinite_distance",
+        file="cuda/moments_rows.h",
+        old="finite = larger(d, Limits<A>::lowest)",
+        new="finite = d",
+        kind="access",
+        report="FAILED .*entropy of map .*nan",
+        cases="values/float32/1x5x48x40/masked/beta-number/dense/moments",
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="share_of_the_logsumexp_from_every_part",
+        file="cuda/moments_rows.h",
+        old="static_cast<A*>(p.workspace)[part.item] = dbeta;",
+        new="static_cast<A*>(p.workspace)[part.item] = dbeta + grad_beta_of_peak<A>(p, n);",
+        kind="access",
+        report="FAILED split/float32.*grad_beta of map",
+        cases="split/float32/1x2x257x512/random/beta-number/dense/moments",
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="peak_probability_of_a_neighbour",
+        file="cuda/moments_rows.h",
+        old="q[j] += j == at ? map.q.at_peak",
+        new="q[j] += j == (at ^ 1) ? map.q.at_peak",
+        kind="access",
+        report="FAILED .*gradient of map",
+        cases=MOMENTS,
+        sources=MOMENT_SOURCES,
+    ),
+    # Masks.
+    Fault(
+        name="mask_ignored_in_the_last_step",
+        file="cuda/moments_rows.h",
+        old="if (!counted.all) hide(bits, key);\n  A top",
+        new="if (!counted.all && kFull) hide(bits, key);\n  A top",
+        kind="access",
+        report="FAILED .*moments/mask: coordinate x",
+        cases="moments/float32/1x5x7x9/border/beta-number/dense/moments/mask",
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="gradient_under_the_mask_multiplied_by_zero",
+        file="cuda/moments_channels.h",
+        old="if (!counts) dh[j] = 0;",
+        new="if (!counts) dh[j] *= 0;",
+        kind="access",
+        report="FAILED .*gradient of map",
+        cases="values/float32/2x5x20x12/channels-last/degenerate",
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="rows_read_beyond_the_valid_size",
+        file="cuda/pixels.h",
+        old="c.height = within(size[0], view.height);",
+        new="c.height = view.height;",
+        kind="access",
+        report="FAILED .*reads the heatmap",
+        cases=SIZED,
+        sources=MOMENT_SOURCES,
+    ),
+    Fault(
+        name="gradient_beyond_the_valid_size_left_unwritten",
+        file="cuda/moments_rows.h",
+        old="for (; row < rows; row += ty) store",
+        new="for (; row < rows - ty; row += ty) store",
+        kind="access",
+        report="of grad_heatmap unwritten",
+        cases=SIZED,
+        sources=MOMENT_SOURCES,
     ),
 )

@@ -5,8 +5,6 @@
 
 namespace harness {
 
-using kpfused::MapView;
-
 namespace {
 
 constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16};
@@ -40,7 +38,10 @@ std::string Case::name() const {
   add("row-stride", row_stride);
   name += std::string("/") + values_name(values) + "/beta-" + betas_name(betas) + "/" + upstream_name(upstream);
   add("units", static_cast<int>(units));
-  return name;
+  if (moments) name += "/moments";
+  if (moments && upstream_fields != kAllGradients) add("fields", upstream_fields);
+  constexpr const char* of_counts[] = {"", "/mask", "/shared-mask", "/mask-of-columns", "/mask-of-channels", "/size", "/mask+size"};
+  return name + of_counts[static_cast<int>(counts)];
 }
 
 Strides Case::strides() const {
@@ -59,15 +60,26 @@ Strides Case::grad_strides() const {
   return {inner * height * width, height * width, width, 1};
 }
 
-MapView Case::view() const {
-  const int64_t sizes[] = {outer, inner, height, width};
-  return kpfused::fold_layout(sizes, 4, strides().data(), nullptr).first;
+kpfused::Layout views(const Case& c, int64_t outer, int64_t inner, const Strides& first, const Strides& second) {
+  const int64_t sizes[] = {outer, inner, c.height, c.width};
+  if (c.counts == Counts::all) return kpfused::fold_layout(sizes, 4, first.data(), second.data());
+  const auto view = [&](const Strides& s) {
+    MapView v{outer, inner, c.height, c.width, s[0], s[1], s[2], s[3]};
+    if (c.width == 1) v.stride_x = 1;
+    if (c.height == 1) v.stride_y = v.stride_x * c.width;
+    return v;
+  };
+  kpfused::Layout layout{};
+  layout.first = view(first);
+  layout.second = view(second);
+  return layout;
 }
 
-kpfused::Layout Case::backward_views() const {
-  const int64_t sizes[] = {outer, inner, height, width};
-  return kpfused::fold_layout(sizes, 4, strides().data(), grad_strides().data());
-}
+MapView Case::view() const { return views(*this, outer, inner, strides(), strides()).first; }
+
+kpfused::Layout Case::backward_views() const { return views(*this, outer, inner, strides(), grad_strides()); }
+
+MapView Case::mask_view() const { return views(*this, outer, inner, mask_strides(), mask_strides()).first; }
 
 size_t Case::beta_count() const {
   if (betas == Betas::per_keypoint) return static_cast<size_t>(inner);
@@ -90,6 +102,43 @@ Real Case::beta(int64_t map) const {
   return 0;
 }
 
+Strides Case::mask_strides() const {
+  switch (counts) {
+    case Counts::shared: return {0, 0, width, 1};
+    case Counts::columns: return {inner * width, width, 0, 1};
+    case Counts::channels: return {height * width * inner, 1, width * inner, inner};
+    default: return {inner * height * (width + 3), height * (width + 3), width + 3, 1};
+  }
+}
+
+bool Case::mask(int64_t map, int64_t y, int64_t x) const {
+  if (counts == Counts::shared) map = 0;
+  if (counts == Counts::columns) y = 0;
+  if (map % 5 == 3) return false;
+  return uniform(static_cast<uint64_t>(map) + 4001, static_cast<uint64_t>(y * width + x)) < 0.7L;
+}
+
+int64_t Case::valid_height(int64_t map) const {
+  const auto sample = static_cast<uint64_t>(map / inner);
+  if (sample % 4 == 3) return sample % 8 == 3 ? 0 : height + 5;
+  return 1 + static_cast<int64_t>(uniform(sample + 71, 3) * static_cast<Real>(height));
+}
+
+int64_t Case::valid_width(int64_t map) const {
+  return 1 + static_cast<int64_t>(uniform(static_cast<uint64_t>(map / inner) + 72, 3) * static_cast<Real>(width));
+}
+
+bool Case::counted(int64_t map, int64_t y, int64_t x) const {
+  if (has_sizes() && (y >= valid_height(map) || x >= valid_width(map))) return false;
+  return !has_mask() || mask(map, y, x);
+}
+
+Real Case::logit(int64_t map, int64_t y, int64_t x) const {
+  if (counted(map, y, x)) return harness::logit(values, map, y, x, height, width);
+  constexpr Real nothing[] = {kNan, kInfinity, -kInfinity, 60000};
+  return nothing[(map + y + x) % 4];
+}
+
 namespace {
 
 struct Size {
@@ -99,7 +148,7 @@ struct Size {
 // Adds one case for every dtype, or for those whose range holds the values.
 void add(std::vector<Case>& cases, Case c) {
   for (const Dtype dtype : kDtypes) {
-    if (c.values == Values::offset_1e30 && dtype == Dtype::float16) continue;
+    if ((c.values == Values::offset_1e30 || c.values == Values::ties) && dtype == Dtype::float16) continue;
     c.dtype = dtype;
     cases.push_back(c);
   }
@@ -309,6 +358,61 @@ void add_units(std::vector<Case>& cases) {
   }
 }
 
+// The kernels of moments and masks walk as those of means do, so they get the same maps, fewer of them. What counts goes
+// round from case to case.
+void add_moments(std::vector<Case>& cases) {
+  const std::vector<Case> means = cases;
+  constexpr Counts kinds[] = {Counts::own, Counts::both, Counts::shared, Counts::size, Counts::columns, Counts::channels};
+  constexpr int kFields[] = {kAllGradients, kMeanGradient, kAllGradients, kCovarianceGradient, kEntropyGradient,
+                             kAllGradients, kLogsumexpGradient, kPeakGradient};
+  const char* last = "";
+  int number = 0, kind = 0;
+  for (Case c : means) {
+    const std::string group = c.group;
+    if (group != last) number = 0;
+    last = c.group;
+    const int64_t pixels = c.maps() * c.height * c.width;
+    // Of the many alike, some; of the large ones, one of each dtype.
+    const int every = group == "views" ? 5 : group == "channels" || group == "betas" || group == "units" ? 3 : 1;
+    const int turn = number++;
+    if (turn % every != 0 || (pixels > 100000 && group != "split" && group != "channels-split")) continue;
+    c.orders = c.orders > 2 ? 2 : c.orders;
+    c.moments = true;
+    if (group == "units" || group == "betas") c.upstream_fields = kFields[turn / every % 8];
+    cases.push_back(c);
+    if (group == "far" || (pixels > 100000 && turn % 2 == 0)) continue;
+    // Masks without moments go through the same kernels.
+    c.moments = kind / 6 % 3 != 0;
+    c.counts = kinds[kind++ % 6];
+    cases.push_back(c);
+  }
+  const Size sizes[] = {{7, 9}, {16, 16}, {48, 40}, {96, 72}, {20, 12}};
+  for (int variant = 0; variant < 5; ++variant) {
+    for (const Values values : {Values::border, Values::ties}) {
+      for (const Counts counts : {Counts::all, Counts::own, Counts::both}) {
+        Case c = maps("moments", variant == 4 ? 2 : 1, 5, sizes[variant]);
+        c.channels_last = variant == 4;
+        c.values = values;
+        c.counts = counts;
+        c.moments = true;
+        c.betas = values == Values::border ? Betas::value : Betas::negative;
+        if (values == Values::ties) c.betas = variant % 2 ? Betas::zero : Betas::tensor;
+        c.orders = 2;
+        add(cases, c);
+      }
+    }
+  }
+  for (const bool channels_last : {false, true}) {
+    Case c = maps("moments", 1, 2, {256, 256});
+    c.channels_last = channels_last;
+    c.values = Values::border;
+    c.moments = true;
+    c.orders = 1;
+    c.dtype = Dtype::float32;
+    cases.push_back(c);
+  }
+}
+
 }  // namespace
 
 std::vector<Case> all_cases() {
@@ -321,6 +425,7 @@ std::vector<Case> all_cases() {
   add_values(cases);
   add_betas(cases);
   add_units(cases);
+  add_moments(cases);
   return cases;
 }
 

@@ -16,7 +16,16 @@ namespace harness {
 enum class Betas { value, tensor, per_keypoint, per_sample, per_map, negative, zero, nan };
 enum class Upstream { dense, expanded, transposed };  // how grad_coordinates lies in memory
 
+// Which pixels count: all; a mask of every map's own, one for all maps, one row of it for all rows, one whose channels are
+// neighbours; a valid size; a mask and a valid size.
+enum class Counts { all, own, shared, columns, channels, size, both };
+
+using kpfused::MapView;
 using Strides = std::array<int64_t, 4>;
+
+// Which gradients come back to the fields of moments, as bits of Case::upstream_fields.
+constexpr int kMeanGradient = 1, kCovarianceGradient = 2, kEntropyGradient = 4, kLogsumexpGradient = 8,
+              kPeakGradient = 16, kAllGradients = 31;
 
 struct Case {
   const char* group;
@@ -34,16 +43,33 @@ struct Case {
   int orders = 4;      // of simt::Order; big maps run in fewer
   bool alone = false;  // the first and last map (channels_last: sample) are run by themselves as well
 
+  bool moments = false;
+  int upstream_fields = kAllGradients;
+  Counts counts = Counts::all;
+
   std::string name() const;
   // Strides of a tensor (outer, inner, height, width) that holds the maps, and of their gradients.
   Strides strides() const;
   Strides grad_strides() const;
-  kpfused::MapView view() const;           // as forward gets it
+  MapView view() const;           // as forward gets it
   kpfused::Layout backward_views() const;  // as backward gets them: heatmap and gradient
   int64_t maps() const { return outer * inner; }
   size_t beta_count() const;
   Real beta(int64_t map) const;
+  bool has_mask() const { return counts != Counts::all && counts != Counts::size; }
+  bool has_sizes() const { return counts == Counts::size || counts == Counts::both; }
+  Strides mask_strides() const;
+  MapView mask_view() const;
+  bool mask(int64_t map, int64_t y, int64_t x) const;
+  // Valid sizes are those of samples.
+  int64_t valid_height(int64_t map) const;
+  int64_t valid_width(int64_t map) const;
+  bool counted(int64_t map, int64_t y, int64_t x) const;
+  Real logit(int64_t map, int64_t y, int64_t x) const;
 };
+
+// Maps as they are said to lie. Beside a mask they are not folded: its leading dimensions would have to fold likewise.
+kpfused::Layout views(const Case& c, int64_t outer, int64_t inner, const Strides& first, const Strides& second);
 
 std::vector<Case> all_cases();
 

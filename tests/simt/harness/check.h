@@ -14,6 +14,12 @@
 
 namespace harness {
 
+// Of the reference, where all pixels with weight share a column.
+constexpr Real kReferenceRounding = 1e-30L;
+
+// What maps without weight give where not all pixels count.
+constexpr double kEmpty = -7.5;
+
 struct Outcome {
   std::vector<std::string> failures;  // the first few
   double worst = 0;                   // the largest error, as a share of its tolerance
@@ -30,6 +36,7 @@ struct Outcome {
   // NaN must meet NaN; a number must come within the tolerance, and what the result's own rounding takes.
   bool close(Real got, Real want, Real tolerance, Real rounding = 0) {
     if (std::isnan(want)) return std::isnan(got);
+    if (std::isinf(want)) return got == want;
     const Real share = (std::fabs(got - want) - rounding) / tolerance;
     if (!(share <= 1)) return false;
     worst = std::max(worst, static_cast<double>(share));
@@ -50,11 +57,6 @@ struct Tolerance {
   Real grad_beta(Real largest, Real terms) const { return unit * (16 * largest + 2 * terms) + smallest; }
 };
 
-// How large g . (r - mu) can be.
-inline Real slope_of(const Case& c, Real gx, Real gy) {
-  return std::fabs(gx) * static_cast<Real>(c.width) + std::fabs(gy) * static_cast<Real>(c.height);
-}
-
 inline void check_coordinates(const Case& c, int64_t map, const Reference& r, const void* coordinates, Outcome& out) {
   const kpfused::Units units = kpfused::units_of(c.units, c.height, c.width);
   const Dtype dtype = accumulator(c.dtype);
@@ -65,27 +67,69 @@ inline void check_coordinates(const Case& c, int64_t map, const Reference& r, co
   for (int axis = 0; axis < 2; ++axis) {
     const Real scale = scales[axis] != 0 ? Real(scales[axis]) : 1;
     const Real centred = means[axis] - static_cast<Real>(sizes[axis] - 1) / 2;
-    const Real want = (scales[axis] * centred + offsets[axis]) / scale;
-    const Real got = load(dtype, coordinates, map * 2 + axis) / scale;
+    Real want = (scales[axis] * centred + offsets[axis]) / scale, got = load(dtype, coordinates, map * 2 + axis);
+    if (r.empty && c.counts != Counts::all) {
+      want = kEmpty;
+    } else {
+      got /= scale;
+    }
     if (!out.close(got, want, tolerance.pixels(sizes[axis])))
       out.fail("coordinate %c of map %lld: %.9Lg pixels instead of %.9Lg", "xy"[axis], static_cast<long long>(map), got,
                want);
   }
 }
 
-// gx, gy: gradient with respect to x and y in pixels. gradient: that of all maps' pixels, one map after another.
-inline void check_gradient(const Case& c, int64_t map, const Reference& r, Real gx, Real gy, const void* gradient,
-                           Outcome& out) {
+// The fields of moments beside the mean; field: [covariance, entropy, logsumexp, peak_probability].
+inline void check_fields(const Case& c, int64_t map, const Reference& r, const void* const (&field)[4],
+                         const void* peak, Outcome& out) {
+  const kpfused::Units units = kpfused::units_of(c.units, c.height, c.width);
+  const Dtype dtype = accumulator(c.dtype);
   const Tolerance tolerance(c.dtype);
-  const Real beta = std::fabs(c.beta(map));
+  const bool empty = r.empty && c.counts != Counts::all;
+  const auto check = [&](const char* name, int which, int64_t i, Real want, Real bound) {
+    const Real got = load(dtype, field[which], i);
+    if (empty) want = kEmpty, bound = 0;
+    if (!out.close(got, want, bound + kReferenceRounding))
+      out.fail("%s of map %lld: %.9Lg instead of %.9Lg", name, static_cast<long long>(map), got, want);
+  };
+  // Moments about the peak, which their sums are about.
+  const Real px = r.x - static_cast<Real>(r.peak % c.width), py = r.y - static_cast<Real>(r.peak / c.width);
+  const Real sx = units.scale_x, sy = units.scale_y, share = tolerance.unit * 64;
+  const Real about_x = r.xx + px * px, about_y = r.yy + py * py;
+  check("variance of x", 0, map * 4, sx * sx * r.xx, sx * sx * share * about_x);
+  // Within a thread's vectors, x is counted from the first column and not from the peak's.
+  const Real across = share * std::sqrt(about_x * about_y) + 16 * tolerance.unit * about_y;
+  check("covariance", 0, map * 4 + 1, sx * sy * r.xy, sx * sy * across);
+  check("covariance", 0, map * 4 + 2, sx * sy * r.xy, sx * sy * across);
+  check("variance of y", 0, map * 4 + 3, sy * sy * r.yy, sy * sy * share * about_y);
+  if (!empty && (load(dtype, field[0], map * 4) < 0 || load(dtype, field[0], map * 4 + 3) < 0)) out.fail("a variance is negative");
+  check("entropy", 1, map, r.entropy, share * (1 + r.entropy));
+  check("logsumexp", 2, map, r.logsumexp, share * (1 + std::fabs(r.logsumexp)));
+  check("peak_probability", 3, map, r.peak_probability, share * r.peak_probability);
+  int64_t at[2];
+  std::memcpy(at, static_cast<const char*>(peak) + map * 16, 16);
+  if (!r.empty && !std::isnan(r.x) && (at[0] != r.peak % c.width || at[1] != r.peak / c.width))
+    out.fail("peak of map %lld at (%lld, %lld) instead of (%lld, %lld)", static_cast<long long>(map),
+             static_cast<long long>(at[0]), static_cast<long long>(at[1]), static_cast<long long>(r.peak % c.width),
+             static_cast<long long>(r.peak / c.width));
+  if (at[0] < 0 || at[0] >= c.width || at[1] < 0 || at[1] >= c.height)
+    out.fail("peak of map %lld outside it", static_cast<long long>(map));
+}
+
+// gradient: that of all maps' pixels, one map after another.
+inline void check_gradient(const Case& c, int64_t map, const Reference& r, const void* gradient, Outcome& out) {
+  const Tolerance tolerance(c.dtype);
   Real largest = 0;
   for (const Real g : r.gradient) largest = std::max(largest, std::fabs(g));
   for (int64_t i = 0; i < c.height * c.width; ++i) {
-    const Real want = r.gradient[static_cast<size_t>(i)];
+    const auto k = static_cast<size_t>(i);
+    // Exactly zero, whatever the rest of the map.
+    const bool counted = c.counted(map, i / c.width, i % c.width) && !(r.empty && c.counts != Counts::all);
+    Real want = counted ? r.gradient[k] : 0;
+    if (c.dtype == Dtype::float16 && std::fabs(want) >= 65520) want *= kInfinity;
     const Real got = load(c.dtype, gradient, map * c.height * c.width + i);
-    const Real p = r.probability[static_cast<size_t>(i)];
-    const Real bound = tolerance.gradient(largest, beta * p * slope_of(c, gx, gy));
-    const Real rounding = epsilon(c.dtype) / 2 * std::fabs(want) + (c.dtype == Dtype::float16 ? 0x1p-25L : 0);
+    const Real bound = counted ? tolerance.gradient(largest, r.gradient_terms[k]) : 1e-300L;
+    const Real rounding = epsilon(c.dtype) / 2 * std::fabs(want) + (c.dtype == Dtype::float16 && counted ? 0x1p-25L : 0);
     if (!out.close(got, want, bound, rounding))
       out.fail("gradient of map %lld at (x, y) = (%lld, %lld): %.9Lg instead of %.9Lg, of at most %.3Lg",
                static_cast<long long>(map), static_cast<long long>(i % c.width), static_cast<long long>(i / c.width),
@@ -93,13 +137,13 @@ inline void check_gradient(const Case& c, int64_t map, const Reference& r, Real 
   }
 }
 
-inline void check_grad_beta(const Case& c, int64_t map, const Reference& r, Real gx, Real gy, const void* grad_beta,
-                            Outcome& out) {
+inline void check_grad_beta(const Case& c, int64_t map, const Reference& r, const void* grad_beta, Outcome& out) {
   const Tolerance tolerance(c.dtype);
-  const Real bound = tolerance.grad_beta(r.grad_beta_size, r.distance * slope_of(c, gx, gy));
+  const Real bound = tolerance.grad_beta(r.grad_beta_size, r.grad_beta_terms);
   const Real got = load(accumulator(c.dtype), grad_beta, map);
-  if (!out.close(got, r.grad_beta, bound))
-    out.fail("grad_beta of map %lld: %.9Lg instead of %.9Lg", static_cast<long long>(map), got, r.grad_beta);
+  const Real want = r.empty && c.counts != Counts::all ? 0 : r.grad_beta;
+  if (!out.close(got, want, r.empty ? Tolerance::smallest : bound))
+    out.fail("grad_beta of map %lld: %.9Lg instead of %.9Lg", static_cast<long long>(map), got, want);
 }
 
 // What one order of threads left behind.

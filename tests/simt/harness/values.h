@@ -86,11 +86,11 @@ inline void store(Dtype dtype, void* base, int64_t i, Real value) {
   std::memcpy(p, &bits, static_cast<size_t>(kpfused::element_size(dtype)));
 }
 
-enum class Values { random, peaked, constant, masked, left_masked, degenerate, offset_1e4, offset_1e30 };
+enum class Values { random, peaked, constant, masked, left_masked, degenerate, offset_1e4, offset_1e30, border, ties };
 
 inline const char* values_name(Values values) {
   constexpr const char* names[] = {"random",      "peaked",     "constant", "masked",
-                                   "left-masked", "degenerate", "1e4",      "1e30"};
+                                   "left-masked", "degenerate", "1e4",      "1e30",   "border", "ties"};
   return names[static_cast<int>(values)];
 }
 
@@ -121,6 +121,13 @@ inline Real logit(Values values, int64_t n, int64_t y, int64_t x, int64_t height
       const Real dx = static_cast<Real>(x) - px, dy = static_cast<Real>(y) - py;
       return 20 * std::exp(-(dx * dx + dy * dy) / 8) + noise / 8;
     }
+    case Values::border: {
+      // A tenth of a pixel wide on either axis, on a border: far from the centre, and from where a thread begins.
+      const Real dx = static_cast<Real>(x - (n % 2 ? width - 1 : width / 3)), dy = static_cast<Real>(y - (n % 3 ? height - 1 : 0));
+      return -5 * std::fmin(dx * dx + dy * dy, 4) - noise / 8;
+    }
+    // Several pixels of the peak's value, among them the last of every row; all of them where nothing else is higher.
+    case Values::ties: return n % 3 == 2 ? -3.4028234e38L : uniform(seed + 5, pixel) < 0.1L || x == width - 1 ? 3 : noise;
     case Values::degenerate: {
       const auto odd = static_cast<int64_t>(uniform(seed, 1u << 28) * static_cast<Real>(height * width));
       const bool here = y * width + x == odd;

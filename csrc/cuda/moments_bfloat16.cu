@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+#include "launch_moments.h"
+
+namespace kpfused::cuda {
+
+template int moments<Bfloat16>(const ForwardParams&, Stream);
+template int moments<Bfloat16>(const BackwardParams&, Stream);
+
+}  // namespace kpfused::cuda

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+// Between a map's moments and what the caller sees of them: results out, gradients in. A: the accumulation dtype, in
+// which they lie in memory; W: that of the arithmetic, A or wider.
+#pragma once
+
+#include <cmath>
+
+#include "moments.h"
+#include "params.h"
+
+namespace kpfused {
+
+// The pixel of a centred coordinate; 0 where no pixel has the peak.
+template <class W>
+KPFUSED_HD int64_t pixel_at(W centred, int64_t extent) {
+  return centred < kNowhere<W> ? static_cast<int64_t>(centred + W(0.5) * static_cast<W>(extent - 1)) : 0;
+}
+
+// A map of which nothing counts, or only logits of -inf.
+template <class W>
+KPFUSED_HD bool is_empty(const PixelView& pixels, W sum) {
+  return !pixels.all() && sum == W(0);
+}
+
+// Results and stats of map n. Without moments, what soft_argmax2d gives.
+template <class A, class W>
+KPFUSED_HD void write_fields(const ForwardParams& p, int64_t n, const Moments<W>& state, W beta) {
+  const MomentStats<W> stats = finish(state);
+  const bool empty = is_empty(p.pixels, state.sum);
+  const auto real = [&](W value) { return static_cast<A>(empty ? static_cast<W>(p.pixels.empty_value) : value); };
+  const W sx = static_cast<W>(p.units.scale_x), sy = static_cast<W>(p.units.scale_y);
+  A* const mean = static_cast<A*>(p.coordinates) + 2 * n;
+  mean[0] = real(sx * stats.mean_x + static_cast<W>(p.units.offset_x));
+  mean[1] = real(sy * stats.mean_y + static_cast<W>(p.units.offset_y));
+  if (!p.with_moments) {
+    static_cast<Stats<A>*>(p.stats)[n] = {static_cast<A>(stats.peak), static_cast<A>(stats.sum),
+                                          static_cast<A>(stats.mean_x), static_cast<A>(stats.mean_y)};
+    return;
+  }
+  static_cast<MomentStats<A>*>(p.stats)[n] = {
+      static_cast<A>(stats.peak), static_cast<A>(stats.sum), static_cast<A>(stats.mean_x), static_cast<A>(stats.mean_y),
+      static_cast<A>(stats.xx),   static_cast<A>(stats.xy),  static_cast<A>(stats.yy),     static_cast<A>(stats.distance)};
+  const MomentFields& fields = p.moments;
+  A* const covariance = static_cast<A*>(fields.covariance) + 4 * n;
+  covariance[0] = real(sx * sx * stats.xx);
+  covariance[1] = covariance[2] = real(sx * sy * stats.xy);
+  covariance[3] = real(sy * sy * stats.yy);
+  const W magnitude = beta < W(0) ? -beta : beta, log_sum = std::log(stats.sum);
+  static_cast<A*>(fields.entropy)[n] = real(log_sum - magnitude * stats.distance);
+  static_cast<A*>(fields.logsumexp)[n] = real(magnitude * stats.peak + log_sum);
+  static_cast<A*>(fields.peak_probability)[n] = real(peak_probability(stats.sum));
+  fields.peak[2 * n] = pixel_at(state.at_x, p.view.width);
+  fields.peak[2 * n + 1] = pixel_at(state.at_y, p.view.height);
+}
+
+// What forward left of map n. Without moments, those that soft_argmax2d's gradient has no use for are zero.
+template <class A>
+KPFUSED_HD MomentStats<A> moment_stats(const BackwardParams& p, int64_t n) {
+  if (p.with_moments) return static_cast<const MomentStats<A>*>(p.stats)[n];
+  const Stats<A> s = static_cast<const Stats<A>*>(p.stats)[n];
+  return {s.peak, s.sum, s.mean_x, s.mean_y, A(0), A(0), A(0), A(0)};
+}
+
+template <class A>
+KPFUSED_HD FieldGradients<A> field_gradients(const BackwardParams& p, int64_t n) {
+  const A sx = static_cast<A>(p.units.scale_x), sy = static_cast<A>(p.units.scale_y);
+  const auto at = [](const void* values, int64_t i) { return values ? static_cast<const A*>(values)[i] : A(0); };
+  const int64_t mean = n * p.grad_stride_map;
+  const MomentGradients& m = p.moments;
+  return {sx * at(p.grad_coordinates, mean),
+          sy * at(p.grad_coordinates, mean + p.grad_stride_xy),
+          sx * sx * at(m.covariance, n * 4),
+          sx * sy * (at(m.covariance, n * 4 + 1) + at(m.covariance, n * 4 + 2)),
+          sy * sy * at(m.covariance, n * 4 + 3),
+          at(m.entropy, n),
+          at(m.logsumexp, n),
+          at(m.peak_probability, n)};
+}
+
+// What dbeta needs once a map beside the sum over its elements, likewise without its sign: only the log-sum-exp changes
+// where all logits do.
+template <class A>
+KPFUSED_HD A grad_beta_of_peak(const BackwardParams& p, int64_t n) {
+  const void* const g = p.moments.logsumexp;
+  if (!g) return A(0);
+  const MomentStats<A> stats = static_cast<const MomentStats<A>*>(p.stats)[n];
+  return is_empty(p.pixels, stats.sum) ? A(0) : static_cast<const A*>(g)[n] * stats.peak;
+}
+
+}  // namespace kpfused
