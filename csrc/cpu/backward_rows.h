@@ -36,36 +36,12 @@ KPFUSED_INLINE void load_gradient(const BackwardParams& params, int64_t map, Map
 }
 
 template <class A>
-KPFUSED_INLINE FieldGradients<A> field_gradients(const BackwardParams& params, int64_t map) {
-  const A sx = A(params.units.scale_x), sy = A(params.units.scale_y);
-  const auto at = [](const void* p, int64_t i) { return p ? static_cast<const A*>(p)[i] : A(0); };
-  const int64_t n = map * params.grad_stride_map;
-  const MomentGradients& m = params.moments;
-  return {sx * at(params.grad_coordinates, n),
-          sy * at(params.grad_coordinates, n + params.grad_stride_xy),
-          sx * sx * at(m.covariance, map * 4),
-          sx * sy * (at(m.covariance, map * 4 + 1) + at(m.covariance, map * 4 + 2)),
-          sy * sy * at(m.covariance, map * 4 + 3),
-          at(m.entropy, map),
-          at(m.logsumexp, map),
-          at(m.peak_probability, map)};
-}
-
-template <class A>
 KPFUSED_INLINE void load_gradient(const BackwardParams& params, int64_t map, MapGradient<A, Polynomial<A>>& to) {
   const MomentStats<A>& stats = static_cast<const MomentStats<A>*>(params.stats)[map];
   to.beta = beta_of<A>(params.beta, map);
   to.of = falloff(sharpness(to.beta), stats.peak);
   to.q = backward_polynomial(stats, field_gradients<A>(params, map), to.beta, params.grad_beta ? A(1) : to.beta);
   if (is_empty(params.pixels, stats.sum)) to.q = {};
-}
-
-// What dbeta needs once a map beside the sum over its elements, likewise without its sign: only the log-sum-exp changes
-// where all logits do.
-template <class A>
-KPFUSED_INLINE A grad_beta_of_peak(const BackwardParams& params, int64_t map) {
-  const void* g = params.moments.logsumexp;
-  return g ? static_cast<const A*>(g)[map] * static_cast<const MomentStats<A>*>(params.stats)[map].peak : A(0);
 }
 
 // The coefficient of the distance in q.

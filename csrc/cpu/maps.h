@@ -2,7 +2,7 @@
 // What forward and backward share: where maps lie, their beta, and the coordinate tables of small maps.
 #pragma once
 
-#include "../moments.h"
+#include "../fields.h"
 #include "exp2.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
@@ -126,12 +126,6 @@ struct RowPlan {
   }
 };
 
-// Whether a map is to give `empty_value`.
-template <class A>
-KPFUSED_INLINE bool is_empty(const PixelView& pixels, A sum) {
-  return pixels.fills_empty && sum == A(0);
-}
-
 // The result of a map, into its two destinations.
 template <class A>
 KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const State<A>& state) {
@@ -150,44 +144,9 @@ KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const
 }
 
 template <class A>
-KPFUSED_INLINE Moments<double> widened(const Moments<A>& s) {
-  return {s.peak, s.sum, s.at_x, s.at_y, s.x, s.y, s.xx, s.xy, s.yy, s.distance};
-}
-
-// The pixel of a centred coordinate; 0 where no pixel has the peak.
-KPFUSED_INLINE int64_t pixel_at(double centred, int64_t extent) {
-  return centred < kNowhere<double> ? int64_t(centred + 0.5 * double(extent - 1)) : 0;
-}
-
-template <class A>
-KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const Moments<A>& state) {
-  const MomentStats<double> stats = finish(widened(state));
-  MomentStats<A>& out = static_cast<MomentStats<A>*>(params.stats)[map];
-  out = {A(stats.peak), A(stats.sum), A(stats.mean_x), A(stats.mean_y),
-         A(stats.xx), A(stats.xy), A(stats.yy), A(stats.distance)};
-  const Units& u = params.units;
-  A* coordinates = static_cast<A*>(params.coordinates) + map * 2;
-  coordinates[0] = A(u.scale_x * stats.mean_x + u.offset_x);
-  coordinates[1] = A(u.scale_y * stats.mean_y + u.offset_y);
-  const MomentFields& fields = params.moments;
-  A* covariance = static_cast<A*>(fields.covariance) + map * 4;
-  A *entropy = static_cast<A*>(fields.entropy) + map, *logsumexp = static_cast<A*>(fields.logsumexp) + map;
-  A* chance = static_cast<A*>(fields.peak_probability) + map;
-  fields.peak[map * 2] = pixel_at(state.at_x, params.view.width);
-  fields.peak[map * 2 + 1] = pixel_at(state.at_y, params.view.height);
-  if (is_empty(params.pixels, state.sum)) {
-    const A value = A(params.pixels.empty_value);
-    coordinates[0] = coordinates[1] = covariance[0] = covariance[1] = covariance[2] = covariance[3] = value;
-    *entropy = *logsumexp = *chance = value;
-    return;
-  }
-  covariance[0] = A(u.scale_x * u.scale_x * stats.xx);
-  covariance[1] = covariance[2] = A(u.scale_x * u.scale_y * stats.xy);
-  covariance[3] = A(u.scale_y * u.scale_y * stats.yy);
-  const double beta = std::fabs(double(beta_of<A>(params.beta, map))), log_sum = std::log(stats.sum);
-  *entropy = A(log_sum - beta * stats.distance);
-  *logsumexp = A(beta * stats.peak + log_sum);
-  *chance = A(peak_probability(stats.sum));
+KPFUSED_INLINE void write_result(const ForwardParams& params, int64_t map, const Moments<A>& s) {
+  const Moments<double> wide = {s.peak, s.sum, s.at_x, s.at_y, s.x, s.y, s.xx, s.xy, s.yy, s.distance};
+  write_fields<A>(params, map, wide, double(beta_of<A>(params.beta, map)));
 }
 
 // The state of one part of a split map, to be merged. Item: map * parts + part.

@@ -19,7 +19,7 @@ inline bool vectors_aligned(const MapView& v, int size, bool channels) {
 // Whether the kernels of moments take it: they also know masks, for which the others have no registers to spare.
 template <class Params>
 bool takes_moments(const Params& p) {
-  return p.with_moments || !p.pixels.all();
+  return p.with_moments || p.pixels.fills_empty;
 }
 
 template <class Params>

@@ -86,6 +86,7 @@ class Fixture {
             stride_xy(),
             c_.moments,
             {}};
+    p.pixels.fills_empty = c_.has_mask() || c_.has_sizes();
     p.pixels.empty_value = kEmpty;
     p.pixels.divisor = p.pixels.modulus = 1;
     if (c_.has_mask()) p.pixels.mask = static_cast<const uint8_t*>(mask_.data()), p.pixels.mask_view = c_.mask_view();
