@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kpfused import reference
+from kpfused import SpatialMoments, reference
 
 inf = torch.inf
 
@@ -155,6 +155,37 @@ def gradients(
 def upstream_of(result: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.device)
+
+
+def real_fields(moments: SpatialMoments) -> list[Tensor]:
+    """All fields that have a gradient."""
+    return [field for field in moments if field is not moments.peak]
+
+
+def mixture(moments: SpatialMoments) -> Tensor:
+    """A loss of every field, of which the parts of a field weigh differently."""
+    return torch.stack([(f * upstream_of(f).to(f.dtype)).sum() for f in real_fields(moments)]).sum()
+
+
+def assert_moments(actual: SpatialMoments, expected: SpatialMoments, height: int, width: int) -> None:
+    """As :func:`assert_coordinates`; fields beside the mean within a few roundings of their own size."""
+    assert_coordinates(actual.mean, expected.mean, max(height, width))
+    assert torch.equal(actual.peak, expected.peak)
+    eps = torch.finfo(actual.mean.dtype).eps
+    relative = {"covariance": 400 * eps, "entropy": 40 * eps, "logsumexp": 10 * eps, "peak_probability": 60 * eps}
+    # Near zero, what the logits' differences are rounded to decides: of a variance and of an entropy.
+    absolute = {"covariance": 40 * eps, "entropy": 40 * eps, "logsumexp": 40 * eps, "peak_probability": 0.0}
+    for name, rtol in relative.items():
+        got, want = getattr(actual, name).double(), getattr(expected, name)
+        scale = want.nan_to_num(0, 0, 0).abs().max().item() if name == "covariance" else 0.0
+        torch.testing.assert_close(
+            got,
+            want,
+            rtol=rtol,
+            atol=absolute[name] + 4 * eps * scale,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 def assert_coordinates(actual: Tensor, expected: Tensor, size: int, scale: float = 1.0) -> None:
