@@ -16,10 +16,10 @@ KPFUSED_HD int64_t pixel_at(W centred, int64_t extent) {
   return centred < kNowhere<W> ? static_cast<int64_t>(centred + W(0.5) * static_cast<W>(extent - 1)) : 0;
 }
 
-// A map of which nothing counts, or only logits of -inf.
+// Whether a map is to give `empty_value`.
 template <class W>
 KPFUSED_HD bool is_empty(const PixelView& pixels, W sum) {
-  return !pixels.all() && sum == W(0);
+  return pixels.fills_empty && sum == W(0);
 }
 
 // Results and stats of map n. Without moments, what soft_argmax2d gives.
