@@ -16,7 +16,7 @@ KPFUSED_HD int64_t pixel_at(W centred, int64_t extent) {
   return centred < kNowhere<W> ? static_cast<int64_t>(centred + W(0.5) * static_cast<W>(extent - 1)) : 0;
 }
 
-// A map that is to give `empty_value`: nothing of it counts, or only logits of -inf.
+// Whether a map is to give `empty_value`.
 template <class W>
 KPFUSED_HD bool is_empty(const PixelView& pixels, W sum) {
   return pixels.fills_empty && sum == W(0);

@@ -132,6 +132,10 @@ KPFUSED_DEVICE void write_map(const ForwardParams& p, int64_t n, const State<A>&
   const Stats<A> stats = finish(state);
   static_cast<Stats<A>*>(p.stats)[n] = stats;
   A* const point = static_cast<A*>(p.coordinates) + 2 * n;
+  if (is_empty(p.pixels, state.sum)) {
+    point[0] = point[1] = static_cast<A>(p.pixels.empty_value);
+    return;
+  }
   point[0] = static_cast<A>(p.units.scale_x) * stats.mean_x + static_cast<A>(p.units.offset_x);
   point[1] = static_cast<A>(p.units.scale_y) * stats.mean_y + static_cast<A>(p.units.offset_y);
 }

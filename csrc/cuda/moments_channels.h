@@ -243,7 +243,7 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
     for (int j = 0; j < V; ++j) {
       A key = widen(pack[i].value[j]) * map[j].sharp.sign;
       // As in rows: hidden from dbeta, and selected, as q may be NaN.
-      const bool counts = kFull || pixels.all() || (bits >> (i * V + j) & 1 && !map[j].empty);
+      const bool counts = kFull || bits >> (i * V + j) & 1;
       if (!counts) key = -INFINITY;
       const A dy = y + static_cast<A>(i * ty) - map[j].q.mean_y;
       A q = column[j].constant + dy * (column[j].slope + map[j].q.yy * dy);
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kMomentBlocks<T>
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const A sum = map[j].empty ? A(0) : dbeta[j] * map[j].sharp.sign;
+    const A sum = dbeta[j] * map[j].sharp.sign;
     if (plan.parts() > 1) {
       static_cast<A*>(p.workspace)[(n + j) * plan.parts() + part.part] = sum;
     } else {

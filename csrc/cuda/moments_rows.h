@@ -15,16 +15,17 @@ namespace kpfused::cuda {
 // Rows beyond which no step needs a check are none where some pixels may not count: the step that ends a column checks.
 constexpr int kEveryStep = 0x7fffffff;
 
-// As kRowBlocks.
+// Blocks a multiprocessor holds, as kRowBlocks: 128 registers a thread.
 template <class T>
 constexpr int kMomentBlocks = sizeof(Acc<T>) == 8 ? 1 : 2;
 
-// One thread's columns. `row` is one row's sums; x and distances within it are counted from the first column.
+// One thread's columns: sums of weights for each, and for all of them together with y from the peak's row and x, which has
+// no square in it, from the first column.
 template <class A, int V>
 struct MomentColumns {
   A peak;   // -inf before the first pixel
   A at_y;   // of the first pixel, in row order, whose key is the peak
-  int at;   // its column
+  int at;    // its column
   A sum[V], all, x, y, xy, yy, distance;
 
   KPFUSED_DEVICE void clear() {
@@ -223,7 +224,6 @@ struct MapPolynomial {
   Sharpness<A> sharp;
   A farthest;  // distance from the peak, beyond which nothing has weight: what q makes of it is finite
   Polynomial<A> q;
-  bool empty;             // nothing counts: no gradient
   int64_t peak_x, peak_y;  // the pixel whose gradient is greater by q.at_peak
 };
 
@@ -232,8 +232,9 @@ template <class A>
 KPFUSED_DEVICE MapPolynomial<A> map_polynomial(const BackwardParams& p, int64_t n) {
   const A beta = beta_of<A>(p.beta, n);
   const MomentStats<A> stats = moment_stats<A>(p, n);
-  MapPolynomial<A> map{stats.peak, beta, sharpness(beta), 0, {}, is_empty(p.pixels, stats.sum), -1, -1};
+  MapPolynomial<A> map{stats.peak, beta, sharpness(beta), 0, {}, -1, -1};
   map.farthest = kSmallestExponent<A> / map.sharp.scale;
+  if (is_empty(p.pixels, stats.sum)) return map;
   map.q = backward_polynomial(stats, field_gradients<A>(p, n), beta, A(1));
   if (p.with_moments) {
     map.peak_x = p.moments.peak[2 * n];
@@ -251,7 +252,7 @@ KPFUSED_DEVICE A gradient(A key, A q, const MapPolynomial<A>& map, A& dbeta) {
   return map.beta * wq;
 }
 
-// cross: of the first column, what Polynomial::along_both gives; from there on, q's slope in y grows from column to column.
+// cross: what Polynomial::along_both gives for the first column; from there on it grows from column to column.
 // to_peak: rows from the first to that of the peak's pixel; at: its column. Neither need lie in this step.
 template <bool kFull, class T, int V>
 KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, int64_t out_step, int rows, int ty,
@@ -264,7 +265,7 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
   Pack<T, V> pack[N];
   load_packs<kFull>(from, step, rows, ty, pack);
   unsigned bits = 0;
-  if (!kFull && !counted.all && !map.empty) bits = counted_bits<N, V>(counted, mask, rows, ty, columns_left);
+  if (!kFull && !counted.all) bits = counted_bits<N, V>(counted, mask, rows, ty, columns_left);
   A key[N][V];
   keys_of<kFull>(pack, rows, ty, map.sharp.sign, key);
   if (!kFull && !counted.all) hide(bits, key);
@@ -353,7 +354,7 @@ KPFUSED_DEVICE Acc<T> rows_moments_gradient(const T* map, T* out, const RowsPart
       fill_below<T, V>(out_first + done, p.grad_view.stride_y, columns_left > 0 ? valid.rows : 0, part.rows, plan.ty);
     }
   }
-  return at.empty ? A(0) : dbeta;
+  return dbeta;
 }
 
 // Bytes: reads the map once, and where there is one the mask; writes its gradient once.

@@ -212,7 +212,9 @@ KPFUSED_DEVICE MapSlope<A> map_slope(const BackwardParams& p, int64_t n, bool wi
   const Stats<A> stats = static_cast<const Stats<A>*>(p.stats)[n];
   const A* const grad = static_cast<const A*>(p.grad_coordinates) + n * p.grad_stride_map;
   const A x = grad[0] * static_cast<A>(p.units.scale_x), y = grad[p.grad_stride_xy] * static_cast<A>(p.units.scale_y);
-  return {stats.peak, beta, sharpness(beta), backward_slope(stats, x, y, with_beta ? A(1) : beta)};
+  MapSlope<A> map{stats.peak, beta, sharpness(beta), {}};
+  if (!is_empty(p.pixels, stats.sum)) map.slope = backward_slope(stats, x, y, with_beta ? A(1) : beta);
+  return map;
 }
 
 // One element: returns dh, and adds to dbeta where it is wanted.

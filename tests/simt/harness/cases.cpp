@@ -41,6 +41,7 @@ std::string Case::name() const {
   if (moments) name += "/moments";
   if (moments && upstream_fields != kAllGradients) add("fields", upstream_fields);
   constexpr const char* of_counts[] = {"", "/mask", "/shared-mask", "/mask-of-columns", "/mask-of-channels", "/size", "/mask+size"};
+  if (fills) name += "/fills";
   return name + of_counts[static_cast<int>(counts)];
 }
 
@@ -400,6 +401,17 @@ void add_moments(std::vector<Case>& cases) {
         c.orders = 2;
         add(cases, c);
       }
+    }
+  }
+  for (int variant = 0; variant < 5; ++variant) {
+    for (const bool moments : {false, true}) {
+      Case c = maps("fills", variant == 4 ? 2 : 1, 5, sizes[variant]);
+      c.channels_last = variant == 4;
+      c.values = Values::degenerate;
+      c.moments = moments;
+      c.fills = true;
+      c.orders = 2;
+      add(cases, c);
     }
   }
   for (const bool channels_last : {false, true}) {

@@ -46,6 +46,7 @@ struct Case {
   bool moments = false;
   int upstream_fields = kAllGradients;
   Counts counts = Counts::all;
+  bool fills = false;  // maps without weight, even where all pixels count
 
   std::string name() const;
   // Strides of a tensor (outer, inner, height, width) that holds the maps, and of their gradients.
@@ -56,6 +57,7 @@ struct Case {
   int64_t maps() const { return outer * inner; }
   size_t beta_count() const;
   Real beta(int64_t map) const;
+  bool fills_empty() const { return fills || counts != Counts::all; }
   bool has_mask() const { return counts != Counts::all && counts != Counts::size; }
   bool has_sizes() const { return counts == Counts::size || counts == Counts::both; }
   Strides mask_strides() const;

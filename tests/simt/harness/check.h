@@ -68,7 +68,7 @@ inline void check_coordinates(const Case& c, int64_t map, const Reference& r, co
     const Real scale = scales[axis] != 0 ? Real(scales[axis]) : 1;
     const Real centred = means[axis] - static_cast<Real>(sizes[axis] - 1) / 2;
     Real want = (scales[axis] * centred + offsets[axis]) / scale, got = load(dtype, coordinates, map * 2 + axis);
-    if (r.empty && c.counts != Counts::all) {
+    if (r.empty && c.fills_empty()) {
       want = kEmpty;
     } else {
       got /= scale;
@@ -85,7 +85,7 @@ inline void check_fields(const Case& c, int64_t map, const Reference& r, const v
   const kpfused::Units units = kpfused::units_of(c.units, c.height, c.width);
   const Dtype dtype = accumulator(c.dtype);
   const Tolerance tolerance(c.dtype);
-  const bool empty = r.empty && c.counts != Counts::all;
+  const bool empty = r.empty && c.fills_empty();
   const auto check = [&](const char* name, int which, int64_t i, Real want, Real bound) {
     const Real got = load(dtype, field[which], i);
     if (empty) want = kEmpty, bound = 0;
@@ -124,7 +124,7 @@ inline void check_gradient(const Case& c, int64_t map, const Reference& r, const
   for (int64_t i = 0; i < c.height * c.width; ++i) {
     const auto k = static_cast<size_t>(i);
     // Exactly zero, whatever the rest of the map.
-    const bool counted = c.counted(map, i / c.width, i % c.width) && !(r.empty && c.counts != Counts::all);
+    const bool counted = c.counted(map, i / c.width, i % c.width) && !(r.empty && c.fills_empty());
     Real want = counted ? r.gradient[k] : 0;
     if (c.dtype == Dtype::float16 && std::fabs(want) >= 65520) want *= kInfinity;
     const Real got = load(c.dtype, gradient, map * c.height * c.width + i);
@@ -141,7 +141,7 @@ inline void check_grad_beta(const Case& c, int64_t map, const Reference& r, cons
   const Tolerance tolerance(c.dtype);
   const Real bound = tolerance.grad_beta(r.grad_beta_size, r.grad_beta_terms);
   const Real got = load(accumulator(c.dtype), grad_beta, map);
-  const Real want = r.empty && c.counts != Counts::all ? 0 : r.grad_beta;
+  const Real want = r.empty && c.fills_empty() ? 0 : r.grad_beta;
   if (!out.close(got, want, r.empty ? Tolerance::smallest : bound))
     out.fail("grad_beta of map %lld: %.9Lg instead of %.9Lg", static_cast<long long>(map), got, want);
 }

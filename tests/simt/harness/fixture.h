@@ -88,6 +88,7 @@ class Fixture {
             {}};
     p.pixels.fills_empty = c_.has_mask() || c_.has_sizes();
     p.pixels.empty_value = kEmpty;
+    p.pixels.fills_empty = c_.fills_empty();
     p.pixels.divisor = p.pixels.modulus = 1;
     if (c_.has_mask()) p.pixels.mask = static_cast<const uint8_t*>(mask_.data()), p.pixels.mask_view = c_.mask_view();
     if (c_.has_sizes()) {
