@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import warnings
 from typing import Any
 
@@ -52,7 +53,12 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coord
         return reference.soft_argmax2d(
             heatmap, beta_value if beta is None else beta, coordinates=reference.COORDINATES[coordinates]
         )
-    if compiling or not _is_plain(heatmap, beta):
+    plain = _is_plain(heatmap, beta)
+    if not plain and _is_distributed(heatmap, beta):
+        from kpfused import distributed  # slow to import, and registers the sharding rules
+
+        heatmap, beta = distributed.prepare(heatmap, beta)
+    if compiling or not plain:
         result: Tensor = _DIFFERENTIABLE_FORWARD(heatmap, beta, beta_value, coordinates)[0]
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
         result = _SoftArgmax2d.apply(heatmap, beta, beta_value, coordinates)  # type: ignore[no-untyped-call]
@@ -80,6 +86,12 @@ def _is_plain(heatmap: Tensor, beta: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_distributed(heatmap: Tensor, beta: Tensor | None) -> bool:
+    """Whether one of the two is a ``DTensor``; none is where its module is not loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in (type(heatmap), type(beta))
 
 
 @functools.cache
