@@ -40,12 +40,12 @@ def prepare(heatmap: Tensor, beta: Tensor | None) -> tuple[DTensor, DTensor | No
 
 def _readable(heatmap: DTensor) -> DTensor:
     """Makes whole what is a sum yet to be carried out, or sharded otherwise than in runs of indices."""
-    placements = tuple(p if isinstance(p, Shard) else Replicate() for p in heatmap.placements)
+    placements = tuple(p if type(p) is Shard else Replicate() for p in heatmap.placements)
     return heatmap if placements == heatmap.placements else heatmap.redistribute(placements=placements)
 
 
 class _Share:
-    """One rank's share of a heatmap: where it lies, and how what belongs to the maps is placed beside it."""
+    """This rank's share of a heatmap: where it lies, and how what belongs to the maps is placed beside it."""
 
     def __init__(self, heatmap: DTensor) -> None:
         heatmap = _readable(heatmap)
@@ -67,10 +67,12 @@ class _Share:
         """The part of beta that belongs to the maps of this rank."""
         if beta is None:
             return None
+        missing = len(self.leading) - beta.dim()
         placements: list[Placement] = []
         for placement in self.beside():
-            dim = placement.dim - len(self.leading) + beta.dim() if isinstance(placement, Shard) else -1
-            placements.append(Shard(dim) if dim >= 0 and beta.shape[dim] > 1 else Replicate())
+            dim = placement.dim - missing if isinstance(placement, Shard) else -1
+            is_split = dim >= 0 and beta.shape[dim] == self.leading[dim + missing]
+            placements.append(Shard(dim) if is_split else Replicate())
         return self.take(beta, placements)
 
     def wrap(self, local: Tensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:

@@ -126,10 +126,16 @@ def _input_gradients(op: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Te
     grad_heatmap, grad_beta = op(grad, heatmap, stats, beta, ctx.beta_value, ctx.coordinates, needs_beta)
     return (
         grad_heatmap if needs_heatmap else None,
-        grad_beta.sum_to_size(beta.shape) if needs_beta else None,
+        _sum_to(grad_beta, beta.shape) if needs_beta else None,
         None,
         None,
     )
+
+
+def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """``sum_to_size``; surplus dimensions by a sum, as its view is more than a DTensor with a sharded 1 can do."""
+    surplus = tuple(range(tensor.dim() - len(shape)))
+    return (tensor.sum(surplus) if surplus else tensor).sum_to_size(shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
