@@ -139,9 +139,9 @@ def _own_stats(op: Callable[..., Any], share: _Share, beta: Tensor | None, beta_
     """(peak, sum, mean x, mean y) of this rank's pixels, from the centre of the whole map."""
     if share.has_pixels:
         return _shifted(op(share.local, beta, beta_value, _PIXEL)[1], share.shift())
-    dtype = torch.float64 if share.local.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(share.local.dtype, torch.float32)
     stats = share.local.new_zeros((*share.local.shape[:-2], 4), dtype=dtype)
-    stats[..., 0] = torch.finfo(dtype).min
+    stats[..., 0] = torch.finfo(dtype).min  # as empty_state of csrc/moments.h
     return stats
 
 
@@ -159,7 +159,7 @@ def _scale(beta: Tensor | float, dtype: torch.dtype) -> Tensor | float:
 
 
 def _merge(stats: Tensor, scale: Tensor | float) -> Tensor:
-    """``merge`` of csrc/moments.h over the first dimension, one after the other in the order of ranks."""
+    """``merge`` of csrc/moments.h over the first dimension, that of the ranks: the same sum, in one order, on each."""
     peaks, totals, *means = stats.unbind(-1)
     peak = peaks.amax(0)
     weights = totals * torch.exp2((peaks - peak) * scale)
