@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -179,7 +180,11 @@ def _call(
     result: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
         result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, coordinates, *pixels)
-    elif compiling or not _is_plain(heatmap, beta):
+    elif not _is_plain(heatmap, beta):
+        if _is_distributed(heatmap, beta):
+            heatmap, beta = _sharded(kernel, heatmap, beta, *pixels)
+        result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
+    elif compiling:
         result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
         result = _Eager.apply(kernel, heatmap, beta, beta_value, coordinates, *pixels)  # type: ignore[no-untyped-call]
@@ -212,6 +217,21 @@ def _is_plain(heatmap: Tensor, beta: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_distributed(heatmap: Tensor, beta: Tensor | None) -> bool:
+    """Whether one of the two is a ``DTensor``; none is where its module is not loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in (type(heatmap), type(beta))
+
+
+def _sharded(kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, *pixels: Any) -> tuple[Tensor, Tensor | None]:
+    """The arguments as the sharding rules take them."""
+    if kernel is not _SOFT_ARGMAX2D or pixels:
+        raise NotImplementedError("of DTensors there is soft_argmax2d without mask, valid_size, empty_value and debias")
+    from kpfused import distributed  # slow to import, and registers the rules
+
+    return distributed.prepare(heatmap, beta)
 
 
 @functools.cache
@@ -279,9 +299,15 @@ def _input_gradients(
         gradients = op(*grads, heatmap, *kept, beta, ctx.beta_value, ctx.coordinates, needs[1], *pixels)
     return (
         gradients[0] if needs[0] else None,
-        gradients[1].sum_to_size(beta.shape) if needs[1] else None,
+        _sum_to(gradients[1], beta.shape) if needs[1] else None,
         *ctx.rest,
     )
+
+
+def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """``sum_to_size``; surplus dimensions by a sum, as its view is more than a DTensor with a sharded 1 can do."""
+    surplus = tuple(range(tensor.dim() - len(shape)))
+    return (tensor.sum(surplus) if surplus else tensor).sum_to_size(shape)
 
 
 def _composed_gradients(

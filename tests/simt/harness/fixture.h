@@ -86,7 +86,6 @@ class Fixture {
             stride_xy(),
             c_.moments,
             {}};
-    p.pixels.fills_empty = c_.has_mask() || c_.has_sizes();
     p.pixels.empty_value = kEmpty;
     p.pixels.fills_empty = c_.fills_empty();
     p.pixels.divisor = p.pixels.modulus = 1;

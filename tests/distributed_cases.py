@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: MIT
+"""What every rank of tests/test_distributed.py runs: the ops on sharded heatmaps beside the whole map on one rank.
+
+All ranks draw the same numbers, so each can compute the single-process result itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kpfused
+from kpfused import SoftArgmax2d, reference
+from tests import cases
+
+inf, nan = torch.inf, torch.nan
+BATCH, KEYPOINT, H, W = map(Shard, range(4))
+ALL = Replicate()
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: str
+
+    @functools.cache  # noqa: B019  a mesh makes process groups
+    def mesh(self, dims: int = 1) -> DeviceMesh:
+        return init_device_mesh(self.device, (self.size,) if dims == 1 else (2, self.size // 2))
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this rank hands to collectives, one entry a call."""
+
+    def __enter__(self) -> Any:
+        self.bytes: list[int] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # what the DTensor does with its local tensors is what counts
+        if "c10d" in func.namespace and func._opname not in ("wait_tensor", "_wrap_tensor_autograd"):
+            first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+            self.bytes.append(first.nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def shard(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """This rank's share of a tensor that all ranks hold, as a leaf."""
+    return distribute_tensor(tensor.detach(), mesh, placements, src_data_rank=None).requires_grad_()
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def outcome(heatmap: Tensor, beta: Tensor | float, upstream: Tensor, coordinates: str = "pixel") -> list[Tensor]:
+    """Coordinates and the gradients of the leaves."""
+    points = kpfused.soft_argmax2d(heatmap, beta, coordinates=coordinates)
+    leaves = [heatmap, beta] if isinstance(beta, Tensor) else [heatmap]
+    if isinstance(points, DTensor):
+        upstream = shard(upstream, points.device_mesh, points.placements).detach()
+    return [points.detach(), *torch.autograd.grad(points, leaves, upstream)]
+
+
+def upstream_of(heatmap: Tensor) -> Tensor:
+    shape = (*heatmap.shape[:-2], 2)
+    return torch.randn(shape, device=heatmap.device, dtype=torch.promote_types(heatmap.dtype, torch.float32))
+
+
+def both(
+    heatmap: Tensor,
+    beta: Tensor | float,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    beta_placements: Sequence[Placement] | None = None,
+    coordinates: str = "pixel",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The sharded outcome and that of one process."""
+    upstream = upstream_of(heatmap)
+    own: Tensor | float = beta
+    if isinstance(beta, Tensor):
+        beta = beta.detach().requires_grad_()
+        own = shard(beta, mesh, beta_placements or [ALL] * mesh.ndim)
+    actual = outcome(shard(heatmap, mesh, placements), own, upstream, coordinates)
+    assert actual[1].placements == tuple(placements)  # type: ignore[attr-defined]
+    return actual, outcome(heatmap.detach().requires_grad_(), beta, upstream, coordinates)
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], coordinates: str = "pixel") -> None:
+    """To a few roundings: of a coordinate on the map's longer axis, and of the largest gradient."""
+    height, width = expected[1].shape[-2:]
+    size = max(height, width)
+    scale = max(reference.coordinate_units(n, coordinates)[0] for n in (height, width))
+    cases.assert_coordinates(whole(actual[0]), expected[0].double(), size, scale)
+    cases.assert_gradients(whole(actual[1]), expected[1].double(), size * scale)
+    for a, e in zip(actual[2:], expected[2:], strict=True):
+        # A sum over the map of terms of either sign, each the size of one pixel's distance from the mean.
+        cases.assert_gradients(whole(a), e.double(), size * scale)
+
+
+def maps(world: World, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (3 * torch.randn(shape)).to(world.device, dtype)
+
+
+def betas(world: World, *shape: int) -> Tensor:
+    return (torch.rand(shape) + 0.5).to(world.device)
+
+
+def leading_dimensions(world: World) -> None:
+    """Bit for bit the single-process result; nothing is sent, however uneven the shares."""
+    mesh = world.mesh()
+    for shape in [(4, 8, 12, 8), (3, 5, 12, 8), (1, 1, 16, 8)]:
+        for placement in (BATCH, KEYPOINT):
+            for beta, of_beta in [
+                (2.0, ALL),
+                (betas(world, shape[1]), Shard(0) if placement == KEYPOINT else ALL),
+                (betas(world, shape[1]), ALL),
+                (betas(world, shape[0], 1), Shard(0) if placement == BATCH else ALL),
+                (betas(world), ALL),
+            ]:
+                with Sent() as sent:
+                    actual, expected = both(maps(world, *shape), beta, mesh, [placement], [of_beta], "corners")
+                assert sent.bytes == []
+                assert actual[0].placements == (placement,)  # type: ignore[attr-defined]
+                for a, e in zip(actual[:2], expected[:2], strict=True):
+                    assert torch.equal(whole(a), e)
+                assert_close(actual, expected, "corners")  # beta's gradient is a sum over ranks
+
+
+def replicated(world: World) -> None:
+    actual, expected = both(maps(world, 2, 3, 7, 9), betas(world, 3), world.mesh(), [ALL])
+    for a, e in zip(actual, expected, strict=True):
+        assert a.placements == (ALL,)  # type: ignore[attr-defined]
+        assert torch.equal(whole(a), e)
+
+
+def rows_and_columns(world: World) -> None:
+    """Every preset; one row, and fewer rows than ranks: some have none; two mesh dimensions in every order."""
+    one, two = world.mesh(), world.mesh(2)
+    layouts = [(one, [H]), (one, [W]), (two, [BATCH, H]), (two, [H, KEYPOINT]), (two, [W, H]), (two, [H, H])]
+    for shape in [(2, 3, 8, 6), (3, 5, 7, 9), (2, 2, 1, 5), (1, 2, 5, 1), (2, 1, 67, 130)]:
+        for mesh, placements in layouts:
+            for coordinates in reference.COORDINATES:
+                actual, expected = both(
+                    maps(world, *shape), betas(world, shape[1]), mesh, placements, coordinates=coordinates
+                )
+                assert_close(actual, expected, coordinates)
+
+
+def every_beta(world: World) -> None:
+    for beta in [
+        2.0,
+        -2.0,
+        0.0,
+        betas(world),
+        -betas(world, 1),
+        betas(world, 5),
+        betas(world, 4, 1, 1),
+        betas(world, 4, 1, 5),
+        betas(world, 4, 3, 5) - 1,
+    ]:
+        for placements in ([BATCH, Shard(3)], [Shard(3), Shard(2)]):
+            actual, expected = both(maps(world, 4, 3, 5, 9, 7), beta, world.mesh(2), placements)
+            assert_close(actual, expected)
+
+
+def every_dtype(world: World) -> None:
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        heatmap = maps(world, 2, 3, 9, 12, dtype=dtype)
+        assert_close(*both(heatmap, 1.5, world.mesh(), [H]))
+        assert_close(*both(heatmap.contiguous(memory_format=torch.channels_last), 1.5, world.mesh(), [H]))
+
+
+def every_kind_of_map(world: World) -> None:
+    for make in cases.FINITE.values():
+        actual, expected = both(make((2, 3, 16, 11)).to(world.device, torch.float32), 1.0, world.mesh(), [H])
+        assert_close(actual, expected)
+
+
+def degenerate_maps(world: World) -> None:
+    """What no rank can tell from its own rows."""
+    heatmap = maps(world, 9, 2, 8, 6)
+    heatmap[0] = -inf
+    heatmap[1, :, :4] = -inf
+    heatmap[2, :, 4:] = -inf
+    heatmap[3, 0, 0, 0] = nan
+    heatmap[4, 1, -1, -1] = inf
+    heatmap[5, :, 5, 2] = torch.finfo(torch.float32).max
+    heatmap[6] = torch.finfo(torch.float32).min
+    heatmap[7, :, :-1], heatmap[7, :, -1] = -inf, 1e30
+    for beta in (1.0, 0.0, betas(world, 2), torch.zeros((), device=world.device)):
+        actual, expected = both(heatmap, beta, world.mesh(), [H])
+        assert_close(actual, expected)
+        assert expected[0].isnan().any(-1).sum() == 4  # both maps of 0, one of 3, one of 4
+    assert_close(*both(-heatmap, -1.0, world.mesh(), [H]))
+
+
+def weights_in_one_share(world: World) -> None:
+    """Logits so far apart that all other weights vanish: the point is the peak, its gradient zero, to the bit."""
+    heatmap = torch.zeros(1, 1, 8, 8, device=world.device)
+    heatmap[..., 6, 1] = 1e4
+    points, gradient = both(heatmap, 1.0, world.mesh(), [H])[0]
+    assert whole(points).tolist() == [[[1.0, 6.0]]]
+    assert not whole(gradient).any()
+
+
+def same_bits_on_all_ranks(world: World) -> None:
+    points = kpfused.soft_argmax2d(shard(maps(world, 16, 5, 9, 11), world.mesh(), [H])).to_local()
+    everyone = DTensor.from_local(points[None], world.mesh(), [BATCH]).full_tensor()
+    assert len(everyone) == world.size
+    assert all(torch.equal(points, other) for other in everyone)
+
+
+def four_numbers_a_map(world: World) -> None:
+    """All that is sent, whatever the size of the map: forward's stats; and beta's gradient, once it is asked for."""
+    mesh = world.mesh()
+    for dtype, number in [(torch.float32, 4), (torch.float64, 8), (torch.bfloat16, 4)]:
+        for size in [(8, 6), (128, 96)]:
+            heatmap = shard(maps(world, 2, 3, *size, dtype=dtype), mesh, [H])
+            beta = shard(betas(world, 3), mesh, [ALL])
+            with Sent() as sent:
+                points = kpfused.soft_argmax2d(heatmap, beta)
+            assert sent.bytes == [2 * 3 * 4 * number]
+            with Sent() as sent:
+                points.sum().backward()
+            assert sent.bytes == []
+            assert heatmap.grad.placements == (H,)
+            assert beta.grad.placements == (Partial(),)
+            with Sent() as sent:
+                whole(beta.grad)
+            assert sent.bytes == [3 * 4]
+            with Sent() as sent:
+                whole(heatmap)  # so that a gathered map would have been seen
+            assert sent.bytes == [heatmap.to_local().nbytes]
+    with Sent() as sent:
+        kpfused.soft_argmax2d(shard(maps(world, 8, 3, 16, 6), world.mesh(2), [BATCH, H]))
+    half_of_the_maps = 4 * 3 * 4 * 4
+    assert sent.bytes == ([half_of_the_maps] if world.size > 2 else [])
+
+
+def a_sum_yet_to_be_carried_out(world: World) -> None:
+    """A Partial heatmap is summed once, and not again in backward."""
+    parts = maps(world, world.size, 2, 3, 7, 9)
+    expected = parts.sum(0).requires_grad_()
+    upstream = upstream_of(expected)
+    leaf = shard(parts, world.mesh(), [BATCH])
+    with Sent() as sent:
+        actual = outcome(leaf.sum(0), 1.0, upstream)[0]
+        (gradient,) = torch.autograd.grad(
+            kpfused.soft_argmax2d(leaf.sum(0)), leaf, shard(upstream, world.mesh(), [ALL])
+        )
+    assert sent.bytes == [expected.nbytes] * 2
+    points, whole_gradient = outcome(expected, 1.0, upstream)
+    assert_close([actual, whole(gradient)[0]], [points, whole_gradient])
+    assert torch.equal(whole(gradient)[0], whole(gradient)[-1])
+
+
+def layers(world: World) -> None:
+    """A layer's plain parameter is the same on all ranks, and so is its gradient; temperatures; a sharded beta."""
+    heatmap, target = maps(world, 4, 5, 9, 8), maps(world, 4, 5, 2)
+    alone = SoftArgmax2d(2.0, learnable=True, num_keypoints=5).to(world.device)
+    (alone(heatmap) - target).square().sum().backward()
+    for placement in (BATCH, KEYPOINT, H, W, ALL):
+        layer = SoftArgmax2d(2.0, learnable=True, num_keypoints=5).to(world.device)
+        points = layer(shard(heatmap, world.mesh(), [placement]))
+        (points - shard(target, world.mesh(), points.placements)).square().sum().backward()
+        torch.testing.assert_close(layer.log_beta.grad, alone.log_beta.grad)
+        temperature = shard(betas(world, 5), world.mesh(), [BATCH])
+        torch.testing.assert_close(
+            whole(kpfused.soft_argmax2d(shard(heatmap, world.mesh(), [placement]), temperature=temperature)),
+            kpfused.soft_argmax2d(heatmap, temperature=whole(temperature)),
+        )
+
+
+def ops_themselves(world: World) -> None:
+    """The stats are those of the whole map, too; arguments by name."""
+    heatmap = maps(world, 2, 3, 9, 8)
+    expected = torch.ops.kpfused.soft_argmax2d(heatmap, None, -2.0, 1)
+    for op in (torch.ops.kpfused.soft_argmax2d, torch.ops.kpfused._soft_argmax2d):
+        for placement in (KEYPOINT, H):
+            own = shard(heatmap, world.mesh(), [placement]).detach()
+            for a, e in zip(op(own, beta=None, beta_value=-2.0, coordinates=1), expected, strict=True):
+                torch.testing.assert_close(whole(a), e)
+
+
+def compiled(world: World) -> None:
+    """One graph, merging included, forward and backward."""
+    for placement in (H, KEYPOINT):
+        leaves = shard(maps(world, 2, 3, 7, 9), world.mesh(), [placement]), shard(betas(world, 3), world.mesh(), [ALL])
+        results = []
+        for function in (
+            torch.compile(kpfused.soft_argmax2d, backend="aot_eager", fullgraph=True),
+            kpfused.soft_argmax2d,
+        ):
+            points = function(*leaves, coordinates="unit")
+            results.append([points.detach(), *torch.autograd.grad(points.square().sum(), leaves)])
+        for a, e in zip(*results, strict=True):
+            assert a.placements == e.placements
+            torch.testing.assert_close(whole(a), whole(e), rtol=0, atol=0)
+
+
+def bad_input(world: World) -> None:
+    heatmap, beta = maps(world, 2, 3, 7, 9), betas(world, 3)
+    with pytest.raises(TypeError, match="heatmap must be a DTensor"):
+        kpfused.soft_argmax2d(heatmap, shard(beta, world.mesh(), [ALL]))
+    with pytest.raises(ValueError, match="beta must be on the mesh of heatmap"):
+        kpfused.soft_argmax2d(shard(heatmap, world.mesh(), [H]), shard(beta, world.mesh(2), [ALL, ALL]))
+
+
+class Net(nn.Module):
+    """Images to points. ``num_keypoints=1`` is one beta as FSDP takes it: it shards no parameter without dimensions."""
+
+    def __init__(self, num_keypoints: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = SoftArgmax2d(2.0, learnable=True, num_keypoints=num_keypoints)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.conv(images))
+
+
+def train(net: nn.Module, images: Tensor, targets: Tensor) -> list[Tensor]:
+    """Two steps, so that the second one starts from what the first one learnt."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (net(images) - targets).square().mean().backward()
+        optimizer.step()
+    return [whole(p.detach()) for p in net.parameters()]
+
+
+def data_parallel(world: World) -> None:
+    for wrap in (DistributedDataParallel, fully_sharded):
+        for num_keypoints in (6, 1):
+            net = Net(num_keypoints).to(world.device)
+            images, targets = maps(world, 2 * world.size, 3, 10, 12), 10 * betas(world, 2 * world.size, 6, 2)
+            start = [p.detach().clone() for p in net.parameters()]
+            expected = train(copy.deepcopy(net), images, targets)
+            share = slice(2 * world.rank, 2 * world.rank + 2)
+            actual = train(wrap(net), images[share], targets[share])
+            for a, e, s in zip(actual, expected, start, strict=True):
+                assert not torch.equal(e, s)
+                torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def fully_sharded(net: Net) -> nn.Module:
+    fully_shard(net.head)
+    return fully_shard(net)
+
+
+CASES: list[Callable[[World], None]] = [
+    leading_dimensions,
+    replicated,
+    rows_and_columns,
+    every_beta,
+    every_dtype,
+    every_kind_of_map,
+    degenerate_maps,
+    weights_in_one_share,
+    same_bits_on_all_ranks,
+    four_numbers_a_map,
+    a_sum_yet_to_be_carried_out,
+    layers,
+    ops_themselves,
+    bad_input,
+    data_parallel,
+    compiled,
+]
+
+
+def cases_of(size: int) -> dict[str, Callable[[World], None]]:
+    """By name. To compile takes long, and longer with more processes than cores."""
+    return {case.__name__: case for case in CASES if case is not compiled or size == 2}
