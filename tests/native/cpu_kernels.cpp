@@ -183,6 +183,25 @@ struct Accumulators {
   void set(int64_t i, double value) { put(kind(), bytes.get() + i * accumulator_size(dtype), value); }
 };
 
+// All pixels, no moments.
+ForwardParams forward_params(Dtype dtype, const void* h, const MapView& view, const BetaView& beta, const Units& units,
+                             void* coordinates, void* stats, std::vector<char>& workspace) {
+  ForwardParams p{};
+  p.dtype = dtype, p.heatmap = h, p.view = view, p.beta = beta, p.units = units;
+  p.coordinates = coordinates, p.stats = stats, p.workspace = workspace.empty() ? nullptr : workspace.data();
+  return p;
+}
+
+BackwardParams backward_params(Dtype dtype, const void* h, const MapView& view, const BetaView& beta,
+                               const Units& units, const void* stats, const void* upstream, void* grad,
+                               void* grad_beta, std::vector<char>& workspace) {
+  BackwardParams p{};
+  p.dtype = dtype, p.heatmap = h, p.view = p.grad_view = view, p.beta = beta, p.units = units, p.stats = stats;
+  p.grad_coordinates = upstream, p.grad_stride_map = 2, p.grad_stride_xy = 1;
+  p.grad_heatmap = grad, p.grad_beta = grad_beta, p.workspace = workspace.empty() ? nullptr : workspace.data();
+  return p;
+}
+
 struct Call {
   Buffer& h;
   BetaView beta;
@@ -197,11 +216,11 @@ struct Call {
     const MapView& v = h.view;
     std::vector<char> forward(size_t(cpu::soft_argmax2d_forward_workspace(v, h.dtype, false)));
     std::vector<char> backward(size_t(cpu::soft_argmax2d_backward_workspace(v, h.dtype, want_beta)));
-    cpu::soft_argmax2d_forward({h.dtype, h.bytes.get(), v, beta, units, coordinates.bytes.get(), stats.bytes.get(),
-                                forward.empty() ? nullptr : forward.data()});
-    cpu::soft_argmax2d_backward({h.dtype, h.bytes.get(), v, beta, units, stats.bytes.get(), upstream.bytes.get(), 2, 1,
-                                 grad.bytes.get(), v, want_beta ? grad_beta.bytes.get() : nullptr,
-                                 backward.empty() ? nullptr : backward.data()});
+    cpu::soft_argmax2d_forward(forward_params(h.dtype, h.bytes.get(), v, beta, units, coordinates.bytes.get(),
+                                              stats.bytes.get(), forward));
+    cpu::soft_argmax2d_backward(backward_params(h.dtype, h.bytes.get(), v, beta, units, stats.bytes.get(),
+                                                upstream.bytes.get(), grad.bytes.get(),
+                                                want_beta ? grad_beta.bytes.get() : nullptr, backward));
   }
 };
 
@@ -368,9 +387,11 @@ void test_misalignment() {
       std::memcpy(p, aligned.bytes.get(), size_t(bytes));
       Accumulators coordinates(dtype, 4), stats(dtype, 2 * kStats);
       const BetaView beta = {nullptr, 1.5, 1, 1};
-      cpu::soft_argmax2d_forward({dtype, p, v, beta, units, coordinates.bytes.get(), stats.bytes.get(), nullptr});
-      cpu::soft_argmax2d_backward({dtype, p, v, beta, units, stats.bytes.get(), expected.upstream.bytes.get(), 2, 1, q,
-                                   v, nullptr, nullptr});
+      std::vector<char> none;
+      cpu::soft_argmax2d_forward(
+          forward_params(dtype, p, v, beta, units, coordinates.bytes.get(), stats.bytes.get(), none));
+      cpu::soft_argmax2d_backward(backward_params(dtype, p, v, beta, units, stats.bytes.get(),
+                                                  expected.upstream.bytes.get(), q, nullptr, none));
       const size_t size = size_t(4 * accumulator_size(dtype));
       check(std::memcmp(coordinates.bytes.get(), expected.coordinates.bytes.get(), size) == 0 &&
                 std::memcmp(q, expected.grad.bytes.get(), size_t(bytes)) == 0,
@@ -406,8 +427,8 @@ void test_same_bits() {
         view.outer = 1;
         std::vector<char> workspace(size_t(cpu::soft_argmax2d_forward_workspace(view, c.dtype, false)));
         Accumulators coordinates(c.dtype, 2 * c.inner), stats(c.dtype, kStats * c.inner);
-        cpu::soft_argmax2d_forward({c.dtype, h.at(o * c.inner, 0, 0), view, per_channel, units, coordinates.bytes.get(),
-                                    stats.bytes.get(), workspace.empty() ? nullptr : workspace.data()});
+        cpu::soft_argmax2d_forward(forward_params(c.dtype, h.at(o * c.inner, 0, 0), view, per_channel, units,
+                                                  coordinates.bytes.get(), stats.bytes.get(), workspace));
         const char* in_batch = one.coordinates.bytes.get() + o * c.inner * 8;
         check(std::memcmp(coordinates.bytes.get(), in_batch, size_t(c.inner * 8)) == 0, c.name() + " alone");
       }
@@ -425,12 +446,190 @@ void test_nan_payloads() {
       const MapView v = {1, 1, 4, width, 4 * width, 4 * width, width, 1};
       const BetaView beta = {nullptr, 1, 1, 1};
       const Units units = {1, 0, 1, 0};
-      cpu::soft_argmax2d_forward({Dtype::float32, h.data(), v, beta, units, coordinates, stats, nullptr});
-      cpu::soft_argmax2d_backward({Dtype::float32, h.data(), v, beta, units, stats, upstream, 2, 1, out.data(), v,
-                                   nullptr, nullptr});
+      std::vector<char> none;
+      cpu::soft_argmax2d_forward(forward_params(Dtype::float32, h.data(), v, beta, units, coordinates, stats, none));
+      cpu::soft_argmax2d_backward(
+          backward_params(Dtype::float32, h.data(), v, beta, units, stats, upstream, out.data(), nullptr, none));
       bool all = std::isnan(coordinates[0]) && std::isnan(coordinates[1]);
       for (float g : out) all = all && std::isnan(g);
       check(all, "NaN payload");
+    }
+  }
+}
+
+// ---- Moments, masks and valid sizes -----------------------------------------------------------------------
+
+enum class Counted { all, mask, shared_mask, sizes, both };
+
+// Which pixels count, in memory that ends with what the kernels may read.
+struct Pixels {
+  const Case& c;
+  Counted kind;
+  std::unique_ptr<uint8_t[]> mask;
+  std::unique_ptr<int64_t[]> sizes;
+  PixelView view{};
+
+  Pixels(const Case& k, Counted counted) : c(k), kind(counted) {
+    view.divisor = view.modulus = 1;
+    view.fills_empty = kind != Counted::all;
+    view.empty_value = -5;
+    const int64_t pixels = c.height * c.width, shared = kind == Counted::shared_mask ? 0 : pixels;
+    if (kind != Counted::all && kind != Counted::sizes) {
+      const int64_t maps = shared ? c.outer * c.inner : 1;
+      mask.reset(new uint8_t[size_t(maps * pixels)]);
+      for (int64_t i = 0; i < maps * pixels; ++i) mask[size_t(i)] = uniform() < 0.6 && i / pixels != 3;
+      view.mask = mask.get();
+      view.mask_view = {c.outer, c.inner, c.height, c.width, shared * c.inner, shared, c.width, 1};
+    }
+    if (kind == Counted::sizes || kind == Counted::both) {
+      view.divisor = c.inner, view.modulus = c.outer;
+      sizes.reset(new int64_t[size_t(2 * c.outer)]);
+      for (int64_t i = 0; i < c.outer; ++i) {
+        sizes[size_t(2 * i)] = 1 + int64_t(uniform() * double(c.height));
+        sizes[size_t(2 * i + 1)] = 1 + int64_t(uniform() * double(c.width));
+      }
+      view.sizes = sizes.get();
+    }
+  }
+
+  bool at(int64_t map, int64_t y, int64_t x) const {
+    if (view.sizes && (y >= sizes[size_t(map / c.inner * 2)] || x >= sizes[size_t(map / c.inner * 2 + 1)])) return false;
+    return !view.mask || mask[size_t(element(view.mask_view, map, y, x))];
+  }
+};
+
+constexpr int kFields = 9;  // mean x, y; covariance xx, xy, yx, yy; entropy, logsumexp, probability of the peak
+
+struct ExpectedMoments {
+  double field[kFields], weight;
+  int64_t peak_x, peak_y;
+  std::vector<double> grad;  // of the sum of g times field
+};
+
+// The definitions of the table in the documentation, in units of pixels from the centre.
+ExpectedMoments reference_moments(Buffer& h, int64_t map, double beta, const Pixels& pixels, const double (&g)[kFields]) {
+  const MapView& v = h.view;
+  const int64_t n = v.height * v.width;
+  std::vector<double> z(size_t(n), -kInfinity), p(z.size());
+  double top = -kInfinity, peak = -kInfinity, sum = 0, xs = 0, ys = 0, xx = 0, xy = 0, yy = 0, entropy = 0;
+  ExpectedMoments e{};
+  const auto x_of = [&](int64_t i) { return double(i % v.width) - 0.5 * double(v.width - 1); };
+  const auto y_of = [&](int64_t i) { return double(i / v.width) - 0.5 * double(v.height - 1); };
+  for (int64_t i = 0; i < n; ++i) {
+    if (!pixels.at(map, i / v.width, i % v.width)) continue;
+    const double value = h.value(map, i / v.width, i % v.width), key = beta < 0 ? -value : value;
+    z[size_t(i)] = beta * value;
+    top = std::fmax(top, z[size_t(i)]);
+    if (key > peak) peak = key, e.peak_x = i % v.width, e.peak_y = i / v.width;
+  }
+  for (double value : z) sum += value == -kInfinity ? 0 : std::exp(value - top);
+  for (int64_t i = 0; i < n; ++i) {
+    p[size_t(i)] = z[size_t(i)] == -kInfinity ? 0 : std::exp(z[size_t(i)] - top) / sum;
+    xs += p[size_t(i)] * x_of(i), ys += p[size_t(i)] * y_of(i);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const double w = p[size_t(i)], dx = x_of(i) - xs, dy = y_of(i) - ys;
+    xx += w * dx * dx, xy += w * dx * dy, yy += w * dy * dy;
+    if (w > 0) entropy -= w * (z[size_t(i)] - top - std::log(sum));
+  }
+  const double chance = 1 / sum, fields[kFields] = {xs, ys, xx, xy, xy, yy, entropy, top + std::log(sum), chance};
+  std::memcpy(e.field, fields, sizeof(fields));
+  e.weight = sum;
+  for (int64_t i = 0; i < n; ++i) {
+    const double w = p[size_t(i)], dx = x_of(i) - xs, dy = y_of(i) - ys, log_p = w > 0 ? z[size_t(i)] - e.field[7] : 0;
+    const bool at_peak = i == e.peak_y * v.width + e.peak_x;
+    const double q = g[0] * dx + g[1] * dy + g[2] * (dx * dx - xx) + (g[3] + g[4]) * (dx * dy - xy) +
+                     g[5] * (dy * dy - yy) - g[6] * (log_p + entropy) + g[7] - g[8] * chance;
+    e.grad.push_back(w == 0 ? 0 : beta * (w * q + (at_peak ? g[8] * chance : 0)));
+  }
+  return e;
+}
+
+void run_moments(const Case& c, double beta, Counted counted) {
+  Buffer h(c.dtype, make_view(c.layout, c.outer, c.inner, c.height, c.width), 0xff);
+  fill(h, false);
+  const Pixels pixels(c, counted);
+  const MapView& v = h.view;
+  const int64_t maps = v.maps();
+  for (int64_t i = 0; i < maps * c.height * c.width; ++i) {  // what does not count may be anything
+    const int64_t map = i / c.height / c.width, y = i / c.width % c.height, x = i % c.width;
+    if (!pixels.at(map, y, x)) put(c.dtype, h.at(map, y, x), NAN);
+  }
+  Accumulators mean(c.dtype, 2 * maps), covariance(c.dtype, 4 * maps), entropy(c.dtype, maps), lse(c.dtype, maps);
+  Accumulators chance(c.dtype, maps), stats(c.dtype, kMomentStats * maps), grad_beta(c.dtype, maps);
+  Accumulators g_mean(c.dtype, 2 * maps), g_covariance(c.dtype, 4 * maps), g_entropy(c.dtype, maps), g_lse(c.dtype, maps);
+  Accumulators g_chance(c.dtype, maps);
+  std::unique_ptr<int64_t[]> peak(new int64_t[size_t(2 * maps)]);
+  for (int64_t i = 0; i < 4 * maps; ++i) {
+    g_covariance.set(i, 0.1 * uniform() - 0.05);
+    if (i < 2 * maps) g_mean.set(i, uniform() - 0.5);
+    if (i < maps) g_entropy.set(i, uniform() - 0.5), g_lse.set(i, uniform() - 0.5), g_chance.set(i, uniform() - 0.5);
+  }
+  const Units units = {1, 0, 1, 0};
+  std::vector<char> forward(size_t(cpu::soft_argmax2d_forward_workspace(v, c.dtype, true)));
+  std::vector<char> backward(size_t(cpu::soft_argmax2d_backward_workspace(v, c.dtype, true)));
+  const BetaView number = {nullptr, beta, 1, 1};
+  ForwardParams f = forward_params(c.dtype, h.bytes.get(), v, number, units, mean.bytes.get(), stats.bytes.get(), forward);
+  f.pixels = pixels.view, f.with_moments = true;
+  f.moments = {covariance.bytes.get(), entropy.bytes.get(), lse.bytes.get(), chance.bytes.get(), peak.get()};
+  cpu::soft_argmax2d_forward(f);
+  Buffer grad(c.dtype, v, 0x5a);
+  BackwardParams b = backward_params(c.dtype, h.bytes.get(), v, number, units, stats.bytes.get(), g_mean.bytes.get(),
+                                     grad.bytes.get(), grad_beta.bytes.get(), backward);
+  b.pixels = pixels.view, b.with_moments = true;
+  b.moments = {g_covariance.bytes.get(), g_entropy.bytes.get(), g_lse.bytes.get(), g_chance.bytes.get(), peak.get()};
+  cpu::soft_argmax2d_backward(b);
+
+  const double unit = c.dtype == Dtype::float64 ? 1e-14 : 6e-7, extent = double(c.height + c.width);
+  const double step = c.dtype == Dtype::float16 ? 1e-3 : c.dtype == Dtype::bfloat16 ? 8e-3 : 0;
+  for (int64_t map = 0; map < maps; ++map) {
+    const std::string name = c.name() + " moments beta " + std::to_string(beta) + " counted " +
+                             std::to_string(int(counted)) + " map " + std::to_string(map);
+    const double g[kFields] = {g_mean[2 * map],         g_mean[2 * map + 1],     g_covariance[4 * map],
+                               g_covariance[4 * map + 1], g_covariance[4 * map + 2], g_covariance[4 * map + 3],
+                               g_entropy[map],          g_lse[map],              g_chance[map]};
+    const ExpectedMoments e = reference_moments(h, map, beta, pixels, g);
+    const double got[kFields] = {mean[2 * map],         mean[2 * map + 1],     covariance[4 * map],
+                                 covariance[4 * map + 1], covariance[4 * map + 2], covariance[4 * map + 3],
+                                 entropy[map],          lse[map],              chance[map]};
+    const bool empty = e.weight == 0;
+    for (int i = 0; i < kFields; ++i) {
+      const double size = i < 2 ? extent : i < 6 ? extent * extent : 20;
+      check(near(got[i], empty ? -5 : e.field[i], unit * size), name + " field " + std::to_string(i));
+    }
+    check(peak[size_t(2 * map)] == e.peak_x && peak[size_t(2 * map + 1)] == e.peak_y, name + " peak");
+    bool same = true, zeros = true;
+    double largest = 0;
+    for (double value : e.grad) largest = std::fmax(largest, std::fabs(value));
+    for (int64_t i = 0; i < c.height * c.width; ++i) {
+      const double value = grad.value(map, i / c.width, i % c.width), want = empty ? 0 : e.grad[size_t(i)];
+      const double rounding = 100 * unit * largest + unit * extent * extent * (c.dtype == Dtype::float16 ? 2 : 1);
+      same = same && near(value, want, step * std::fabs(want) + rounding);
+      zeros = zeros && (pixels.at(map, i / c.width, i % c.width) || value == 0);
+    }
+    check(same, name + " gradient");
+    check(zeros, name + " gradient of pixels that do not count");
+  }
+  check(gaps_untouched(grad), c.name() + " gaps");
+}
+
+void test_moments_and_masks() {
+  const int64_t sizes[][4] = {{2, 3, 1, 1},   {3, 4, 3, 3},   {2, 8, 7, 9},  {1, 17, 10, 12}, {2, 2, 6, 16}, {2, 5, 12, 33},
+                              {1, 3, 1, 71}, {1, 3, 70, 1}, {2, 1, 90, 3}, {1, 130, 3, 2},  {1, 2, 70, 130}};
+  for (Dtype dtype : kDtypes) {
+    for (Layout layout : kLayouts) {
+      for (const auto& s : sizes) {
+        const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
+        for (Counted counted : {Counted::all, Counted::mask, Counted::shared_mask, Counted::sizes, Counted::both}) {
+          run_moments(c, counted == Counted::mask ? -1.5 : 1, counted);
+        }
+      }
+    }
+  }
+  for (Layout layout : {Layout::contiguous, Layout::channels_last}) {  // cut into parts
+    for (Counted counted : {Counted::all, Counted::both}) {
+      run_moments({Dtype::float32, layout, 1, 2, 300, 301}, 1, counted);
+      run_moments({Dtype::float32, layout, 1, 1, 1, 70001}, 0.5, counted);
     }
   }
 }
@@ -455,6 +654,7 @@ int main() {
   test_misalignment();
   test_same_bits();
   test_nan_payloads();
+  test_moments_and_masks();
   std::printf("%s: %d passed, %d failed\n", cpu::capability(), passed, failed);
   return failed != 0;
 }
