@@ -93,7 +93,7 @@ class Kernel:
 
     @staticmethod
     def _loads(loop: list[str]) -> int:
-        return sum(text.startswith("LDG") for text in loop)
+        return sum(text.startswith("LDG") and ".U8" not in text for text in loop)  # of bytes: masks
 
     @property
     def per_element(self) -> float:

@@ -53,7 +53,7 @@ def test_a_block_fits(arch: str) -> None:
 
 def bits(text: str) -> int:
     """How wide a load or a store is."""
-    width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", text)
+    width = re.search(r"\.(?:U|S)?(8|16|64|128)\b", text.split()[0])
     return int(width[1]) if width else 32
 
 

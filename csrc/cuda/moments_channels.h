@@ -115,7 +115,7 @@ KPFUSED_DEVICE void moments_step(const T* p, int64_t step, int rows, int done, c
                                  const Sharpness<Acc<T>> (&beta)[V], Acc<T> y, const PixelView& pixels,
                                  const CountedColumn<V>& counted, MomentChannel<Acc<T>> (&channel)[V]) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kStepItems<kFull, T, V>;
   Pack<T, V> pack[N];
   load_packs<kFull>(p, step, rows, plan.ty, pack);
   unsigned bits = ~0u;
@@ -142,7 +142,7 @@ KPFUSED_DEVICE void channels_moments_states(const T* image, const ChannelsPart& 
                                             const Plan& plan, int64_t n, const Sharpness<Acc<T>> (&beta)[V],
                                             Moments<Acc<T>> (&state)[V]) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kItems<T, V>, kChecked = kStepItems<false, T, V>;
   const int64_t step = plan.ty * p.view.stride_y;
   const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
   for (int column = part.column; column < p.view.width; column += plan.tx) {
@@ -153,15 +153,15 @@ KPFUSED_DEVICE void channels_moments_states(const T* image, const ChannelsPart& 
     const T* from = image + part.top * p.view.stride_y + column * p.view.stride_x + part.channel;
     A y = centred<A>(part.top, p.view.height);
     int rows = counted.most;
-    const auto advance = [&] {
-      rows -= N * plan.ty;
-      from += N * step;
-      y += static_cast<A>(N * plan.ty);
+    const auto advance = [&](int items) {
+      rows -= items * plan.ty;
+      from += items * step;
+      y += static_cast<A>(items * plan.ty);
     };
-    for (; rows > unchecked; advance()) {
+    for (; rows > unchecked; advance(N)) {
       moments_step<true>(from, step, rows, counted.most - rows, plan, beta, y, p.pixels, counted, channel);
     }
-    for (; rows > 0; advance()) {
+    for (; rows > 0; advance(kChecked)) {
       moments_step<false>(from, step, rows, counted.most - rows, plan, beta, y, p.pixels, counted, channel);
     }
     const A x = centred<A>(column, p.view.width);
@@ -230,7 +230,7 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
                                           const PixelView& pixels, const CountedColumn<V>& counted,
                                           Acc<T> (&dbeta)[V]) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kStepItems<kFull, T, V>;
   Pack<T, V> pack[N];
   load_packs<kFull>(from, step, rows, ty, pack);
   unsigned bits = ~0u;
@@ -241,14 +241,14 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
     A dh[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      A key = widen(pack[i].value[j]) * map[j].sharp.sign;
+      A logit = widen(pack[i].value[j]);
       // As in rows: hidden from dbeta, and selected, as q may be NaN.
       const bool counts = kFull || bits >> (i * V + j) & 1;
-      if (!counts) key = -INFINITY;
+      if (!counts) logit = map[j].nothing();
       const A dy = y + static_cast<A>(i * ty) - map[j].q.mean_y;
       A q = column[j].constant + dy * (column[j].slope + map[j].q.yy * dy);
       if (done + i * ty == column[j].peak) q += map[j].q.at_peak;
-      dh[j] = gradient(key, q, map[j], dbeta[j]);
+      dh[j] = gradient(logit, q, map[j], dbeta[j]);
       if (!counts) dh[j] = 0;
     }
     store<T, V>(to, narrow(dh, T{}));
@@ -260,7 +260,7 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
                                               const Plan& plan, int64_t n, const MapPolynomial<Acc<T>> (&map)[V],
                                               const PeakPixel (&peak)[V], Acc<T> (&dbeta)[V]) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kItems<T, V>, kChecked = kStepItems<false, T, V>;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
   const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
   for (int x = part.column; x < p.view.width; x += plan.tx) {
@@ -276,17 +276,17 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
     T* to = out_column;
     A y = centred<A>(part.top, p.view.height);
     int rows = counted.most;
-    const auto advance = [&] {
-      rows -= N * plan.ty;
-      from += N * step;
-      to += N * out_step;
-      y += static_cast<A>(N * plan.ty);
+    const auto advance = [&](int items) {
+      rows -= items * plan.ty;
+      from += items * step;
+      to += items * out_step;
+      y += static_cast<A>(items * plan.ty);
     };
-    for (; rows > unchecked; advance()) {
+    for (; rows > unchecked; advance(N)) {
       moments_gradient_step<true>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
                                   counted, dbeta);
     }
-    for (; rows > 0; advance()) {
+    for (; rows > 0; advance(kChecked)) {
       moments_gradient_step<false>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
                                    counted, dbeta);
     }
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kMomentBlocks<T>
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const A sum = dbeta[j] * map[j].sharp.sign;
+    const A sum = map[j].grad_beta(dbeta[j]);
     if (plan.parts() > 1) {
       static_cast<A*>(p.workspace)[(n + j) * plan.parts() + part.part] = sum;
     } else {

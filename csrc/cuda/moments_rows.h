@@ -15,6 +15,10 @@ namespace kpfused::cuda {
 // Rows beyond which no step needs a check are none where some pixels may not count: the step that ends a column checks.
 constexpr int kEveryStep = 0x7fffffff;
 
+// Such a step takes half as many loads, which leaves registers for masks.
+template <bool kFull, class T, int V>
+constexpr int kStepItems = kFull ? kItems<T, V> : kItems<T, V> / 2;
+
 // Blocks a multiprocessor holds, as kRowBlocks: 128 registers a thread.
 template <class T>
 constexpr int kMomentBlocks = sizeof(Acc<T>) == 8 ? 1 : 2;
@@ -106,14 +110,14 @@ struct MomentColumns {
   }
 };
 
-// Keys of pixels that do not count.
+// Gives pixels that do not count a value of no weight.
 template <int N, int V, class A>
-KPFUSED_DEVICE void hide(unsigned bits, A (&key)[N][V]) {
+KPFUSED_DEVICE void hide(unsigned bits, A nothing, A (&key)[N][V]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (!(bits >> (i * V + j) & 1)) key[i][j] = -INFINITY;
+      if (!(bits >> (i * V + j) & 1)) key[i][j] = nothing;
     }
   }
 }
@@ -123,14 +127,14 @@ KPFUSED_DEVICE void moments_step(const T* p, int64_t step, int rows, const Plan&
                                  Acc<T> y, const CountedPixels& counted, const uint8_t* mask, int columns_left,
                                  MomentColumns<Acc<T>, V>& columns) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kStepItems<kFull, T, V>;
   Pack<T, V> pack[N];
   load_packs<kFull>(p, step, rows, plan.ty, pack);
   unsigned bits = 0;
   if (!kFull && !counted.all) bits = counted_bits<N, V>(counted, mask, rows, plan.ty, columns_left);
   A key[N][V];
   keys_of<kFull>(pack, rows, plan.ty, beta.sign, key);
-  if (!kFull && !counted.all) hide(bits, key);
+  if (!kFull && !counted.all) hide(bits, A(-INFINITY), key);
   A top = columns.peak;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -146,7 +150,7 @@ KPFUSED_DEVICE Moments<Acc<T>> rows_moments_state(const T* map, const RowsPart& 
                                                   const Plan& plan, const Sharpness<Acc<T>>& beta,
                                                   const CountedPixels& counted) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kItems<T, V>, kChecked = kStepItems<false, T, V>;
   Moments<A> state = empty_moments<A>();
   const int64_t step = plan.ty * view.stride_y;
   const int tx = plan.tx * V;
@@ -161,17 +165,17 @@ KPFUSED_DEVICE Moments<Acc<T>> rows_moments_state(const T* map, const RowsPart& 
     const uint8_t* mask = mask_column;
     A y = centred<A>(part.top, view.height);
     int rows = part.rows;
-    const auto advance = [&] {
-      rows -= N * plan.ty;
-      p += N * step;
-      y += static_cast<A>(N * plan.ty);
+    const auto advance = [&](int items) {
+      rows -= items * plan.ty;
+      p += items * step;
+      y += static_cast<A>(items * plan.ty);
     };
-    for (; rows > unchecked; advance()) {
+    for (; rows > unchecked; advance(N)) {
       moments_step<true>(p, step, rows, plan, beta, y, counted, mask, left, columns);
     }
-    for (; rows > 0; advance()) {
+    for (; rows > 0; advance(kChecked)) {
       moments_step<false>(p, step, rows, plan, beta, y, counted, mask, left, columns);
-      if (mask) mask += N * plan.ty * counted.stride_y;
+      if (mask) mask += kChecked * plan.ty * counted.stride_y;
     }
     state = merge(state, columns.moments(x), beta.scale, Exp2{});
     if (mask) mask_column += tx * counted.stride_x;
@@ -213,29 +217,34 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kMomentBlocks<T>)
   }
 }
 
-// Of weights that are not zero; over the smallest scale, it is still a number.
+// An exponent of which nothing has weight, and finite, so that what q makes of it is.
 template <class A>
-constexpr A kSmallestExponent = sizeof(A) == 8 ? -1022 : -127;
+constexpr A kNoWeight = sizeof(A) == 8 ? -1100 : -200;
 
-// What the element loops of backward need of one map.
+// What the element loops of backward need of one map, for w = exp2((h - peak) * scale): with the sign of beta in the
+// scale, a logit need not be turned into a key.
 template <class A>
 struct MapPolynomial {
-  A peak, beta;
-  Sharpness<A> sharp;
-  A farthest;  // distance from the peak, beyond which nothing has weight: what q makes of it is finite
-  Polynomial<A> q;
+  A peak, scale, beta;
+  Polynomial<A> q;         // its coefficient of the distance is that of the exponent
   int64_t peak_x, peak_y;  // the pixel whose gradient is greater by q.at_peak
+
+  // The logit that weighs nothing.
+  KPFUSED_DEVICE A nothing() const { return scale < A(0) ? A(INFINITY) : A(-INFINITY); }
+  // From the sum of exponents times w q to that of distances in logits: d loss / d beta.
+  KPFUSED_DEVICE A grad_beta(A sum) const { return sum / scale; }
 };
 
 // Without moments, q.at_peak is zero.
 template <class A>
 KPFUSED_DEVICE MapPolynomial<A> map_polynomial(const BackwardParams& p, int64_t n) {
   const A beta = beta_of<A>(p.beta, n);
+  const Sharpness<A> sharp = sharpness(beta);
   const MomentStats<A> stats = moment_stats<A>(p, n);
-  MapPolynomial<A> map{stats.peak, beta, sharpness(beta), 0, {}, -1, -1};
-  map.farthest = kSmallestExponent<A> / map.sharp.scale;
+  MapPolynomial<A> map{stats.peak * sharp.sign, sharp.scale * sharp.sign, beta, {}, -1, -1};
   if (is_empty(p.pixels, stats.sum)) return map;
   map.q = backward_polynomial(stats, field_gradients<A>(p, n), beta, A(1));
+  map.q.distance /= sharp.scale;
   if (p.with_moments) {
     map.peak_x = p.moments.peak[2 * n];
     map.peak_y = p.moments.peak[2 * n + 1];
@@ -243,12 +252,12 @@ KPFUSED_DEVICE MapPolynomial<A> map_polynomial(const BackwardParams& p, int64_t 
   return map;
 }
 
-// One element: returns dh and adds to dbeta.
+// One element: returns dh, and adds to what MapPolynomial::grad_beta makes dbeta of.
 template <class A>
-KPFUSED_DEVICE A gradient(A key, A q, const MapPolynomial<A>& map, A& dbeta) {
-  const A d = key - map.peak, finite = larger(d, map.farthest);
-  const A wq = Exp2{}(d * map.sharp.scale) * (q + map.q.distance * finite);
-  dbeta += finite * wq;
+KPFUSED_DEVICE A gradient(A logit, A q, const MapPolynomial<A>& map, A& dbeta) {
+  const A exponent = larger((logit - map.peak) * map.scale, kNoWeight<A>);
+  const A wq = Exp2{}(exponent) * (q + map.q.distance * exponent);
+  dbeta += exponent * wq;
   return map.beta * wq;
 }
 
@@ -261,14 +270,14 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
                                           const CountedPixels& counted, const uint8_t* mask, int columns_left,
                                           Acc<T>& dbeta) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kStepItems<kFull, T, V>;
   Pack<T, V> pack[N];
   load_packs<kFull>(from, step, rows, ty, pack);
   unsigned bits = 0;
   if (!kFull && !counted.all) bits = counted_bits<N, V>(counted, mask, rows, ty, columns_left);
-  A key[N][V];
-  keys_of<kFull>(pack, rows, ty, map.sharp.sign, key);
-  if (!kFull && !counted.all) hide(bits, key);
+  A logit[N][V];
+  keys_of<kFull>(pack, rows, ty, A(1), logit);
+  if (!kFull && !counted.all) hide(bits, map.nothing(), logit);
 #pragma unroll
   for (int i = 0; i < N; ++i, to += out_step) {
     if (!kFull && i * ty >= rows) continue;
@@ -282,7 +291,7 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
       for (int j = 0; j < V; ++j) q[j] += j == at ? map.q.at_peak : A(0);
     }
 #pragma unroll
-    for (int j = 0; j < V; ++j) dh[j] = gradient(key[i][j], q[j], map, dbeta);
+    for (int j = 0; j < V; ++j) dh[j] = gradient(logit[i][j], q[j], map, dbeta);
     if (!kFull && !counted.all) {
       // Selected: what the other pixels made of the map's q may be NaN.
 #pragma unroll
@@ -308,7 +317,7 @@ KPFUSED_DEVICE Acc<T> rows_moments_gradient(const T* map, T* out, const RowsPart
                                             const Plan& plan, const MapPolynomial<Acc<T>>& at,
                                             const CountedPixels& counted) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>;
+  constexpr int N = kItems<T, V>, kChecked = kStepItems<false, T, V>;
   A dbeta = 0;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
   const int tx = plan.tx * V;
@@ -334,21 +343,21 @@ KPFUSED_DEVICE Acc<T> rows_moments_gradient(const T* map, T* out, const RowsPart
     const uint8_t* mask = mask_at(counted, part.top, part.left + done);
     A y = centred<A>(part.top, p.view.height);
     int rows = columns_left > 0 ? valid.rows : 0;
-    const auto advance = [&] {
-      rows -= N * plan.ty;
-      from += N * step;
-      to += N * out_step;
-      y += static_cast<A>(N * plan.ty);
-      to_peak -= N * plan.ty;
+    const auto advance = [&](int items) {
+      rows -= items * plan.ty;
+      from += items * step;
+      to += items * out_step;
+      y += static_cast<A>(items * plan.ty);
+      to_peak -= items * plan.ty;
     };
-    for (; rows > unchecked; advance()) {
+    for (; rows > unchecked; advance(N)) {
       moments_gradient_step<true>(from, to, step, out_step, rows, plan.ty, at, along_x, cross, y, to_peak,
                                   peak_column, counted, mask, columns_left, dbeta);
     }
-    for (; rows > 0; advance()) {
+    for (; rows > 0; advance(kChecked)) {
       moments_gradient_step<false>(from, to, step, out_step, rows, plan.ty, at, along_x, cross, y, to_peak,
                                    peak_column, counted, mask, columns_left, dbeta);
-      if (mask) mask += N * plan.ty * counted.stride_y;
+      if (mask) mask += kChecked * plan.ty * counted.stride_y;
     }
     if (!counted.all) {
       fill_below<T, V>(out_first + done, p.grad_view.stride_y, columns_left > 0 ? valid.rows : 0, part.rows, plan.ty);
@@ -375,7 +384,7 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kMomentBlocks<T>)
   }
   if (!p.grad_beta) return;
   KPFUSED_SHARED(A, shared);
-  dbeta = reduce_team(dbeta, plan.team, shared, Add{}) * at.sharp.sign;
+  dbeta = at.grad_beta(reduce_team(dbeta, plan.team, shared, Add{}));
   if (threadIdx.x % plan.team != 0 || part.map >= p.view.maps()) return;
   if (plan.parts() > 1) {
     static_cast<A*>(p.workspace)[part.item] = dbeta;
