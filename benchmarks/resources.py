@@ -83,17 +83,21 @@ class Kernel:
     @property
     def items(self) -> int:
         """Loads in flight: items_of of csrc/plan.h."""
-        return 8 if self.vector == 1 else 4 if self.element_bytes == 8 else 16 // self.vector
+        items = 8 if self.vector == 1 else 4 if self.element_bytes == 8 else 16 // self.vector
+        return items // 2 if "channels_moments_backward" in self.name else items  # kGradientItems
 
     @property
     def main_loop(self) -> list[str]:
         """The loop whose steps need no bounds check: the one that loads from maps without a predicate."""
-        loads = [loop for loop in self.loops() if self._loads(loop) == self.items]
-        return min(loads, key=len, default=[])
+        found = [
+            loop for loop in self.loops() if self._loads(loop) == [8 * self.element_bytes * self.vector] * self.items
+        ]
+        return min(found, key=len, default=[])
 
     @staticmethod
-    def _loads(loop: list[str]) -> int:
-        return sum(text.startswith("LDG") and ".U8" not in text for text in loop)  # of bytes: masks
+    def _loads(loop: list[str]) -> list[int]:
+        """Widths of all loads but those of bytes, which are of masks."""
+        return [bits(text) for text in loop if text.startswith("LDG") and ".U8" not in text]
 
     @property
     def per_element(self) -> float:
@@ -124,6 +128,12 @@ class Kernel:
             for start, end in inner
             if start in addresses
         ]
+
+
+def bits(text: str) -> int:
+    """How wide a load or a store is."""
+    width = re.search(r"\b(?:LDG|STG)\S*?\.(?:U|S)?(8|16|64|128)\b", text)
+    return int(width[1]) if width else 32
 
 
 def cuobjdump() -> str | None:

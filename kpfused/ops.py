@@ -25,6 +25,7 @@ from kpfused.results import SpatialMoments
 from kpfused.volume import merge_slices
 
 _HAS_CUDA = bool(_C.build_info()["cuda"])
+_PEAK = SpatialMoments._fields.index("peak")
 _STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
 
 
@@ -82,6 +83,10 @@ class _Kernel:
     def grads(self) -> int:
         return len(self.sizes) - len(self.constant)
 
+    def dtype_of(self, output: int, heatmap: Tensor) -> torch.dtype:
+        is_peak = len(self.sizes) > _PEAK and output == _PEAK
+        return torch.int64 if is_peak else accumulator_dtype(heatmap.dtype)
+
 
 def _compose_soft_argmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     beta, keywords = _settings_of_reference(*settings)
@@ -110,7 +115,6 @@ def _settings_of_reference(
 
 
 _SOFT_ARGMAX2D = _Kernel("soft_argmax2d", _compose_soft_argmax2d, sizes=((2,), (_STATS,)), constant=(1,), kept=(1,))
-_PEAK = SpatialMoments._fields.index("peak")
 _MOMENTS2D = _Kernel(
     "spatial_moments2d",
     _compose_spatial_moments2d,
@@ -402,19 +406,17 @@ def _align(tensor: Tensor, dim: int, leading: torch.Size, trailing: int) -> Tens
 
 def _fold_batch(size: int, dims: tuple[Any, ...], heatmap: Tensor, beta: Tensor | None, *pixels: Any) -> list[Any]:
     """heatmap, beta and pixels as the ops take them, with the dimension of vmap as the first leading one."""
-    heatmap_dim, beta_dim, *pixel_dims = dims
+    heatmap_dim, beta_dim, mask_dim, valid_size_dim, *_ = (*dims, None, None)
     heatmap = _batch_first(heatmap, heatmap_dim, size)
     leading = heatmap.shape[:-2]
     if beta is not None and beta_dim is not None:
         beta = _align(beta, beta_dim, leading, 0)
-    if pixels:
-        mask, valid_size, empty_value = pixels
-        if mask is not None:
-            mask = _batch_first(mask, pixel_dims[0], size)
-        if valid_size is not None and pixel_dims[1] is not None:
-            valid_size = _align(valid_size, pixel_dims[1], leading, 1)
-        pixels = (mask, valid_size, empty_value)
-    return [heatmap, beta, *pixels]
+    mask, valid_size, empty_value = (*pixels, None, None, None)[:3]  # trailing defaults do not arrive
+    if mask is not None:
+        mask = _batch_first(mask, mask_dim, size)
+    if valid_size is not None and valid_size_dim is not None:
+        valid_size = _align(valid_size, valid_size_dim, leading, 1)
+    return [heatmap, beta, mask, valid_size, empty_value]
 
 
 def _vmap_forward(
@@ -462,9 +464,8 @@ def _fake_forward(
     kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
     _check_op(heatmap, beta, coordinates)
-    leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
     return tuple(
-        heatmap.new_empty((*leading, *size), dtype=torch.int64 if kernel is _MOMENTS2D and i == _PEAK else dtype)
+        heatmap.new_empty((*heatmap.shape[:-2], *size), dtype=kernel.dtype_of(i, heatmap))
         for i, size in enumerate(kernel.sizes)
     )
 
@@ -476,6 +477,7 @@ def _fake_backward(kernel: _Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
     leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
     for tensor, i in zip(rest, kernel.kept, strict=False):
         fits = tensor.is_contiguous() and tensor.shape == (*leading, *kernel.sizes[i])
+        fits = fits and tensor.dtype == kernel.dtype_of(i, heatmap)
         _require(fits, f"{kernel.name}_backward must be given what {kernel.name} returned for this heatmap")
     for grad, i in zip(grads, kernel.differentiable, strict=True):
         fits = grad is None or (grad.dtype == dtype and grad.shape == (*leading, *kernel.sizes[i]))

@@ -80,7 +80,7 @@ class BackwardLanes {
           load_gradient(params_, map, m);
           of_peak = finish_peak<T, kBeta>(params_, map, m, all.out + c, {row, all.rows, col, all.cols});
         }
-        if (!kBeta) continue;
+        if (!kBeta || !params_.grad_beta) continue;
         const int64_t group = c / L, lane = c - group_begin<A>(group, at_least(channels, L));
         A* to = static_cast<A*>(count == 1 ? params_.grad_beta : params_.workspace);
         to[map * count + part] = lanes.group[group].of.sign[lane] * (lanes.group[group].dbeta[lane] + of_peak);

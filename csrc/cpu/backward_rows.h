@@ -40,7 +40,7 @@ KPFUSED_INLINE void load_gradient(const BackwardParams& params, int64_t map, Map
   const MomentStats<A>& stats = static_cast<const MomentStats<A>*>(params.stats)[map];
   to.beta = beta_of<A>(params.beta, map);
   to.of = falloff(sharpness(to.beta), stats.peak);
-  to.q = backward_polynomial(stats, field_gradients<A>(params, map), to.beta, params.grad_beta ? A(1) : to.beta);
+  to.q = backward_polynomial(stats, field_gradients<A>(params, map), to.beta, A(1));
   if (is_empty(params.pixels, stats.sum)) to.q = {};
 }
 
@@ -159,35 +159,47 @@ class BackwardRows {
   void run(int64_t begin, int64_t end) const {
     const T* h = static_cast<const T*>(params_.heatmap);
     T* out = static_cast<T*>(params_.grad_heatmap);
-    if (plan_.parts.count() > 1) {
-      for (int64_t item = begin; item < end; ++item) run_part(h, out, item);
-      return;
-    }
-    const Area whole = {0, view_.height, 0, view_.width, plan_.chunks(view_.height, view_.width).y};
-    MapWalk from(view_, begin), to(params_.grad_view, begin);
-    for (int64_t map = begin; map < end; ++map, from.advance(), to.advance()) {
-      const A dbeta = of_area(h + from.offset(), out + to.offset(), whole, map);
-      if (kBeta) static_cast<A*>(params_.grad_beta)[map] = dbeta;
+    A* const dbeta = static_cast<A*>(split() && params_.grad_beta ? params_.workspace : params_.grad_beta);
+    Area area = {begin, h, out, 0, view_.height, 0, view_.width, plan_.chunks(view_.height, view_.width).y};
+    MapWalk from(view_, split() ? 0 : begin), to(params_.grad_view, split() ? 0 : begin);
+    // One call for whole maps and parts, since the compiler unfolds its loops into each.
+    for (int64_t item = begin; item < end; ++item) {
+      if (split()) {
+        area = part_of(h, out, item);
+      } else {
+        area.map = item, area.h = h + from.offset(), area.out = out + to.offset();
+        from.advance(), to.advance();
+      }
+      const A sum = of_area(area);
+      if (kBeta && dbeta) dbeta[item] = sum;
     }
   }
 
  private:
   struct Area {
+    int64_t map;
+    const T* h;  // of the map
+    T* out;
     int64_t row, rows, col, cols;
     Cut chunks;  // of a flat map's rows
   };
 
-  void run_part(const T* h, T* out, int64_t item) const {
+  bool split() const { return plan_.parts.count() > 1; }
+
+  Area part_of(const T* h, T* out, int64_t item) const {
     const Tiling& parts = plan_.parts;
     const int64_t map = item / parts.count(), index = item % parts.count();
     const int64_t i = index / parts.x.count, j = index % parts.x.count;
     const int64_t rows = parts.y.size(i), cols = parts.x.size(j);
-    const Area area = {parts.y.begin(i), rows, parts.x.begin(j), cols, plan_.chunks(rows, cols).y};
-    const A dbeta = of_area(h + map_offset(view_, map), out + map_offset(params_.grad_view, map), area, map);
-    if (kBeta) static_cast<A*>(params_.workspace)[item] = dbeta;
+    return {map,  h + map_offset(view_, map), out + map_offset(params_.grad_view, map), parts.y.begin(i),
+            rows, parts.x.begin(j),           cols,
+            plan_.chunks(rows, cols).y};
   }
 
-  KPFUSED_INLINE A of_area(const T* h, T* out, const Area& area, int64_t index) const {
+  KPFUSED_INLINE A of_area(const Area& area) const {
+    const T* const h = area.h;
+    T* const out = area.out;
+    const int64_t index = area.map;
     Vec<A> dbeta = {};
     Map map;
     load_gradient(params_, index, map);

@@ -24,17 +24,20 @@ class ForwardRows {
 
   void run(int64_t begin, int64_t end) const {
     const T* base = static_cast<const T*>(params_.heatmap);
-    if (plan_.parts.count() > 1) {
-      for (int64_t item = begin; item < end; ++item) run_part(base, item);
-      return;
-    }
+    const bool split = plan_.parts.count() > 1;
     const Tiling chunks = plan_.chunks(view_.height, view_.width);
-    MapWalk walk(view_, begin);
-    for (int64_t map = begin; map < end; ++map) {
-      const T* p = base + walk.offset();
-      walk.advance();
-      const Part part = {map, p, 0, 0, chunks, map + 1 < end ? base + walk.offset() : p};
-      write_result(params_, map, of_part(part));
+    MapWalk walk(view_, split ? 0 : begin);
+    // One call for both, since the compiler unfolds all of a part's loops into each.
+    for (int64_t item = begin; item < end; ++item) {
+      Part part = {item, base + walk.offset(), 0, 0, chunks, nullptr};
+      if (split) {
+        part = part_of(base, item);
+      } else {
+        walk.advance();
+        part.next = item + 1 < end ? base + walk.offset() : part.p;
+      }
+      const S state = of_part(part);
+      split ? write_state(params_, item, state) : write_result(params_, item, state);
     }
   }
 
@@ -47,15 +50,14 @@ class ForwardRows {
     const T* next;  // where to read on afterwards
   };
 
-  void run_part(const T* base, int64_t item) const {
+  Part part_of(const T* base, int64_t item) const {
     const Tiling& parts = plan_.parts;
     const int64_t map = item / parts.count(), index = item % parts.count();
     const int64_t i = index / parts.x.count, j = index % parts.x.count;
     const int64_t row = parts.y.begin(i), col = parts.x.begin(j);
     const T* p = base + map_offset(view_, map) + row * view_.stride_y + col;
     const T* next = j + 1 == parts.x.count ? p - col + parts.y.size(i) * view_.stride_y : p + parts.x.size(j);
-    const Part part = {map, p, row, col, plan_.chunks(parts.y.size(i), parts.x.size(j)), next};
-    write_state(params_, item, of_part(part));
+    return {map, p, row, col, plan_.chunks(parts.y.size(i), parts.x.size(j)), next};
   }
 
   static S nothing() {
@@ -69,11 +71,11 @@ class ForwardRows {
   KPFUSED_INLINE S of_part(const Part& part) const {
     const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
     if (!params_.pixels.all()) return of_counting(part, sharp);
-    S state = chunk(part, 0, 0, sharp, nothing());
-    if (part.chunks.count() == 1) return state;
+    S state = nothing();
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
-      for (int64_t j = i == 0 ? 1 : 0; j < part.chunks.x.count; ++j) {
-        state = merge(state, chunk(part, i, j, sharp, state), sharp.scale, ScalarExp2{});
+      for (int64_t j = 0; j < part.chunks.x.count; ++j) {
+        const S next = chunk(part, i, j, sharp, state);
+        state = i + j == 0 ? next : merge(state, next, sharp.scale, ScalarExp2{});
       }
     }
     return state;

@@ -60,7 +60,7 @@ void backward_of(const BackwardParams& params) {
   is_channels_last(params.view) ? run<BackwardLanes<T, kBeta, kMoments>>(params)
                                 : run<BackwardRows<T, kBeta, kMoments>>(params);
   const int64_t parts = part_tiling(params.view).count();
-  if (kBeta && parts > 1) add_parts<Acc<T>>(params, parts);
+  if (kBeta && params.grad_beta && parts > 1) add_parts<Acc<T>>(params, parts);
 }
 
 template <class T>
@@ -70,7 +70,8 @@ void forward_of(const ForwardParams& params) {
 
 template <class T>
 void backward_of(const BackwardParams& params) {
-  if (params.with_moments) return params.grad_beta ? backward_of<T, true, true>(params) : backward_of<T, false, true>(params);
+  // Moments sum dbeta, wanted or not: a product a pixel, and half the code.
+  if (params.with_moments) return backward_of<T, true, true>(params);
   params.grad_beta ? backward_of<T, true, false>(params) : backward_of<T, false, false>(params);
 }
 

@@ -34,13 +34,9 @@ struct alignas(sizeof(T) * V) Pack {
   T value[V];
 };
 
+// widen() and narrow_pair() of half precision are in float16.h and bfloat16.h.
 KPFUSED_DEVICE float widen(float x) { return x; }
 KPFUSED_DEVICE double widen(double x) { return x; }
-KPFUSED_DEVICE float widen(Float16 x) { return float16_to_float(x.bits); }
-KPFUSED_DEVICE float widen(Bfloat16 x) { return bfloat16_to_float(x.bits); }
-
-KPFUSED_DEVICE uint32_t narrow_pair(Float16, float low, float high) { return floats_to_float16(low, high); }
-KPFUSED_DEVICE uint32_t narrow_pair(Bfloat16, float low, float high) { return floats_to_bfloat16(low, high); }
 
 template <int V>
 KPFUSED_DEVICE Pack<float, V> narrow(const float (&x)[V], float) {

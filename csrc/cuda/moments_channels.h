@@ -212,6 +212,10 @@ struct ColumnPolynomial {
   int peak;  // rows from the thread's first to that of the peak; negative where it is not in this column
 };
 
+// Loads that a thread issues backward, where a channel has twice the numbers.
+template <class T, int V>
+constexpr int kGradientItems = kItems<T, V> / 2;
+
 // A peak's pixel: its column, and its row from the thread's first on; negative rows are none of the thread's part.
 struct PeakPixel {
   int column, row;
@@ -230,7 +234,7 @@ KPFUSED_DEVICE void moments_gradient_step(const T* from, T* to, int64_t step, in
                                           const PixelView& pixels, const CountedColumn<V>& counted,
                                           Acc<T> (&dbeta)[V]) {
   using A = Acc<T>;
-  constexpr int N = kStepItems<kFull, T, V>;
+  constexpr int N = kGradientItems<T, V>;
   Pack<T, V> pack[N];
   load_packs<kFull>(from, step, rows, ty, pack);
   unsigned bits = ~0u;
@@ -260,7 +264,7 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
                                               const Plan& plan, int64_t n, const MapPolynomial<Acc<T>> (&map)[V],
                                               const PeakPixel (&peak)[V], Acc<T> (&dbeta)[V]) {
   using A = Acc<T>;
-  constexpr int N = kItems<T, V>, kChecked = kStepItems<false, T, V>;
+  constexpr int N = kGradientItems<T, V>;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
   const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
   for (int x = part.column; x < p.view.width; x += plan.tx) {
@@ -276,17 +280,17 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
     T* to = out_column;
     A y = centred<A>(part.top, p.view.height);
     int rows = counted.most;
-    const auto advance = [&](int items) {
-      rows -= items * plan.ty;
-      from += items * step;
-      to += items * out_step;
-      y += static_cast<A>(items * plan.ty);
+    const auto advance = [&] {
+      rows -= N * plan.ty;
+      from += N * step;
+      to += N * out_step;
+      y += static_cast<A>(N * plan.ty);
     };
-    for (; rows > unchecked; advance(N)) {
+    for (; rows > unchecked; advance()) {
       moments_gradient_step<true>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
                                   counted, dbeta);
     }
-    for (; rows > 0; advance(kChecked)) {
+    for (; rows > 0; advance()) {
       moments_gradient_step<false>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
                                    counted, dbeta);
     }

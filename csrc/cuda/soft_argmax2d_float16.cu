@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include "float16.h"
 #include "launch.h"
 
 namespace kpfused::cuda {
