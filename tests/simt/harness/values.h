@@ -133,6 +133,7 @@ inline Real logit(Values values, int64_t n, int64_t y, int64_t x, int64_t height
       const bool here = y * width + x == odd;
       if (n % 5 == 1) return -kInfinity;
       if (n % 5 == 2 && here) return kNan;
+      if (n % 10 == 7 && (y + x) % 4 == 0) return kNan;  // some of which counts, whatever is masked
       if (n % 5 == 3 && here) return kInfinity;
       return noise;
     }
