@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from kpfused.reference import COORDINATES
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# beta times log2 e, and times what backward has of gradients and pixels, is a float32 in the kernels.
+_MOST_BETA, _LEAST_TEMPERATURE = 1e30, 1e-30
 _INDEX = {name: index for index, name in enumerate(COORDINATES)}
 
 
@@ -50,17 +53,25 @@ def coordinates_index(coordinates: str) -> int:
 
 
 def check_sharpness(name: str, value: Tensor | float) -> None:
-    """Accepts a finite number or a floating-point tensor as ``beta`` or ``temperature``; a temperature is not zero."""
+    """Accepts a number that float32 holds or a floating-point tensor as ``beta`` or ``temperature``, which is not 0."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor; got {value.dtype}")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # NumPy's numbers are numbers.Real, which takes longer to find out.
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number or a torch.Tensor; got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # not isfinite: it breaks a compiled graph in which the number varies
+    # Comparisons, not isfinite: that breaks a compiled graph in which the number varies.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite; got {value}")
-    if name == "temperature" and value == 0:
-        raise ValueError("temperature must not be zero; a map's softmax divides by it")
+    if name == "temperature":
+        if -_LEAST_TEMPERATURE < value < _LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must not be zero, nor within {_LEAST_TEMPERATURE} of it: a map's softmax divides by it; "
+                f"got {value}"
+            )
+    elif not -_MOST_BETA <= value <= _MOST_BETA:
+        raise ValueError(f"beta must be from {-_MOST_BETA} to {_MOST_BETA}; got {value}")
 
 
 def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float | None) -> None:
@@ -69,8 +80,16 @@ def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float 
         check_sharpness("beta", beta)
         return
     check_sharpness("temperature", temperature)
-    if isinstance(beta, Tensor) or beta != 1:
+    if isinstance(beta, Tensor) or beta is True or beta != 1:
         raise ValueError(f"give beta or temperature, not both; got beta={beta!r} and temperature={temperature!r}")
+
+
+def check_num_keypoints(num_keypoints: int) -> None:
+    """Accepts a count of at least one."""
+    if isinstance(num_keypoints, bool) or not isinstance(num_keypoints, int):
+        raise TypeError(f"num_keypoints must be an int; got {type(num_keypoints).__name__}")
+    if num_keypoints < 1:
+        raise ValueError(f"num_keypoints must be at least 1; got {num_keypoints}")
 
 
 def check_broadcast(name: str, tensor: Tensor, heatmap: Tensor) -> None:

@@ -67,9 +67,9 @@ def soft_argmax2d(
 
     Raises:
         TypeError: an argument is of a type or dtype that is not listed above.
-        ValueError: fewer than two dimensions, no pixels, both beta and temperature, a temperature of zero, a tensor
-            that does not broadcast or lies on another device, a valid size beyond the map, debias with a mask or a
-            valid size, or unknown coordinates.
+        ValueError: fewer than two dimensions, no pixels, both beta and temperature, a number beyond 1e30 as beta or
+            within 1e-30 of zero as temperature, a tensor that does not broadcast or lies on another device, a valid
+            size beyond the map, debias with a mask or a valid size, or unknown coordinates.
     """
     arguments = _checked(heatmap, beta, temperature, coordinates)
     pixels = _pixels(heatmap, mask, valid_size, empty_value)
@@ -82,8 +82,9 @@ def soft_argmax2d(
 
 
 def _debiased(mean: Tensor, logsumexp: Tensor, size: torch.Size, coordinates: str) -> Tensor:
-    share = (math.log(size.numel()) - logsumexp).clamp(max=math.log(_MOST_BACKGROUND)).exp()
     height, width = size
+    pixels = logsumexp.new_full((), height * width)  # a tensor: the logarithm of a symbolic size would fix it
+    share = (pixels.log() - logsumexp).clamp(max=math.log(_MOST_BACKGROUND)).exp()
     centre = (reference.coordinate_units(n, coordinates)[1] for n in (width, height))
     return torch.stack([(mean[..., i] - share * c) / (1 - share) for i, c in enumerate(centre)], -1)
 
@@ -269,7 +270,7 @@ def _checked(
     if temperature is None and not isinstance(beta, Tensor):
         return heatmap, None, float(beta), index
     if temperature is not None and not isinstance(temperature, Tensor):
-        return heatmap, None, 1.0 / temperature, index
+        return heatmap, None, 1.0 / float(temperature), index
     return heatmap, _beta_tensor(heatmap, beta, temperature), 0.0, index
 
 

@@ -122,6 +122,6 @@ def _initial_log_beta(beta: Tensor | float, temperature: Tensor | float | None, 
     start = beta if temperature is None else 1.0 / temperature
     if start <= 0:
         raise ValueError(f"learnable=True keeps beta positive; got a start of {start}")
-    if num_keypoints is not None and num_keypoints < 1:
-        raise ValueError(f"num_keypoints must be at least 1; got {num_keypoints}")
+    if num_keypoints is not None:
+        checks.check_num_keypoints(num_keypoints)
     return torch.full(() if num_keypoints is None else (num_keypoints,), math.log(start))

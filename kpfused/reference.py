@@ -112,8 +112,9 @@ def _moments(
     chance = log_p.exp().gather(-1, index[..., None])[..., 0]
     peak = []
     for size in reversed(heatmap.shape[-dims:]):
-        peak.append(index % size)
-        index = index // size
+        rest = index // size
+        peak.append(index - rest * size)  # not %, which ONNX has for no size that varies
+        index = rest
     real = (_filled(f, empty, empty_value) for f in (mean, covariance, entropy, torch.logsumexp(flat, -1), chance))
     mean, covariance, entropy, logsumexp, chance = real
     return SpatialMoments(mean, covariance, entropy, logsumexp, torch.stack(peak, -1), chance)

@@ -20,12 +20,17 @@ def _no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a kernel ran on bad input")
 
-    monkeypatch.setattr(ops, "soft_argmax2d", refuse)
+    for name in ("soft_argmax2d", "spatial_moments2d", "spatial_moments3d"):
+        monkeypatch.setattr(ops, name, refuse)
+
+
+FUNCTIONS = (kpfused.soft_argmax2d, kpfused.spatial_moments2d)
 
 
 def fails(error: type[Exception], words: str, *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(error, match=re.escape(words)):
-        kpfused.soft_argmax2d(*args, **kwargs)
+    for function in FUNCTIONS:
+        with pytest.raises(error, match=re.escape(words)):
+            function(*args, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
@@ -64,6 +69,21 @@ def test_temperature_of_zero() -> None:
 def test_number_is_not_finite(value: float) -> None:
     fails(ValueError, f"beta must be finite; got {value}", MAP, value)
     fails(ValueError, f"temperature must be finite; got {value}", MAP, temperature=value)
+
+
+@pytest.mark.parametrize("value", [1.1e30, -3e38, 1e39])
+def test_beta_beyond_the_kernels(value: float) -> None:
+    fails(ValueError, f"beta must be from -1e+30 to 1e+30; got {value}", MAP, value)
+
+
+@pytest.mark.parametrize("value", [1e-39, -1e-39, 0])
+def test_temperature_beyond_the_kernels(value: float) -> None:
+    words = "temperature must not be zero, nor within 1e-30 of it: a map's softmax divides by it"
+    fails(ValueError, f"{words}; got {value}", MAP, temperature=value)
+
+
+def test_integers_of_any_size() -> None:
+    fails(ValueError, "beta must be from -1e+30 to 1e+30; got 1000", MAP, 10**400)
 
 
 @pytest.mark.parametrize("value", ["1", True, [1.0]])
@@ -105,3 +125,5 @@ def test_layer_arguments() -> None:
         kpfused.SoftArgmax2d(num_keypoints=3)
     with pytest.raises(ValueError, match="num_keypoints must be at least 1; got 0"):
         kpfused.SoftArgmax2d(learnable=True, num_keypoints=0)
+    with pytest.raises(TypeError, match="num_keypoints must be an int; got float"):
+        kpfused.SoftArgmax2d(learnable=True, num_keypoints=3.0)  # type: ignore[arg-type]

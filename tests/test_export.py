@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+import kpfused
 from kpfused import SoftArgmax2d, reference
 from tests import cases
 
@@ -123,3 +124,57 @@ def test_onnx_of_every_head() -> None:
     for size in SIZES:
         for kind in (cases.random, cases.peaked, cases.masked):
             assert_runs_alike(model, module, kind(size).float())
+
+
+class Masked(nn.Module):
+    """What else a head may give and take: masks, valid sizes, moments, debiasing."""
+
+    def forward(self, heatmap: Tensor, mask: Tensor, size: Tensor) -> list[Tensor]:
+        moments = kpfused.spatial_moments2d(heatmap, 2.0, coordinates="centers", mask=mask)
+        sized = kpfused.spatial_moments2d(heatmap, valid_size=(size[:, :1], size[:, 1:]), empty_value=-1.0)
+        return [
+            kpfused.soft_argmax2d(heatmap, mask=mask, valid_size=(size[:, :1], size[:, 1:]), empty_value=0.0),
+            kpfused.soft_argmax2d(heatmap, debias=True),
+            *moments,
+            *sized,
+        ]
+
+
+MASKED_DYNAMIC = (DYNAMIC[0], {0: DYNAMIC[0][0], 2: DYNAMIC[0][2], 3: DYNAMIC[0][3]}, {0: DYNAMIC[0][0]})
+
+
+def masked_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    batch, _, height, width = shape
+    mask = torch.rand(batch, 1, height, width, generator=generator) < 0.6
+    size = torch.stack([torch.randint(0, n + 1, (batch,), generator=generator) for n in (height, width)], -1)
+    return torch.randn(shape, generator=generator), mask, size
+
+
+def test_onnx_of_masks_and_moments() -> None:
+    module = Masked()
+    program = torch.onnx.export(
+        module, masked_inputs((2, 3, 16, 12)), dynamo=True, dynamic_shapes=MASKED_DYNAMIC, verbose=False
+    )
+    assert program is not None
+    model = program.model_proto
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    for shape in SIZES:
+        inputs = masked_inputs(shape)
+        got = session.run(None, dict(zip(names, (i.numpy() for i in inputs), strict=True)))
+        for a, b in zip(got, module(*inputs), strict=True):
+            torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_export_of_masks_and_moments(tmp_path: Path, device: str) -> None:
+    module = Masked()
+    inputs = tuple(i.to(device) for i in masked_inputs((2, 3, 16, 12)))
+    torch.export.save(torch.export.export(module, inputs, dynamic_shapes=MASKED_DYNAMIC), tmp_path / "masked.pt2")
+    loaded = torch.export.load(tmp_path / "masked.pt2").module()
+    for shape in SIZES:
+        inputs = tuple(i.to(device) for i in masked_inputs(shape))
+        for a, b in zip(loaded(*inputs), module(*inputs), strict=True):
+            assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))

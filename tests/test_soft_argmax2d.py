@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -70,6 +71,26 @@ def test_coordinates_are_what_the_table_says(device: str) -> None:
     for coordinates, point in expected.items():
         actual = kpfused.soft_argmax2d(heatmap, coordinates=coordinates)
         torch.testing.assert_close(actual.cpu(), torch.tensor(point, dtype=torch.float32))
+
+
+def test_numbers_of_numpy(device: str) -> None:
+    heatmap = cases.random((2, 3, 5, 6)).to(device)
+    assert torch.equal(kpfused.soft_argmax2d(heatmap, np.float32(2)), kpfused.soft_argmax2d(heatmap, 2.0))
+    halved = kpfused.soft_argmax2d(heatmap, temperature=np.int64(2))
+    assert torch.equal(halved, kpfused.soft_argmax2d(heatmap, 0.5))
+
+
+@pytest.mark.parametrize("settings", [{"beta": 1e30}, {"beta": -1e30}, {"temperature": 1e-30}], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_largest_beta_is_an_argmax(device: str, settings: dict[str, float], layout: str) -> None:
+    heatmap = cases.LAYOUTS[layout](cases.random((2, 3, 20, 300)).float().to(device)).requires_grad_()
+    got = kpfused.soft_argmax2d(heatmap, **settings)
+    sign = -1 if settings.get("beta", 1) < 0 else 1
+    at = (sign * heatmap).flatten(2).argmax(-1)
+    assert torch.equal(got, torch.stack((at % 300, at // 300), -1).float())
+    got.sum().backward()
+    assert heatmap.grad is not None
+    assert torch.count_nonzero(heatmap.grad) == 0
 
 
 @pytest.mark.parametrize("beta", [0.0, 1e-3, 3.0, -2.0, 100.0, -1e3])
