@@ -289,7 +289,13 @@ def _pixels(
     size = None
     if valid_size is not None:
         checks.check_valid_size(valid_size, heatmap)
-        height, width = (torch.as_tensor(n, dtype=torch.int64, device=heatmap.device) for n in valid_size)
+        height, width = (
+            n.to(torch.int64)
+            if isinstance(n, Tensor)
+            # Not as_tensor, which fixes a size that the compiler takes for a symbol.
+            else torch.full((), n, dtype=torch.int64, device=heatmap.device)
+            for n in valid_size
+        )
         size = torch.stack((height + 0 * width, width + 0 * height), -1)
         if height.dim() or width.dim():
             size = ops.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()

@@ -134,7 +134,7 @@ def counting(
     """Which pixels count, broadcastable to the heatmap; None for all."""
     if valid_size is not None:
         rows, columns = (torch.arange(n, device=heatmap.device) for n in heatmap.shape[-2:])
-        height, width = (torch.as_tensor(n, device=heatmap.device)[..., None, None] for n in valid_size)
+        height, width = (n[..., None, None] if isinstance(n, Tensor) else n for n in valid_size)
         within = (rows[:, None] < height) & (columns < width)
         return within if mask is None else within & mask
     return mask

@@ -88,6 +88,30 @@ def test_compiled_once_for_any_size(device: str, name: str, layout: str, backend
             assert_same(outcome(program, *arguments), outcome(function, *arguments))
 
 
+def masked_moments(heatmap: Tensor, beta: Tensor) -> Tensor:
+    """Everything at once, as one tensor."""
+    batch, _, height, width = heatmap.shape
+    mask = torch.arange(height, device=heatmap.device)[:, None] % 5 != torch.arange(width, device=heatmap.device) % 3
+    size = torch.arange(1, batch + 1, device=heatmap.device)[:, None].clamp(max=height)
+    moments = kpfused.spatial_moments2d(heatmap, beta, mask=mask, coordinates="unit")
+    sized = kpfused.soft_argmax2d(heatmap, beta, valid_size=(size, width), empty_value=0.0)
+    fields = [moments.mean, moments.covariance.flatten(-2), sized, kpfused.soft_argmax2d(heatmap, debias=True)]
+    numbers = torch.stack([moments.entropy, moments.logsumexp, moments.peak_probability], -1)
+    return torch.cat([*fields, numbers, moments.peak.to(numbers)], -1)
+
+
+@pytest.mark.parametrize(("layout", "backend"), [("contiguous", "aot_eager"), ("channels_last", "inductor")])
+def test_masks_and_moments_compile_once(device: str, layout: str, backend: str) -> None:
+    program = compiled(masked_moments, backend)
+    for step, (batch, size) in enumerate([(2, (16, 12)), (3, (16, 12)), (4, (9, 31))]):
+        heatmap, beta = maps(batch, device, layout, size), (torch.rand(5) + 0.5).to(device)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            got, want = outcome(program, heatmap, beta), outcome(masked_moments, heatmap, beta)
+        # The compiler adds up the gradients of three calls in an order of its own.
+        torch.testing.assert_close(got, want)
+        assert torch.equal(got[0][..., :8], want[0][..., :8])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_compiled_dtypes(device: str, dtype: torch.dtype) -> None:
     heatmap = maps(2, device, "channels_last").to(dtype)
@@ -283,6 +307,33 @@ def test_opcheck(device: str, sample: Any, requires_grad: bool) -> None:
         torch.library.opcheck(public, tensors)
         if not requires_grad:  # the private ops have no autograd formula: their caller brings its own
             torch.library.opcheck(private, tensors)
+
+
+PIXELS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "all": lambda: (),
+    "mask": lambda: ((torch.rand(2, 1, 6, 8) < 0.6).expand(2, 3, 6, 8), None, None),
+    "size": lambda: (None, torch.tensor([[[3, 8]], [[6, 2]]]), None),
+    "both": lambda: ((torch.rand(6, 8) < 0.6).expand(2, 3, 6, 8), torch.tensor([4, 5]), -1.0),
+}
+
+
+@pytest.mark.parametrize("name", ["soft_argmax2d", "spatial_moments2d"])
+@pytest.mark.parametrize("pixels", PIXELS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck_of_masks_and_moments(device: str, name: str, pixels: str, layout: str) -> None:
+    kernel = {"soft_argmax2d": ops._SOFT_ARGMAX2D, "spatial_moments2d": ops._MOMENTS2D}[name]
+    counting = [a.to(device) if isinstance(a, Tensor) else a for a in PIXELS[pixels]()]
+    heatmap, beta, *units = arguments(device, (2, 3, 6, 8), layout, torch.float32, (3,))
+    forward = (heatmap.requires_grad_(), beta.requires_grad_(), *units, *counting)
+    torch.library.opcheck(kernel.forward, forward)
+    with torch.no_grad():
+        results = kernel.forward(*forward)
+        torch.library.opcheck(kernel.eager_forward, tuple(map(detached, forward)))
+    kept = [results[i] for i in kernel.kept]
+    grads = [torch.randn_like(results[i]) for i in kernel.differentiable]
+    backward = (*grads, heatmap, *kept, beta, *units, True, *counting)
+    torch.library.opcheck(kernel.backward, backward)
+    torch.library.opcheck(kernel.eager_backward, tuple(map(detached, backward)))
 
 
 def detached(argument: Any) -> Any:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -91,3 +93,32 @@ def test_invariants(device: str, seed: int, shift: float, height: int, width: in
     expect(heatmap.mT, y, x)
     padded = torch.nn.functional.pad(heatmap, (3, 0, 2, 0), value=-torch.inf)
     expect(padded, x + 3, y + 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(heatmap=views(), share=st.floats(0, 1), beta=st.floats(-2, 2), sized=st.booleans(), seed=SEEDS)
+def test_any_mask(device: str, heatmap: Tensor, share: float, beta: float, sized: bool, seed: int) -> None:
+    """Moments of the pixels that count are those of the same map with -inf elsewhere, and their gradients are zero."""
+    torch.manual_seed(seed)
+    heatmap = heatmap.to(device)
+    height, width = heatmap.shape[-2:]
+    mask = torch.rand(height, width, device=device) < share
+    settings: dict[str, Any] = {"mask": mask, "empty_value": 0.0}
+    if sized:
+        leading = heatmap.shape[:-2]
+        settings["valid_size"] = tuple(torch.randint(0, n + 1, leading, device=device) for n in (height, width))
+    expected = kpfused.reference.spatial_moments2d(heatmap.double(), beta, **settings)
+    actual = kpfused.spatial_moments2d(heatmap, beta, **settings)
+    cases.assert_moments(actual, expected, height, width)
+    points = kpfused.soft_argmax2d(heatmap, beta, **settings)
+    cases.assert_coordinates(points, expected.mean, max(height, width))
+    leaf = heatmap.clone().requires_grad_()
+    result = kpfused.spatial_moments2d(leaf, beta, **settings)
+    (gradient,) = torch.autograd.grad(cases.mixture(result), leaf)
+    counts = mask.expand(heatmap.shape)
+    if sized:
+        rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+        tall, wide = (n[..., None, None] for n in settings["valid_size"])
+        counts = counts & (rows < tall) & (columns < wide)
+    assert torch.count_nonzero(gradient.masked_fill(counts, 0)) == 0
+    assert gradient.isfinite().all()

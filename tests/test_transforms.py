@@ -78,6 +78,34 @@ def test_transforms(device: str, name: str, layout: str) -> None:
     assert counted.calls() == expected
 
 
+def fields(module: Any, pixels: dict[str, Any]) -> Function:
+    """All real-valued fields of the moments under a mask or a size, as one vector a map."""
+
+    def function(heatmap: Tensor, beta: Tensor, coordinates: str = "pixel") -> Tensor:
+        m = module.spatial_moments2d(heatmap, beta, coordinates=coordinates, **pixels)
+        numbers = torch.stack([m.entropy, m.logsumexp, m.peak_probability], -1)
+        # The loss of these tests weighs two things: mixtures of all.
+        whole = torch.cat([m.mean, m.covariance.flatten(-2), numbers], -1)
+        return torch.stack([whole.cos().sum(-1), whole.sum(-1)], -1)
+
+    return function
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("pixels", ["all", "mask", "size"])
+def test_transforms_of_masks_and_moments(device: str, name: str, pixels: str) -> None:
+    heatmap, beta = inputs(device)
+    generator = torch.Generator().manual_seed(3)
+    settings: dict[str, Any] = {
+        "all": {},
+        "mask": {"mask": (torch.rand(4, 5, generator=generator) < 0.7).to(device)},
+        "size": {"valid_size": (3, 4), "empty_value": 0.0},
+    }[pixels]
+    transform, _ = TRANSFORMS[name]
+    actual = transform(fields(kpfused, settings), heatmap, beta)
+    torch.testing.assert_close(actual, transform(fields(reference, settings), heatmap, beta))
+
+
 @pytest.mark.parametrize("name", ["vmap of grad", "jacrev", "hessian"])
 def test_transforms_of_a_number(device: str, name: str) -> None:
     transform, expected = TRANSFORMS[name]
