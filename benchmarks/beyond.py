@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""What moments, masks, valid sizes, 1D and 3D cost: as multiples of the plain function, and beside compositions.
+
+    python -m benchmarks.beyond                   # CPU: a table, and JSON with --json PATH
+    python -m benchmarks.beyond --device cuda
+
+Every line compares two calls on the same input, in interleaved rounds, by their medians. A composition is what one
+writes in PyTorch today: one softmax, and each field from the marginals it can come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kpfused
+from benchmarks.baselines import axes
+from benchmarks.cases import Case, head, heatmaps, row, write
+from benchmarks.memory import peak_bytes_beyond
+
+Thunk = Callable[[], Any]
+
+
+def moments_composition(heatmap: Tensor) -> tuple[Tensor, ...]:
+    """Mean, covariance (xx, xy, yx, yy), entropy, logsumexp and peak probability."""
+    flat = heatmap.flatten(-2)
+    logsumexp = torch.logsumexp(flat, -1)
+    probability = torch.softmax(flat, -1)
+    entropy = logsumexp - (probability * flat).sum(-1)
+    chance = torch.exp(flat.amax(-1) - logsumexp)
+    maps = probability.view(heatmap.shape)
+    x, y = axes(maps, *heatmap.shape[-2:])
+    columns, rows = maps.sum(-2), maps.sum(-1)
+    mean_x, mean_y = (columns * x).sum(-1, keepdim=True), (rows * y).sum(-1, keepdim=True)
+    dx, dy = x - mean_x, y - mean_y
+    xy = ((maps @ dx[..., None])[..., 0] * dy).sum(-1)
+    covariance = torch.stack([(columns * dx**2).sum(-1), xy, xy, (rows * dy**2).sum(-1)], -1)
+    return torch.cat((mean_x, mean_y), -1), covariance, entropy, logsumexp, chance
+
+
+def expectation3d(heatmap: Tensor) -> Tensor:
+    """Softmax over the volume and its three marginals."""
+    volume = torch.softmax(heatmap.flatten(-3), -1).view(heatmap.shape)
+    sums = volume.sum((-3, -2)), volume.sum((-3, -1)), volume.sum((-2, -1))
+    steps = (torch.arange(s.shape[-1], dtype=s.dtype, device=s.device) for s in sums)
+    return torch.stack([(s * n).sum(-1) for s, n in zip(sums, steps, strict=True)], -1)
+
+
+def expectation1d(heatmap: Tensor) -> Tensor:
+    steps = torch.arange(heatmap.shape[-1], dtype=heatmap.dtype, device=heatmap.device)
+    return (torch.softmax(heatmap, -1) * steps).sum(-1, keepdim=True)
+
+
+def forward_backward(function: Callable[[Tensor], Any], heatmap: Tensor) -> Thunk:
+    """Gradients of all real-valued results at once."""
+    leaf = heatmap.detach().requires_grad_()
+
+    def results() -> list[Tensor]:
+        found = function(leaf)
+        return [t for t in ([found] if isinstance(found, Tensor) else found) if t.requires_grad]
+
+    upstream = [torch.randn_like(t) for t in results()]
+    return lambda: torch.autograd.grad(results(), leaf, upstream)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``thunk`` and ``other``; the figure is the time of the second over that of the first, or the reverse."""
+
+    question: str
+    case: str
+    thunk: Thunk
+    other: Thunk
+    of_other: bool  # whether what is shown is kpfused's time as a multiple of the other
+
+
+def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
+    shrink = (lambda *shape: (2, 3, *(min(n, 16) for n in shape[2:]))) if tiny else (lambda *shape: shape)
+    for shape in [(64, 17, 64, 64), (16, 17, 256, 256), (4, 4, 1024, 1024)]:
+        for layout in ("contiguous", "channels_last"):
+            case = Case(shrink(*shape), layout=layout)
+            h = heatmaps(case, device)
+            yield Comparison(
+                "moments over soft_argmax2d, forward",
+                case.label,
+                lambda h=h: kpfused.spatial_moments2d(h),
+                lambda h=h: kpfused.soft_argmax2d(h),
+                True,
+            )
+            yield Comparison(
+                "composition of moments over moments, forward",
+                case.label,
+                lambda h=h: kpfused.spatial_moments2d(h),
+                lambda h=h: moments_composition(h),
+                False,
+            )
+            yield Comparison(
+                "composition of moments over moments, forward+backward",
+                case.label,
+                forward_backward(kpfused.spatial_moments2d, h),
+                forward_backward(moments_composition, h),
+                False,
+            )
+    for layout in ("contiguous", "channels_last"):
+        case = Case(shrink(16, 17, 256, 256), layout=layout)
+        h = heatmaps(case, device)
+        batch, _, height, width = case.shape
+        masks = {
+            "(H, W)": torch.rand(height, width, device=device) < 0.7,
+            "(B, 1, H, W)": torch.rand(batch, 1, height, width, device=device) < 0.7,
+            "(B, K, H, W)": torch.rand(case.shape, device=device) < 0.7,
+        }
+        settings: dict[str, dict[str, Any]] = {f"mask {name}": {"mask": mask} for name, mask in masks.items()}
+        settings["valid_size of half the rows"] = {"valid_size": (height // 2, width)}
+        for name, keywords in settings.items():
+            for direction in ("forward", "forward+backward"):
+                masked = lambda h, k=keywords: kpfused.soft_argmax2d(h, **k)  # noqa: E731
+                both = direction != "forward"
+                yield Comparison(
+                    f"{name} over all pixels, {direction}",
+                    case.label,
+                    forward_backward(masked, h) if both else lambda h=h, f=masked: f(h),
+                    forward_backward(kpfused.soft_argmax2d, h) if both else lambda h=h: kpfused.soft_argmax2d(h),
+                    True,
+                )
+    for function, composition, shape in [
+        (kpfused.soft_argmax1d, expectation1d, (256, 17, 384)),
+        (kpfused.soft_argmax3d, expectation3d, (32, 18, 64, 64, 64)),
+    ]:
+        shape = (2, 3, *(16 for _ in shape[2:])) if tiny else shape
+        h = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
+        label, name = ",".join(map(str, shape)), function.__name__
+        yield Comparison(
+            f"composition over {name}, forward",
+            label,
+            lambda h=h, f=function: f(h),
+            lambda h=h, f=composition: f(h),
+            False,
+        )
+        yield Comparison(
+            f"composition over {name}, forward+backward",
+            label,
+            forward_backward(function, h),
+            forward_backward(composition, h),
+            False,
+        )
+
+
+def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> tuple[float, float]:
+    """Seconds of each. Calls last at least a millisecond."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def seconds(thunk: Thunk, calls: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            thunk()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    calls = [max(1, int(1e-3 / seconds(thunk, 1))) for thunk in (one, other)]
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for into, thunk, count in zip(found, (one, other), calls, strict=True):
+            into.append(seconds(thunk, count))
+    return statistics.median(found[0]), statistics.median(found[1])
+
+
+def check(device: str) -> None:
+    """The compositions compute what they are compared with."""
+    h = torch.randn(2, 3, 8, 9, 10, device=device, generator=torch.Generator(device).manual_seed(0))
+    m = kpfused.spatial_moments2d(h)
+    ours = (m.mean, m.covariance.flatten(-2), m.entropy, m.logsumexp, m.peak_probability)
+    torch.testing.assert_close(moments_composition(h), ours, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(expectation3d(h), kpfused.soft_argmax3d(h), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(expectation1d(h), kpfused.soft_argmax1d(h), rtol=1e-4, atol=1e-4)
+
+
+def measure(device: str, rounds: int, tiny: bool) -> list[dict[str, Any]]:
+    check(device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    for each in comparisons(device, tiny):
+        ours, other = medians(each.thunk, each.other, rounds, device)
+        figure = ours / other if each.of_other else other / ours
+        stats = {"median": ours, "other": other, "ratio": figure, "rounds": rounds}
+        extra = {"question": each.question, "case": each.case, "device": device, "threads": 1}
+        rows.append(row(f"{each.question}[{each.case}]", each.question, stats, kind="beyond", **extra))
+        print(f"{each.question:58} {each.case:28} {ours * 1e6:12,.0f} us {figure:8.2f}x", flush=True)
+        gc.collect()
+    torch.set_num_threads(before)
+    shape = (2, 3, 16, 16, 16) if tiny else (32, 18, 64, 64, 64)
+    h = torch.randn(shape, device=device)
+    for name, function in (("soft_argmax3d", kpfused.soft_argmax3d), ("composition", expectation3d)):
+        beyond = peak_bytes_beyond(function, h)
+        share = beyond / h.nbytes
+        label = ",".join(map(str, shape))
+        extra = {"question": f"memory of {name} beyond input and gradient", "case": label, "device": device}
+        stats = {"bytes_beyond": beyond, "share_of_input": share}
+        rows.append(row(f"memory[{label}-{name}]", "memory", stats, kind="beyond", **extra))
+        print(f"{extra['question']:58} {label:28} {beyond:12,} B  {share:8.2%}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dry-run", action="store_true", help="tiny inputs")
+    options = parser.parse_args()
+    rows = measure(options.device, options.rounds, options.dry_run)
+    if options.json:
+        write(options.json, head(options.device, "python -m benchmarks.beyond"), rows)
+
+
+if __name__ == "__main__":
+    main()
