@@ -105,7 +105,7 @@ def _moments(
     )
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
     # The order of the logits, which a beta of zero would level.
-    sign = torch.where(torch.as_tensor(beta, device=heatmap.device) < 0, -1, 1)[..., None]
+    sign = torch.where(torch.as_tensor(beta, dtype=scaled.dtype, device=heatmap.device) < 0, -1, 1)[..., None]
     index = (heatmap.detach().flatten(-dims) * sign).masked_fill(flat == -torch.inf, -torch.inf).argmax(-1)
     if empty is not None:
         index = index.masked_fill(empty, 0)

@@ -96,7 +96,7 @@ def test_invariants(device: str, seed: int, shift: float, height: int, width: in
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(heatmap=views(), share=st.floats(0, 1), beta=st.floats(-2, 2), sized=st.booleans(), seed=SEEDS)
+@given(heatmap=views(), share=st.floats(0, 1), beta=st.floats(-2, 2, width=32), sized=st.booleans(), seed=SEEDS)
 def test_any_mask(device: str, heatmap: Tensor, share: float, beta: float, sized: bool, seed: int) -> None:
     """Moments of the pixels that count are those of the same map with -inf elsewhere, and their gradients are zero."""
     torch.manual_seed(seed)
@@ -109,9 +109,10 @@ def test_any_mask(device: str, heatmap: Tensor, share: float, beta: float, sized
         settings["valid_size"] = tuple(torch.randint(0, n + 1, leading, device=device) for n in (height, width))
     expected = kpfused.reference.spatial_moments2d(heatmap.double(), beta, **settings)
     actual = kpfused.spatial_moments2d(heatmap, beta, **settings)
-    cases.assert_moments(actual, expected, height, width)
+    logits = abs(beta) * heatmap.double().abs().max().item()
+    cases.assert_moments(actual, expected, height, width, logits)
     points = kpfused.soft_argmax2d(heatmap, beta, **settings)
-    cases.assert_coordinates(points, expected.mean, max(height, width))
+    torch.testing.assert_close(points, actual.mean, rtol=0, atol=8 * torch.finfo(points.dtype).eps * max(height, width))
     leaf = heatmap.clone().requires_grad_()
     result = kpfused.spatial_moments2d(leaf, beta, **settings)
     (gradient,) = torch.autograd.grad(cases.mixture(result), leaf)

@@ -94,9 +94,6 @@ KPFUSED_INLINE Acc<T> finish_peak(const BackwardParams& params, int64_t index,
   return kBeta ? grad_beta_of_peak<A>(params, index) : A(0);
 }
 
-// Bytes that rows are fetched ahead of their use, beyond where hardware stops at the end of a page.
-constexpr int64_t kReadAhead = 4096, kWriteAhead = 2048;
-
 template <int N>
 struct Count {
   static constexpr int value = N;

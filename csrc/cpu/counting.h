@@ -3,6 +3,8 @@
 // the nearest cache, in which these pixels hold a logit of no weight, and their gradients are set to zero afterwards.
 #pragma once
 
+#include <type_traits>
+
 #include "maps.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
@@ -41,17 +43,81 @@ KPFUSED_INLINE T weightless(Acc<T> sign) {
   return lanes[0];
 }
 
-// `to` gets the n elements of a row from (row, col) on that count, and `otherwise` in place of the others, which are not
-// read. `from` and `to` may be the same.
+// An element's bits.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+template <class T>
+constexpr int kElements = kVectorBytes / int(sizeof(T));
+template <class T>
+using BitsVector = typename VectorOf<Bits<T>>::type;
+
+// As many bytes as a vector has elements, each as wide as an element. GCC takes __builtin_convertvector apart.
+template <class T>
+KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
+#if KPFUSED_AVX512
+  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif KPFUSED_AVX2
+  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm256_cvtepu8_epi64(_mm_loadu_si32(p));
+  if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+#endif
+  typedef uint8_t Bytes __attribute__((vector_size(kElements<T>)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, BitsVector<T>);
+}
+
+// to[i] = mask[i] ? from[i] : otherwise. Also reads what is not taken. `from` and `to` may be the same.
+template <class T>
+KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n, T otherwise) {
+  constexpr int L = kElements<T>;
+  using V = BitsVector<T>;
+  Bits<T> bits;
+  __builtin_memcpy(&bits, &otherwise, sizeof(bits));
+  const V other = bits - V{};
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    V v;
+    __builtin_memcpy(&v, from + i, sizeof(v));
+    prefetch(from + i, kReadAhead);
+    v = load_bytes<T>(mask + i) != 0 ? v : other;
+    __builtin_memcpy(to + i, &v, sizeof(v));
+  }
+  for (; i < n; ++i) to[i] = mask[i] ? from[i] : otherwise;
+}
+
+// The channels of one pixel: the last vector overlaps the one before it. With a mask, whose
+// bytes are those of the channels in turn, `otherwise` stands where it is zero.
+template <bool kMask, class T>
+KPFUSED_INLINE void copy_channels(const T* from, T* to, int64_t n, const uint8_t* mask, const T* otherwise) {
+  constexpr int L = kElements<T>;
+  for (int64_t k = 0; k < n && n < L; ++k) to[k] = !kMask || mask[k] ? from[k] : otherwise[k];
+  for (int64_t k = 0; k < n && n >= L; k += L) {
+    const int64_t at = at_most(k, n - L);
+    BitsVector<T> v, other;
+    __builtin_memcpy(&v, from + at, sizeof(v));
+    if constexpr (kMask) {
+      __builtin_memcpy(&other, otherwise + at, sizeof(other));
+      v = load_bytes<T>(mask + at) != 0 ? v : other;
+    }
+    __builtin_memcpy(to + at, &v, sizeof(v));
+  }
+}
+
+// `to` gets the n elements of a row from (row, col) on that count, and `otherwise` in place of the others. `from` and
+// `to` may be the same.
 template <class T>
 KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, const Counting& counting, int64_t row,
                                   int64_t col) {
   const int64_t valid = row < counting.rows ? at_most(at_least(counting.cols - col, 0), n) : 0;
   const uint8_t* mask = counting.mask ? counting.mask + row * counting.stride_y + col * counting.stride_x : nullptr;
   if (!mask) {
-    for (int64_t i = 0; i < valid; ++i) to[i] = from[i];
+    if (from != to) __builtin_memcpy(to, from, valid * sizeof(T));
   } else if (counting.stride_x == 1) {
-    for (int64_t i = 0; i < valid; ++i) to[i] = mask[i] ? from[i] : otherwise;
+    select(mask, from, to, valid, otherwise);
   } else {
     for (int64_t i = 0; i < valid; ++i) to[i] = mask[i * counting.stride_x] ? from[i] : otherwise;
   }

@@ -38,13 +38,15 @@ KPFUSED_INLINE Tiling buffer_chunks(int64_t rows, int64_t cols, int64_t channels
 template <class T>
 struct LanesCounting {
   int64_t channels;
-  bool shared;  // the same pixels for all channels
+  bool one_mask, one_size;  // for all channels
+  int64_t between;  // the masks of two channels
   Counting each[2 * kChannelBlock];
   T weightless[2 * kChannelBlock];
 
   LanesCounting(const PixelView& pixels, const MapView& view, const BetaView& beta, int64_t first_map, int64_t count)
-      : channels(count), shared((!pixels.mask || pixels.mask_view.stride_inner == 0) &&
-                                (!pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0)) {
+      : channels(count), one_mask(!pixels.mask || pixels.mask_view.stride_inner == 0),
+        one_size(!pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0),
+        between(pixels.mask_view.stride_inner) {
     for (int64_t k = 0; k < channels; ++k) {
       each[k] = counting_of(pixels, view, first_map + k);
       weightless[k] = KPFUSED_ISA::weightless<T>(sharpness(beta_of<Acc<T>>(beta, first_map + k)).sign);
@@ -52,19 +54,26 @@ struct LanesCounting {
   }
 
   // Copies pixels of `channels` elements each, from and to rows of pixels with the given strides. Channels of pixels that
-  // do not count get `otherwise` and are not read.
+  // do not count get `otherwise`.
   void copy(const T* from, int64_t from_y, int64_t from_x, T* to, int64_t to_y, int64_t to_x, const PixelRange& range,
             const T* otherwise) const {
     for (int64_t r = 0; r < range.rows; ++r) {
       for (int64_t c = 0; c < range.cols; ++c) {
         const T* p = from + r * from_y + c * from_x;
         T* out = to + r * to_y + c * to_x;
-        if (!shared) {
-          for (int64_t k = 0; k < channels; ++k) out[k] = each[k].at(range.row + r, range.col + c) ? p[k] : otherwise[k];
-          continue;
+        const int64_t row = range.row + r, col = range.col + c;
+        if (one_mask && one_size) {
+          copy_channels<false>(each[0].at(row, col) ? p : otherwise, out, channels, nullptr, otherwise);
+        } else if (one_size && (row >= each[0].rows || col >= each[0].cols)) {
+          copy_channels<false>(otherwise, out, channels, nullptr, otherwise);
+        } else if (one_size && between == 1) {
+          copy_channels<true>(p, out, channels, each[0].mask + row * each[0].stride_y + col * each[0].stride_x, otherwise);
+        } else if (one_size) {
+          const uint8_t* mask = each[0].mask + row * each[0].stride_y + col * each[0].stride_x;
+          for (int64_t k = 0; k < channels; ++k) out[k] = mask[k * between] ? p[k] : otherwise[k];
+        } else {
+          for (int64_t k = 0; k < channels; ++k) out[k] = each[k].at(row, col) ? p[k] : otherwise[k];
         }
-        if (!each[0].at(range.row + r, range.col + c)) p = otherwise;
-        for (int64_t k = 0; k < channels; ++k) out[k] = p[k];
       }
     }
   }

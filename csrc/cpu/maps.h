@@ -85,6 +85,9 @@ KPFUSED_INLINE const void* ahead_of(const void* p, int64_t bytes) {
 KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 2); }
 KPFUSED_INLINE void prefetch_for_write(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 1, 3); }
 
+// Bytes that rows are fetched ahead of their use, beyond where hardware stops at the end of a page.
+constexpr int64_t kReadAhead = 4096, kWriteAhead = 2048;
+
 // Maps whose rows would leave too many lanes idle are run through as one row of all their pixels, the coordinates of
 // which come from two tables. Rows shorter than a vector leave no other way; rows of up to four vectors may choose.
 template <class A>
