@@ -44,12 +44,13 @@ bench: build  ## CPU benchmarks beside the peers; rewrites the table in README.m
 	$(PY) -m pytest benchmarks --benchmark-json=$(RESULTS)/speed.json
 	$(PY) -m benchmarks.memory --json $(RESULTS)/memory.json
 	$(PY) -m benchmarks.host_time --json $(RESULTS)/host_time.json
-	$(PY) benchmarks/table.py $(addprefix $(RESULTS)/,speed.json memory.json host_time.json) --readme README.md
+	$(PY) -m benchmarks.beyond --json $(RESULTS)/beyond.json
+	$(PY) benchmarks/table.py $(addprefix $(RESULTS)/,speed.json memory.json host_time.json beyond.json) --readme README.md
 
 info: build  ## versions, architectures, flags
 	$(PY) -m kpfused.info
 
-gpu:  ## build, test, sanitize and benchmark on a GPU with the plain python3 (STAGES="build test sanitize bench")
+gpu:  ## build, test, sanitize and benchmark on a GPU with the plain python3 (STAGES="build test sanitize bench beyond")
 	bash benchmarks/gpu.sh
 
 clean:  ## remove what was built; keeps the virtual environment

@@ -74,13 +74,16 @@ def forward_backward(function: Callable[[Tensor], Any], heatmap: Tensor) -> Thun
 
 @dataclass(frozen=True)
 class Comparison:
-    """``thunk`` and ``other``; the figure is the time of the second over that of the first, or the reverse."""
+    """``thunk``, kpfused's, and ``other``, also kpfused's where ``cost``, else a peer's.
+
+    The figure of a cost is our time as a multiple of the other; elsewhere the reverse.
+    """
 
     question: str
     case: str
     thunk: Thunk
     other: Thunk
-    of_other: bool  # whether what is shown is kpfused's time as a multiple of the other
+    cost: bool
 
 
 def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
@@ -192,9 +195,9 @@ def measure(device: str, rounds: int, tiny: bool) -> list[dict[str, Any]]:
     rows = []
     for each in comparisons(device, tiny):
         ours, other = medians(each.thunk, each.other, rounds, device)
-        figure = ours / other if each.of_other else other / ours
+        figure = ours / other if each.cost else other / ours
         stats = {"median": ours, "other": other, "ratio": figure, "rounds": rounds}
-        extra = {"question": each.question, "case": each.case, "device": device, "threads": 1}
+        extra = {"question": each.question, "case": each.case, "cost": each.cost, "device": device, "threads": 1}
         rows.append(row(f"{each.question}[{each.case}]", each.question, stats, kind="beyond", **extra))
         print(f"{each.question:58} {each.case:28} {ours * 1e6:12,.0f} us {figure:8.2f}x", flush=True)
         gc.collect()
@@ -205,10 +208,11 @@ def measure(device: str, rounds: int, tiny: bool) -> list[dict[str, Any]]:
         beyond = peak_bytes_beyond(function, h)
         share = beyond / h.nbytes
         label = ",".join(map(str, shape))
-        extra = {"question": f"memory of {name} beyond input and gradient", "case": label, "device": device}
+        question = f"peak memory of {name} beyond input and gradient"
+        extra = {"question": question, "case": label, "device": device}
         stats = {"bytes_beyond": beyond, "share_of_input": share}
         rows.append(row(f"memory[{label}-{name}]", "memory", stats, kind="beyond", **extra))
-        print(f"{extra['question']:58} {label:28} {beyond:12,} B  {share:8.2%}", flush=True)
+        print(f"{question:58} {label:28} {beyond:12,} B  {share:8.2%}", flush=True)
     return rows
 
 

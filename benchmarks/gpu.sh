@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Builds, tests, sanitizes and benchmarks on the GPU at hand, offline, with the plain python3. `make gpu` runs it.
 #
-#   STAGES="build test sanitize bench"   any of them, in this order
+#   STAGES="build test sanitize bench beyond"   any of them, in this order
 #   OUT=benchmarks/results/<gpu name>    where logs, JSON and the table go
 #   TOTAL=520                            seconds for all stages together
 #   TEST_ARGS                            more arguments for pytest
@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-STAGES=${STAGES:-build test sanitize bench}
+STAGES=${STAGES:-build test sanitize bench beyond}
 TOTAL=${TOTAL:-520}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
@@ -104,6 +104,12 @@ bench() {
   "$PYTHON" -m benchmarks.gpu "${options[@]}"
 }
 
+beyond() {
+  local options=(--json "$OUT/beyond.json" --device "$DEVICE")
+  if [[ $DEVICE != cuda ]]; then options+=(--dry-run --rounds 2); fi
+  "$PYTHON" -m benchmarks.beyond "${options[@]}"
+}
+
 # `timeout` runs programs, not functions: a stage is this script called with the function's name.
 if [[ ${1:-} == --stage ]]; then
   shift
@@ -127,19 +133,26 @@ failed=0
 export OUT STAGES TOTAL PYTHON DEVICE
 
 if wanted build; then
-  stage build "$(limit 200 test 60 sanitize 40 bench 120)" bash benchmarks/gpu.sh --stage build
+  stage build "$(limit 200 test 60 sanitize 40 bench 120 beyond 30)" bash benchmarks/gpu.sh --stage build
 fi
 if wanted test; then
-  stage test "$(limit 240 sanitize 60 bench 130)" bash benchmarks/gpu.sh --stage run_tests
+  stage test "$(limit 240 sanitize 60 bench 130 beyond 30)" bash benchmarks/gpu.sh --stage run_tests
 fi
 if wanted sanitize; then
-  stage sanitize "$(limit 150 bench 130)" bash benchmarks/gpu.sh --stage sanitize
+  stage sanitize "$(limit 150 bench 130 beyond 30)" bash benchmarks/gpu.sh --stage sanitize
 fi
 if wanted bench; then
-  seconds=$(limit 245)
+  seconds=$(limit 245 beyond 30)
   stage bench "$seconds" bash benchmarks/gpu.sh --stage bench "$((seconds > 45 ? seconds - 25 : 20))"
-  if [[ -s $OUT/gpu.json ]]; then "$PYTHON" benchmarks/table.py "$OUT/gpu.json" >"$OUT/table.md" || failed=1; fi
 fi
+if wanted beyond; then
+  stage beyond "$(limit 60)" bash benchmarks/gpu.sh --stage beyond
+fi
+tables=()
+for file in "$OUT"/gpu.json "$OUT"/beyond.json; do
+  if [[ -s $file ]]; then tables+=("$file"); fi
+done
+if ((${#tables[@]})); then "$PYTHON" benchmarks/table.py "${tables[@]}" >"$OUT/table.md" || failed=1; fi
 
 echo "== results in $OUT"
 cat "$summary"

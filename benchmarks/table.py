@@ -128,6 +128,30 @@ def host(rows: list[Row], statistic: str) -> str:
     return f"{title}\n\n{markdown(['', f'{OURS}, µs', *(n for n in names if n != OURS)], lines)}"
 
 
+def beyond(rows: list[Row]) -> list[str]:
+    """What is asked of kpfused beyond the mean: its cost over the plain call's, then peers' over ours, then memory."""
+    tables = []
+    for cost, title, figure in (
+        (True, "Cost beside the same call without it", "of the time without"),
+        (False, "Beside compositions of the same results", "composition"),
+    ):
+        found = [row for row in rows if row["extra_info"].get("cost") is cost]
+        lines = []
+        for row in found:
+            stats = row["stats"]
+            shown = f"{stats['ratio']:.2f}×" if cost else ratio(stats["ratio"])  # noqa: RUF001
+            lines.append(
+                [row["extra_info"]["question"], row["extra_info"]["case"], number(stats["median"] * 1e6), shown]
+            )
+        tables.append(f"**{title}, 1 thread** (median)\n\n{markdown(['', 'shape', f'{OURS}, µs', figure], lines)}")
+    lines = [
+        [row["extra_info"]["question"], row["extra_info"]["case"], f"{row['stats']['share_of_input']:.2%}"]
+        for row in rows
+        if "share_of_input" in row["stats"]
+    ]
+    return [*tables, markdown(["", "shape", "of the input"], lines)]
+
+
 def ceilings(machine: dict[str, Any]) -> list[str]:
     lines = [[name, number(value)] for name, value in machine.get("ceilings_gigabytes_per_second", {}).items()]
     return [f"**Ceilings measured in the same run**\n\n{markdown(['', 'GB/s'], lines)}"] if lines else []
@@ -150,6 +174,7 @@ def render(document: dict[str, Any], statistic: str, only: re.Pattern[str], note
         blocks.append(memory(kinds["memory"]))
     if "host" in kinds:
         blocks.append(host(kinds["host"], statistic))
+    blocks += beyond(kinds["beyond"]) if "beyond" in kinds else []
     blocks += skipped(machine)
     return "\n\n".join(blocks)
 
