@@ -51,23 +51,23 @@ def gencode(nvcc):
         listed = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
         listed = listed or sys.exit(f"kpfused: {nvcc} knows none of {ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
         listed[-1] += "+PTX"
-    flags = []
+    flags, first = [], {}
     for arch in listed:
         number = arch.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d{2,3}[af]?", number):
             sys.exit(f"kpfused: TORCH_CUDA_ARCH_LIST must list numbers such as 9.0 or 9.0+PTX; got {arch!r}")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        # From the intermediate code of the generation's first, which saves a sixth of nvcc's time. Not so 9.0a.
+        virtual = min(number, first.setdefault(number[:-1], number)) if number.isdigit() else number
+        flags += [f"-gencode=arch=compute_{virtual},code=sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] * arch.endswith("+PTX")
     return flags, ";".join(listed)
 
 
 def extension():
-    nvcc = find_nvcc()
+    nvcc, cuda, architectures, release = find_nvcc(), [], "", ""
     cxx = ["-std=c++17", "-fvisibility=hidden", "-Wall", *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"])]
     sources = ["csrc/module.cpp", *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/torch/*.cpp")]
     options = {"include_dirs": [pybind11.get_include()], "extra_link_args": ["-Wl,--exclude-libs,ALL"]}
-    cuda, architectures, release = [], "", ""
     if nvcc:
         cpp_extension.CUDA_HOME = str(nvcc.parents[1])  # a CPU build of torch does not look for it
         gencode_flags, architectures = gencode(nvcc)

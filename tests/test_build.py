@@ -42,7 +42,7 @@ def test_default_architectures_are_those_nvcc_knows(script: dict[str, Any], tmp_
     assert listed == "8.0;8.6;9.0+PTX"
     assert flags == [
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_80,code=sm_86",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
@@ -58,6 +58,11 @@ def test_architecture_list_is_honoured(script: dict[str, Any], tmp_path: Path, m
     flags, listed = script["gencode"](tmp_path)
     assert listed == "9.0a;12.0+PTX"
     assert flags[0] == "-gencode=arch=compute_90a,code=sm_90a"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9;8.6")
+    assert script["gencode"](tmp_path)[0] == [
+        "-gencode=arch=compute_89,code=sm_89",
+        "-gencode=arch=compute_86,code=sm_86",
+    ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST must list numbers"):
         script["gencode"](tmp_path)
