@@ -159,6 +159,17 @@ class BackwardRows {
     A* const dbeta = static_cast<A*>(split() && params_.grad_beta ? params_.workspace : params_.grad_beta);
     Area area = {begin, h, out, 0, view_.height, 0, view_.width, plan_.chunks(view_.height, view_.width).y};
     MapWalk from(view_, split() ? 0 : begin), to(params_.grad_view, split() ? 0 : begin);
+    if (!kMoments && plan_.flat && params_.pixels.all() && !split() && area.chunks.count == 1) {
+      // Tiny maps: what goes on between their pixels is most of their time.
+      for (int64_t map = begin; map < end; ++map, from.advance(), to.advance()) {
+        Map gradient;
+        load_gradient(params_, map, gradient);
+        Vec<A> sum = {};
+        flat_chunk(h + from.offset(), out + to.offset(), 0, view_.height, nullptr, gradient, sum);
+        if (kBeta) dbeta[map] = gradient.of.sign * reduce_generic<A>(sum);
+      }
+      return;
+    }
     // One call for whole maps and parts, since the compiler unfolds its loops into each.
     for (int64_t item = begin; item < end; ++item) {
       if (split()) {
@@ -200,7 +211,8 @@ class BackwardRows {
     Vec<A> dbeta = {};
     Map map;
     load_gradient(params_, index, map);
-    const Counting some = counting_of(params_.pixels, view_, index), *counting = params_.pixels.all() ? nullptr : &some;
+    Counting some, *counting = nullptr;
+    if (!params_.pixels.all()) some = counting_of(params_.pixels, view_, index), counting = &some;
     if (plan_.flat) {
       flat_area(h, out, area, counting, map, dbeta);
     } else {
@@ -295,6 +307,7 @@ class BackwardRows {
     Vec<A> more = {};
     backward_span<T, kBeta, kMoments>(h, scatter ? to : out, at_least(n, L), map, q, more);
     if (kBeta) dbeta += n < L ? keep<A>(more, ~last_lanes<A>(L - n)) : more;
+    if (!scatter && !counting) return;
     for (int64_t r = 0; r < rows; ++r) {
       T* const row_out = out + r * params_.grad_view.stride_y;
       for (int64_t c = 0; scatter && c < width; ++c) row_out[c] = to[r * width + c];

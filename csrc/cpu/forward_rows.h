@@ -24,10 +24,18 @@ class ForwardRows {
 
   void run(int64_t begin, int64_t end) const {
     const T* base = static_cast<const T*>(params_.heatmap);
-    const bool split = plan_.parts.count() > 1;
+    const bool split = plan_.parts.count() > 1, all = params_.pixels.all();
     const Tiling chunks = plan_.chunks(view_.height, view_.width);
     MapWalk walk(view_, split ? 0 : begin);
-    // One call for both, since the compiler unfolds all of a part's loops into each.
+    if (plan_.flat && all && !split && chunks.count() == 1) {
+      // Tiny maps: what goes on between their pixels is most of their time.
+      for (int64_t map = begin; map < end; ++map, walk.advance()) {
+        const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, map));
+        write_result(params_, map, flat_span(base + walk.offset(), view_.stride_y, view_.height, 0, sharp, nothing()));
+      }
+      return;
+    }
+    // One call for whole maps and parts, since the compiler unfolds all of a part's loops into each.
     for (int64_t item = begin; item < end; ++item) {
       Part part = {item, base + walk.offset(), 0, 0, chunks, nullptr};
       if (split) {
@@ -36,7 +44,7 @@ class ForwardRows {
         walk.advance();
         part.next = item + 1 < end ? base + walk.offset() : part.p;
       }
-      const S state = of_part(part);
+      const S state = all ? of_part(part) : of_counting(part);
       split ? write_state(params_, item, state) : write_result(params_, item, state);
     }
   }
@@ -70,7 +78,6 @@ class ForwardRows {
 
   KPFUSED_INLINE S of_part(const Part& part) const {
     const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
-    if (!params_.pixels.all()) return of_counting(part, sharp);
     S state = nothing();
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
       for (int64_t j = 0; j < part.chunks.x.count; ++j) {
@@ -102,8 +109,8 @@ class ForwardRows {
     }
   }
 
-  KPFUSED_INLINE S flat_chunk(const T* p, int64_t stride_y, int64_t rows, int64_t row, const Sharpness<A>& sharp,
-                              const S& so_far) const {
+  KPFUSED_INLINE S flat_span(const T* p, int64_t stride_y, int64_t rows, int64_t row, const Sharpness<A>& sharp,
+                             const S& so_far) const {
     const A shift = table_.shift(row, view_.height);
     const int64_t n = rows * view_.width;
     T buffer[kTable<A>];
@@ -121,8 +128,14 @@ class ForwardRows {
     }
   }
 
+  S flat_chunk(const T* p, int64_t stride_y, int64_t rows, int64_t row, const Sharpness<A>& sharp,
+               const S& so_far) const {
+    return flat_span(p, stride_y, rows, row, sharp, so_far);
+  }
+
   // A part of which not all pixels count.
-  S of_counting(const Part& part, const Sharpness<A>& sharp) const {
+  S of_counting(const Part& part) const {
+    const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
     const Counting counting = counting_of(params_.pixels, view_, part.map);
     const T otherwise = weightless<T>(sharp.sign);
     // Where rows are cut, pieces may be longer than their average, by which rows are counted; there are two at most.
