@@ -80,6 +80,7 @@ def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float 
         check_sharpness("beta", beta)
         return
     check_sharpness("temperature", temperature)
+    check_sharpness("beta", beta)
     if isinstance(beta, Tensor) or beta is True or beta != 1:
         raise ValueError(f"give beta or temperature, not both; got beta={beta!r} and temperature={temperature!r}")
 

@@ -86,9 +86,11 @@ def test_integers_of_any_size() -> None:
     fails(ValueError, "beta must be from -1e+30 to 1e+30; got 1000", MAP, 10**400)
 
 
-@pytest.mark.parametrize("value", ["1", True, [1.0]])
+@pytest.mark.parametrize("value", ["1", True, [1.0], None])
 def test_beta_is_no_number(value: Any) -> None:
-    fails(TypeError, f"beta must be a number or a torch.Tensor; got {type(value).__name__}", MAP, value)
+    words = f"beta must be a number or a torch.Tensor; got {type(value).__name__}"
+    fails(TypeError, words, MAP, value)
+    fails(TypeError, words, MAP, value, temperature=0.5)
 
 
 def test_beta_dtype() -> None:

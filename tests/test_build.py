@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -104,6 +105,21 @@ def test_a_checkout_that_is_not_built(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=without_path())
     assert result.returncode != 0
     assert f"ImportError: kpfused._C is not built in {tmp_path / 'kpfused'}: run `make build`" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ("baseline", r"\Abaseline\n\Z"),
+        ("", r"\A(avx512|avx2|baseline)\n\Z"),  # no wish
+        ("AVX2", r"ValueError: KPFUSED_CPU_CAPABILITY must be avx512, avx2 or baseline; got AVX2\n\Z"),
+    ],
+)
+def test_cpu_capability(wish: str, words: str) -> None:
+    command = [sys.executable, "-c", "from kpfused import _C; print(_C.build_info()['cpu_capability'])"]
+    environment = {**os.environ, "KPFUSED_CPU_CAPABILITY": wish}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert re.search(words, result.stdout + result.stderr)
 
 
 def without_path() -> dict[str, str]:

@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "../moments.h"
 #include "plan.h"
@@ -31,10 +33,13 @@ struct Kernels {
 };
 
 Kernels choose() {
-#if defined(__x86_64__)
   const char* wish = std::getenv("KPFUSED_CPU_CAPABILITY");
-  const auto below = [wish](const char* name) { return wish && std::strcmp(wish, name) == 0; };
-  const bool baseline_only = below("baseline"), no_avx512 = baseline_only || below("avx2");
+  const auto wished = [wish](const char* name) { return wish && std::strcmp(wish, name) == 0; };
+  const bool baseline_only = wished("baseline"), no_avx512 = baseline_only || wished("avx2");
+  if (wish && *wish && !no_avx512 && !wished("avx512")) {
+    throw std::invalid_argument(std::string("KPFUSED_CPU_CAPABILITY must be avx512, avx2 or baseline; got ") + wish);
+  }
+#if defined(__x86_64__)
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -43,15 +43,19 @@ inline Plan plan_of(const BackwardParams& p) {
                                   vectors_aligned(p.grad_view, size, channels)));
 }
 
+// What no grid can hold becomes the most that an unsigned holds, which the launch refuses.
+inline dim3 grid_of(int64_t items, int64_t of_block) {
+  const int64_t blocks = plan_detail::ceil_div(items, of_block), most = 0xffffffff;
+  return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
+}
+
 inline dim3 grid_of(const Plan& plan, const MapView& view) {
   const int64_t items =
       view.stride_x == 1 ? view.maps() * plan.parts() : view.outer * plan.tiles * plan.parts();
-  return dim3(static_cast<unsigned>(plan_detail::ceil_div(items, plan.teams())));
+  return grid_of(items, plan.teams());
 }
 
-inline dim3 merge_grid(const MapView& view) {
-  return dim3(static_cast<unsigned>(plan_detail::ceil_div(view.maps(), kMergeThreads / kWarp)));
-}
+inline dim3 merge_grid(const MapView& view) { return grid_of(view.maps(), kMergeThreads / kWarp); }
 
 // Shared memory to reduce one S a thread and channel, or one a warp.
 template <class S>

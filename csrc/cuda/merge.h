@@ -42,8 +42,8 @@ KPFUSED_DEVICE Place<A> from_lane(const Place<A>& x, int lane_mask) {
   return {from_lane(x.peak, lane_mask), from_lane(x.at_x, lane_mask), from_lane(x.at_y, lane_mask)};
 }
 
-// What is reduced: states merge, numbers add. All are commutative to the bit, so that a butterfly leaves every lane with
-// the same result.
+// What is reduced: states merge, numbers add. Adding and comparing are commutative to the bit, so that a butterfly of
+// them leaves every lane with the same result. Merging is not, where a product is contracted into a sum: it goes in order.
 struct Add {
   template <class A>
   KPFUSED_DEVICE A operator()(A a, A b) const {
