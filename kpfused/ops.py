@@ -64,7 +64,8 @@ class _Kernel:
 
     def __post_init__(self) -> None:
         ops = torch.ops.kpfused
-        # Resolved once: looking an overload up costs as much as a small kernel.
+        # Once, since every call pays for it: looking an overload up costs as much as a small kernel.
+        object.__setattr__(self, "differentiable", tuple(i for i in range(len(self.sizes)) if i not in self.constant))
         for name in ("forward", "backward"):
             op = self.name if name == "forward" else f"{self.name}_backward"
             object.__setattr__(self, name, getattr(ops, op).default)
@@ -74,10 +75,8 @@ class _Kernel:
     backward: Any = dataclasses.field(init=False)
     eager_forward: Any = dataclasses.field(init=False)
     eager_backward: Any = dataclasses.field(init=False)
-
-    @property
-    def differentiable(self) -> list[int]:
-        return [i for i in range(len(self.sizes)) if i not in self.constant]
+    differentiable: tuple[int, ...] = dataclasses.field(init=False)
+    """Outputs with a gradient."""
 
     @property
     def grads(self) -> int:
@@ -277,12 +276,13 @@ class _Eager(torch.autograd.Function):
 
 
 def _keep(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    heatmap, beta, ctx.beta_value, ctx.coordinates, *pixels = inputs
+    heatmap, beta = inputs[:2]
+    ctx.settings = inputs[2:4]
+    ctx.empty_value = inputs[6:]
+    ctx.rest = (None,) * (len(inputs) - 2)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(output[i] for i in kernel.constant))
-    ctx.save_for_backward(heatmap, beta, *(output[i] for i in kernel.kept), *pixels[:2])
-    ctx.empty_value = pixels[2:]
-    ctx.rest = (None,) * (2 + len(pixels))
+    ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
+    ctx.save_for_backward(heatmap, beta, *[output[i] for i in kernel.kept], *inputs[4:6])
 
 
 def _input_gradients(
@@ -292,15 +292,13 @@ def _input_gradients(
     grads = [all_grads[i] for i in kernel.differentiable]
     if all(grad is None for grad in grads):
         return None, None, *ctx.rest
-    saved = ctx.saved_tensors
-    heatmap, beta = saved[:2]
-    pixels = (*saved[2 + len(kernel.kept) :], *ctx.empty_value)
+    heatmap, beta, *saved = ctx.saved_tensors
+    count = len(kernel.kept)
+    pixels = (*saved[count:], *ctx.empty_value)
     if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
-        settings = (ctx.beta_value, ctx.coordinates, *pixels)
-        gradients = _composed_gradients(kernel, tuple(grads), heatmap, beta, *settings)
+        gradients = _composed_gradients(kernel, tuple(grads), heatmap, beta, *ctx.settings, *pixels)
     else:
-        kept = saved[2 : 2 + len(kernel.kept)]
-        gradients = op(*grads, heatmap, *kept, beta, ctx.beta_value, ctx.coordinates, needs[1], *pixels)
+        gradients = op(*grads, heatmap, *saved[:count], beta, *ctx.settings, needs[1], *pixels)
     return (
         gradients[0] if needs[0] else None,
         _sum_to(gradients[1], beta.shape) if needs[1] else None,
