@@ -30,6 +30,7 @@ struct GradientChunk {
   T* out;
   int64_t stride_y, stride_x, out_y, out_x, rows, cols, row, col;
   int64_t channels;  // at least one vector of them
+  PixelMask mask;
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -66,11 +67,12 @@ class BackwardLanes {
                                     parts_.x.size(j),
                                     row,
                                     col,
-                                    channels};
-      if (channels < L || !params_.pixels.all()) {
+                                    channels,
+                                    {}};
+      if (channels < L || !counts_by_pixel(params_.pixels, view_)) {
         buffered(all, outer * view_.inner + first, lanes);
       } else {
-        pixels(all, lanes);
+        counted(all, counting_of(params_.pixels, view_, outer * view_.inner + first), lanes);
       }
       for (int64_t c = 0; (kBeta || kMoments) && c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c, count = parts_.count();
@@ -110,6 +112,24 @@ class BackwardLanes {
     }
   }
 
+  // The part that lies within the valid size; gradients of the rest are zero.
+  void counted(const GradientChunk<T>& all, const Counting& counting, Lanes& lanes) const {
+    GradientChunk<T> chunk = all;
+    chunk.rows = at_most(at_least(counting.rows - all.row, 0), all.rows);
+    chunk.cols = at_most(at_least(counting.cols - all.col, 0), all.cols);
+    chunk.mask = mask_from(counting, all.row, all.col);
+    pixels(chunk, lanes);
+    for (int64_t r = 0; r < all.rows; ++r) {
+      for (int64_t c = r < chunk.rows ? chunk.cols : 0; c < all.cols; ++c) {
+        clear(all.out + r * all.out_y + c * all.out_x, all.channels);
+      }
+    }
+  }
+
+  static KPFUSED_INLINE void clear(T* out, int64_t channels) {
+    for (int64_t g = 0; g < ceil_div(channels, L); ++g) store(out + group_begin<A>(g, channels), Vec<A>{});
+  }
+
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
     const int64_t groups = ceil_div(chunk.channels, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -126,8 +146,13 @@ class BackwardLanes {
       }
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
+      const uint8_t* const mask = chunk.mask.row(r);
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
       for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += A(1)) {
+        if (!chunk.mask.at(mask, c)) {
+          clear(out, chunk.channels);
+          continue;
+        }
         for (int64_t g = 0; g < groups; ++g) {
           auto& m = lanes.group[g];
           const int64_t k = group_begin<A>(g, chunk.channels);
@@ -147,7 +172,7 @@ class BackwardLanes {
     }
   }
 
-  // Fewer channels than lanes, or pixels that do not count: through buffers.
+  // Fewer channels than lanes, or pixels of which some channels count: through buffers.
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
     const int64_t padded = padded_channels<A>(all.channels);
     const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.channels);
@@ -162,7 +187,7 @@ class BackwardLanes {
         const int64_t stride_y = range.cols * padded;
         counting.copy(all.h + y * all.stride_y + x * all.stride_x, all.stride_y, all.stride_x, from, stride_y, padded,
                       range, counting.weightless);
-        pixels({from, to, stride_y, padded, stride_y, padded, range.rows, range.cols, range.row, range.col, padded},
+        pixels({from, to, stride_y, padded, stride_y, padded, range.rows, range.cols, range.row, range.col, padded, {}},
                lanes);
         counting.copy(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range, zeros);
       }

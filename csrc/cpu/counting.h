@@ -107,6 +107,17 @@ KPFUSED_INLINE void copy_channels(const T* from, T* to, int64_t n, const uint8_t
   }
 }
 
+// Transposes 8 x 8 bytes: rows are words, their first byte the lowest.
+KPFUSED_INLINE void transpose_bytes(uint64_t (&rows)[8]) {
+  const auto swap = [&](int a, int b, int bits, uint64_t low) __attribute__((always_inline)) {
+    const uint64_t changed = ((rows[a] >> bits) ^ rows[b]) & low;
+    rows[a] ^= changed << bits, rows[b] ^= changed;
+  };
+  for (int i = 0; i < 4; ++i) swap(i, i + 4, 32, 0x00000000ffffffff);
+  for (int i = 0; i < 4; ++i) swap(i + (i & 2), i + (i & 2) + 2, 16, 0x0000ffff0000ffff);
+  for (int i = 0; i < 8; i += 2) swap(i, i + 1, 8, 0x00ff00ff00ff00ff);
+}
+
 // `to` gets the n elements of a row from (row, col) on that count, and `otherwise` in place of the others. `from` and
 // `to` may be the same.
 template <class T>

@@ -31,12 +31,14 @@ class ForwardLanes {
       load_beta(outer * view_.inner + first, channels, lanes);
       const int64_t then = at_most(item + 1, end - 1);
       const T* const base = origin(outer, part, first);
-      if (channels < kLanes<A> || !params_.pixels.all()) {
+      // Moments visit a pixel so often that branches on a random mask cost more than a copy.
+      const bool direct = counts_by_pixel(params_.pixels, view_) && !(kMoments && params_.pixels.mask);
+      if (channels < kLanes<A> || !direct) {
         run_buffered(base, part, outer * view_.inner + first, channels, lanes);
       } else {
         run_part(base,
                  origin(then / blocks_.count / parts, then / blocks_.count % parts, blocks_.begin(then % blocks_.count)),
-                 part, channels, lanes);
+                 part, outer * view_.inner + first, channels, lanes);
       }
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c;
@@ -81,9 +83,13 @@ class ForwardLanes {
   }
 
   // `next` is where the item after this one begins.
-  void run_part(const T* base, const T* next, int64_t part, int64_t channels, Lanes& lanes) const {
+  void run_part(const T* base, const T* next, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
+    const Counting counting = counting_of(params_.pixels, view_, first_map);
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
-    const Tiling chunks = lane_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
+    const int64_t row = parts_.y.begin(i), col = parts_.x.begin(j);
+    const int64_t rows = at_most(parts_.y.size(i), counting.rows - row), cols = at_most(parts_.x.size(j), counting.cols - col);
+    if (rows <= 0 || cols <= 0) return clear(channels, lanes);
+    const Tiling chunks = lane_chunks<T>(rows, cols, channels);
     const auto begin = [&](int64_t n) {
       return n == chunks.count() ? next
                                  : base + chunks.y.begin(n / chunks.x.count) * view_.stride_y +
@@ -96,16 +102,27 @@ class ForwardLanes {
                              view_.stride_x,
                              chunks.y.size(ci),
                              chunks.x.size(cj),
-                             centred<A>(parts_.x.begin(j) + chunks.x.begin(cj), view_.width),
-                             centred<A>(parts_.y.begin(i) + chunks.y.begin(ci), view_.height),
+                             centred<A>(col + chunks.x.begin(cj), view_.width),
+                             centred<A>(row + chunks.y.begin(ci), view_.height),
                              (begin(n + 1) - begin(n)) * int64_t(sizeof(T)),
                              channels,
-                             n == 0};
+                             n == 0,
+                             mask_from(counting, row + chunks.y.begin(ci), col + chunks.x.begin(cj))};
       run_chunk(chunk, lanes);
     }
   }
 
-  // Fewer channels than lanes, or pixels that do not count: through a buffer.
+  static void clear(int64_t channels, Lanes& lanes) {
+    for (int64_t g = 0; g < ceil_div(channels, kLanes<A>); ++g) {
+      if constexpr (kMoments) {
+        lanes.state[g] = empty_moments<A, Vec<A>>();
+      } else {
+        lanes.state[g] = State<Vec<A>>{splat(Limits<A>::lowest), {}, {}, {}};
+      }
+    }
+  }
+
+  // Fewer channels than lanes, or channels that count by themselves: through a buffer.
   void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
     const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
@@ -119,7 +136,7 @@ class ForwardLanes {
       counting.copy(base + y * view_.stride_y + x * view_.stride_x, view_.stride_y, view_.stride_x, buffer,
                     range.cols * padded, padded, range, counting.weightless);
       run_chunk({buffer, range.cols * padded, padded, range.rows, range.cols, centred<A>(range.col, view_.width),
-                 centred<A>(range.row, view_.height), 0, padded, n == 0},
+                 centred<A>(range.row, view_.height), 0, padded, n == 0, {}},
                 lanes);
     }
   }

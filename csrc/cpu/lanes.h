@@ -34,6 +34,26 @@ KPFUSED_INLINE Tiling buffer_chunks(int64_t rows, int64_t cols, int64_t channels
   return tile(rows, cols, kGatherBytes / (padded_channels<Acc<T>>(channels) * int64_t(sizeof(T))), 1);
 }
 
+// Whether all channels of a pixel count, or none. Kernels then ask once a pixel, and read none that does not count.
+KPFUSED_INLINE bool counts_by_pixel(const PixelView& pixels, const MapView& view) {
+  const bool one_mask = !pixels.mask || pixels.mask_view.stride_inner == 0;
+  return one_mask && (!pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0);
+}
+
+// A mask from the first pixel of a chunk on, for all channels; null: all count.
+struct PixelMask {
+  const uint8_t* p;
+  int64_t stride_y, stride_x;
+
+  KPFUSED_INLINE const uint8_t* row(int64_t r) const { return p ? p + r * stride_y : nullptr; }
+  KPFUSED_INLINE bool at(const uint8_t* of_row, int64_t c) const { return !of_row || of_row[c * stride_x] != 0; }
+};
+
+KPFUSED_INLINE PixelMask mask_from(const Counting& counting, int64_t row, int64_t col) {
+  const int64_t y = counting.stride_y, x = counting.stride_x;
+  return {counting.mask ? counting.mask + row * y + col * x : nullptr, y, x};
+}
+
 // Which pixels count, for every channel of a block, and what stands in place of the others.
 template <class T>
 struct LanesCounting {
@@ -57,24 +77,46 @@ struct LanesCounting {
   // do not count get `otherwise`.
   void copy(const T* from, int64_t from_y, int64_t from_x, T* to, int64_t to_y, int64_t to_x, const PixelRange& range,
             const T* otherwise) const {
+    // Masks of some pixels, channel by channel; a stack of whole maps is turned over first.
+    constexpr int64_t kPixels = 8;
+    uint8_t turned[kPixels * 2 * kChannelBlock];
     for (int64_t r = 0; r < range.rows; ++r) {
-      for (int64_t c = 0; c < range.cols; ++c) {
-        const T* p = from + r * from_y + c * from_x;
-        T* out = to + r * to_y + c * to_x;
-        const int64_t row = range.row + r, col = range.col + c;
-        if (one_mask && one_size) {
-          copy_channels<false>(each[0].at(row, col) ? p : otherwise, out, channels, nullptr, otherwise);
-        } else if (one_size && (row >= each[0].rows || col >= each[0].cols)) {
-          copy_channels<false>(otherwise, out, channels, nullptr, otherwise);
-        } else if (one_size && between == 1) {
-          copy_channels<true>(p, out, channels, each[0].mask + row * each[0].stride_y + col * each[0].stride_x, otherwise);
-        } else if (one_size) {
-          const uint8_t* mask = each[0].mask + row * each[0].stride_y + col * each[0].stride_x;
-          for (int64_t k = 0; k < channels; ++k) out[k] = mask[k * between] ? p[k] : otherwise[k];
-        } else {
-          for (int64_t k = 0; k < channels; ++k) out[k] = each[k].at(row, col) ? p[k] : otherwise[k];
+      const int64_t row = range.row + r;
+      for (int64_t first = 0; first < range.cols; first += kPixels) {
+        const int64_t col = range.col + first, pixels = at_most(kPixels, range.cols - first);
+        const T* p = from + r * from_y + first * from_x;
+        T* out = to + r * to_y + first * to_x;
+        const uint8_t* mask = nullptr;
+        int64_t to_next = 0;
+        if (one_size && !one_mask) {
+          mask = each[0].mask + row * each[0].stride_y + col * each[0].stride_x, to_next = each[0].stride_x;
+          if (between != 1) turn(mask, pixels, turned), mask = turned, to_next = channels;
+        }
+        for (int64_t c = 0; c < pixels; ++c, p += from_x, out += to_x) {
+          if (!one_size) {
+            for (int64_t k = 0; k < channels; ++k) out[k] = each[k].at(row, col + c) ? p[k] : otherwise[k];
+          } else if (mask && row < each[0].rows && col + c < each[0].cols) {
+            copy_channels<true>(p, out, channels, mask + c * to_next, otherwise);
+          } else {
+            copy_channels<false>(!mask && each[0].at(row, col + c) ? p : otherwise, out, channels, nullptr, otherwise);
+          }
         }
       }
+    }
+  }
+
+ private:
+  // The masks of up to 8 pixels of all channels, from channel after channel to pixel after pixel.
+  KPFUSED_INLINE void turn(const uint8_t* mask, int64_t pixels, uint8_t* to) const {
+    int64_t k = 0;
+    for (; pixels == 8 && each[0].stride_x == 1 && k + 8 <= channels; k += 8) {
+      uint64_t rows[8];
+      for (int i = 0; i < 8; ++i) __builtin_memcpy(&rows[i], mask + (k + i) * between, 8);
+      transpose_bytes(rows);
+      for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * channels + k, &rows[i], 8);
+    }
+    for (; k < channels; ++k) {
+      for (int64_t c = 0; c < pixels; ++c) to[c * channels + k] = mask[k * between + c * each[0].stride_x];
     }
   }
 };

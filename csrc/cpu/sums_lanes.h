@@ -20,6 +20,7 @@ struct LanesChunk {
   int64_t ahead;
   int64_t channels;  // at least one vector of them
   bool first;        // no state to merge with yet
+  PixelMask mask;
 };
 
 // S: State or Moments of vectors.
@@ -36,7 +37,9 @@ KPFUSED_INLINE void peaks_of_lanes(const LanesChunk<T>& chunk, const int64_t (&o
   for (int j = 0; j < N; ++j) peak[j] = splat(Limits<A>::lowest);
   for (int64_t r = 0; r < chunk.rows; ++r) {
     const T* p = chunk.p + r * chunk.stride_y;
+    const uint8_t* const mask = chunk.mask.row(r);
     for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x) {
+      if (!chunk.mask.at(mask, c)) continue;
       for (int j = 0; j < N; ++j) {
         peak[j] = maximum((Vec<A>)((Mask<A>)load(p + offset[j]) ^ flip[j]), peak[j]);
       }
@@ -64,8 +67,10 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     const T* p = chunk.p + r * chunk.stride_y;
+    const uint8_t* const mask = chunk.mask.row(r);
     Vec<A> row[N] = {}, row_x[N] = {}, x = splat(chunk.x0);
     for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x, x += A(1)) {
+      if (!chunk.mask.at(mask, c)) continue;
       for (int j = 0; j < N; ++j) {
         const Vec<A> w = weight(p + offset[j], of[j]);
         if (j * kLanes<A> * int(sizeof(T)) % 64 == 0) prefetch(p + offset[j], chunk.ahead);
