@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Pixels that do not count (a mask, or beyond the valid size) never reach the kernels as such: rows go through a buffer in
-// the nearest cache, in which these pixels hold a logit of no weight, and their gradients are set to zero afterwards.
+// Pixels that do not count: a mask, or beyond the valid size. Rows, and channels that count by themselves, go through a
+// buffer in the nearest cache, in which these pixels hold a logit of no weight, and their gradients are set to zero
+// afterwards. Where all channels of a pixel count or none, kernels skip it.
 #pragma once
 
 #include <type_traits>

@@ -87,7 +87,8 @@ class ForwardLanes {
     const Counting counting = counting_of(params_.pixels, view_, first_map);
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
     const int64_t row = parts_.y.begin(i), col = parts_.x.begin(j);
-    const int64_t rows = at_most(parts_.y.size(i), counting.rows - row), cols = at_most(parts_.x.size(j), counting.cols - col);
+    const int64_t rows = at_most(parts_.y.size(i), counting.rows - row);
+    const int64_t cols = at_most(parts_.x.size(j), counting.cols - col);
     if (rows <= 0 || cols <= 0) return clear(channels, lanes);
     const Tiling chunks = lane_chunks<T>(rows, cols, channels);
     const auto begin = [&](int64_t n) {
