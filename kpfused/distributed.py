@@ -2,14 +2,16 @@
 """Sharding rules: the ops on ``DTensor``.
 
 Heatmaps sharded over leading dimensions are computed where they are, without communication. A map sharded over H or W
-is never gathered: each rank reduces its own pixels to stats, these are all-gathered, four numbers a map and rank, and
-every rank merges them in the same order, to the same bits. The merged stats are all that backward needs.
+is never gathered: each rank reduces its own pixels to a state, these are all-gathered, four numbers a map and rank or
+with moments ten, and every rank merges them in the same order, to the same bits. The merged stats, and the peak's
+pixel, are all that backward needs.
 
 ``kpfused.ops`` imports this module when it first meets a ``DTensor``: ``torch.distributed.tensor`` is slow to import.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -18,24 +20,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from kpfused import reference
+from kpfused.results import SpatialMoments
 
 _PIXEL = reference.COORDINATES.index("pixel")
+_PEAK = SpatialMoments._fields.index("peak")
+_STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
 _SMALLEST_SCALE = {torch.float32: 2.0**-121, torch.float64: 2.0**-1013}  # Limits of csrc/moments.h
+_NOWHERE = 2.0**40  # kNowhere of csrc/moments.h
 
 
-def prepare(heatmap: Tensor, beta: Tensor | None) -> tuple[DTensor, DTensor | None]:
-    """The arguments as the rules want them, with a gradient: a plain beta is the same on all ranks."""
+_BESIDE = ("beta", "mask", "valid_size")
+
+
+def prepare(heatmap: Tensor, beta: Tensor | None, *pixels: Any) -> tuple[Any, ...]:
+    """The arguments as the rules want them, with a gradient: plain ones are the same on all ranks.
+
+    ``pixels``: mask, valid size and empty value, or nothing.
+    """
     if not isinstance(heatmap, DTensor):
-        raise TypeError("heatmap must be a DTensor where beta or temperature is one")
+        raise TypeError("heatmap must be a DTensor where beta, temperature, mask or valid_size is one")
     mesh = heatmap.device_mesh
-    if beta is not None and not isinstance(beta, DTensor):
-        beta = DTensor.from_local(beta, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if beta is not None and beta.device_mesh != mesh:
-        raise ValueError(f"beta must be on the mesh of heatmap, {mesh}; got {beta.device_mesh}")
-    return _readable(heatmap), beta
+    beside = [None if tensor is None else _replicated(tensor, mesh) for tensor in (beta, *pixels[:2])]
+    for name, tensor in zip(_BESIDE, beside, strict=False):
+        if tensor is not None and tensor.device_mesh != mesh:
+            raise ValueError(f"{name} must be on the mesh of heatmap, {mesh}; got {tensor.device_mesh}")
+    return (_readable(heatmap), *beside, *pixels[2:])
+
+
+def check_depth_is_whole(volume: Tensor) -> None:
+    """Refuses volumes sharded over depth: slices are merged by torch, which cannot index along a sharded dimension."""
+    if isinstance(volume, DTensor) and any(p.is_shard(volume.dim() - 3) for p in volume.placements):
+        raise NotImplementedError(f"a volume cannot be sharded over depth; got placements {volume.placements}")
+
+
+def together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of which one is a ``DTensor``, as such: torch mixes no others."""
+    mesh = next(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
+    return tuple(_replicated(tensor, mesh) for tensor in tensors)
+
+
+def _replicated(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """A plain tensor, the same on all ranks, as a ``DTensor``; others as they are."""
+    if isinstance(tensor, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _readable(heatmap: DTensor) -> DTensor:
@@ -60,25 +92,66 @@ class _Share:
         """Placements of a tensor ``(..., n)``: as the maps, and ``over_pixels`` where those are spread."""
         return [(over_pixels or Replicate()) if i in self.spread else p for i, p in enumerate(self.placements)]
 
-    def take(self, tensor: DTensor, placements: Sequence[Placement]) -> Tensor:
-        return tensor.redistribute(placements=placements).to_local().contiguous()
+    def take(self, tensor: DTensor, placements: Sequence[Placement] | None = None) -> Tensor:
+        """This rank's part of what belongs to its maps, such as results and gradients of results."""
+        return tensor.redistribute(placements=placements or self.beside()).to_local().contiguous()
 
-    def take_beta(self, beta: DTensor | None) -> Tensor | None:
-        """The part of beta that belongs to the maps of this rank."""
-        if beta is None:
+    def take_broadcast(self, tensor: DTensor | None, trailing: int = 0) -> Tensor | None:
+        """Likewise of what broadcasts against the leading dimensions; ``trailing``: dimensions it has behind those."""
+        if tensor is None:
             return None
-        missing = len(self.leading) - beta.dim()
+        missing = len(self.leading) - (tensor.dim() - trailing)
         placements: list[Placement] = []
         for placement in self.beside():
             dim = placement.dim - missing if isinstance(placement, Shard) else -1
-            is_split = dim >= 0 and beta.shape[dim] == self.leading[dim + missing]
+            is_split = dim >= 0 and tensor.shape[dim] == self.leading[dim + missing]
             placements.append(Shard(dim) if is_split else Replicate())
-        return self.take(beta, placements)
+        return self.take(tensor, placements)
+
+    def take_pixels(
+        self, mask: DTensor | None = None, valid_size: DTensor | None = None, empty_value: float | None = None
+    ) -> tuple[Any, ...]:
+        """Which of this rank's pixels count, as an op takes it."""
+        if mask is None and valid_size is None and empty_value is None:
+            return ()
+        size = self.take_broadcast(valid_size, trailing=1)
+        if size is not None and self.spread:
+            # What is left of it from this rank's first pixel on. Kernels take less than nothing for nothing.
+            size = torch.stack([n - self.first(dim) for n, dim in zip(size.unbind(-1), (-2, -1), strict=True)], -1)
+        return None if mask is None else self._take_mask(mask), size, empty_value
+
+    def _take_mask(self, mask: DTensor) -> Tensor:
+        """This rank's part of a mask of the heatmap's shape, as a view where it can be: a mask that was expanded is
+        the size of the heatmap, but not in memory."""
+        if not self._holds_part(mask):
+            mask = _gathered(mask)
+        own = mask.to_local()
+        for dim, size in enumerate(self.local.shape):
+            if own.shape[dim] != size:
+                own = own.narrow(dim, self.first(dim), size)
+        return own
+
+    def _holds_part(self, tensor: DTensor) -> bool:
+        """Whether this rank has its part of a tensor of the heatmap's shape: every dimension is whole, or sharded as
+        that of the heatmap is."""
+        if not all(type(p) in (Shard, Replicate) for p in tensor.placements):
+            return False
+
+        def mesh_dims(placements: Sequence[Placement], dim: int) -> list[int]:
+            return [i for i, p in enumerate(placements) if p.is_shard(dim)]
+
+        return all(
+            mesh_dims(tensor.placements, dim) in ([], mesh_dims(self.placements, dim)) for dim in range(tensor.dim())
+        )
 
     def wrap(self, local: Tensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
         """A contiguous tensor of a global shape."""
         strides = tuple(itertools.accumulate(reversed(shape), operator.mul, initial=1))[-2::-1]
         return _from_local(local, self, placements, shape, strides)
+
+    def wrap_result(self, local: Tensor) -> DTensor:
+        """What belongs to the maps."""
+        return self.wrap(local, self.beside(), (*self.leading, *local.shape[len(self.leading) :]))
 
     def wrap_heatmap(self, local: Tensor) -> DTensor:
         return _from_local(local, self, self.placements, self.heatmap.shape, self.heatmap.stride())
@@ -95,12 +168,11 @@ class _Share:
 
     def shift(self) -> list[float]:
         """(x, y) from the centre of the whole map to the centre of this rank's pixels."""
-        dims = len(self.leading) + 1, len(self.leading)
-        return [self._first(d) + (self.local.shape[d] - 1) / 2 - (self.heatmap.shape[d] - 1) / 2 for d in dims]
+        return [self.first(d) + (self.local.shape[d] - 1) / 2 - (self.heatmap.shape[d] - 1) / 2 for d in (-1, -2)]
 
-    def _first(self, dim: int) -> int:
+    def first(self, dim: int) -> int:
         """Global index of this rank's first pixel along a dimension; shards are what ``torch.chunk`` makes."""
-        first, size = 0, self.heatmap.shape[dim]
+        first, size, dim = 0, self.heatmap.shape[dim], dim % self.heatmap.dim()
         for index, placement in enumerate(self.placements):
             if placement.is_shard(dim):
                 chunk = -(-size // self.mesh.size(index))
@@ -115,58 +187,161 @@ def _from_local(
     return DTensor.from_local(local, share.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def _forward(
-    op: Callable[..., Any], heatmap: DTensor, beta: DTensor | None, beta_value: float, coordinates: int
-) -> tuple[DTensor, DTensor]:
-    share = _Share(heatmap)
-    own_beta = share.take_beta(beta)
-    if share.spread:
-        stats = _own_stats(op, share, own_beta, beta_value)
-        scale = _scale(beta_value if own_beta is None else own_beta, stats.dtype)
-        for index in share.spread:
-            stats = _merge(share.gather(stats, index), scale)
-        units = zip(stats[..., 2:].unbind(-1), share.units(coordinates), strict=True)
-        result = torch.stack([mean * scale + offset for mean, (scale, offset) in units], -1)
-    else:
-        result, stats = op(share.local, own_beta, beta_value, coordinates)
-    return (
-        share.wrap(result, share.beside(), (*share.leading, 2)),
-        share.wrap(stats, share.beside(), (*share.leading, stats.shape[-1])),
+def _gathered(mask: DTensor) -> DTensor:
+    """The whole mask on every rank. What was expanded is sent once, and expanded again."""
+    repeats = [mask.stride(d) == 0 and not any(p.is_shard(d) for p in mask.placements) for d in range(mask.dim())]
+    own, shape = mask.to_local(), list(mask.shape)
+    for dim, repeated in enumerate(repeats):
+        if repeated:
+            own, shape[dim] = own.narrow(dim, 0, 1), 1
+    strides = tuple(itertools.accumulate(reversed(shape), operator.mul, initial=1))[-2::-1]
+    # As bytes: not every backend sends bool.
+    sent = DTensor.from_local(
+        own.contiguous().view(torch.uint8),
+        mask.device_mesh,
+        mask.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=strides,
     )
+    return _replicated(sent.full_tensor().view(torch.bool).expand(mask.shape), mask.device_mesh)
 
 
-def _own_stats(op: Callable[..., Any], share: _Share, beta: Tensor | None, beta_value: float) -> Tensor:
-    """(peak, sum, mean x, mean y) of this rank's pixels, from the centre of the whole map."""
-    if share.has_pixels:
-        return _shifted(op(share.local, beta, beta_value, _PIXEL)[1], share.shift())
-    dtype = torch.promote_types(share.local.dtype, torch.float32)
-    stats = share.local.new_zeros((*share.local.shape[:-2], 4), dtype=dtype)
-    stats[..., 0] = torch.finfo(dtype).min  # as empty_state of csrc/moments.h
-    return stats
+# ---- Forward --------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    op: Callable[..., Any],
+    heatmap: DTensor,
+    beta: DTensor | None,
+    beta_value: float,
+    coordinates: int,
+    *pixels: Any,
+    values: int,
+    **named_pixels: Any,
+) -> tuple[DTensor, ...]:
+    """Both forward ops; ``values``: of a map's stats."""
+    share = _Share(heatmap)
+    own_beta, own_pixels = share.take_broadcast(beta), share.take_pixels(*pixels, **named_pixels)
+    if not share.spread:
+        results = op(share.local, own_beta, beta_value, coordinates, *own_pixels)
+        return tuple(share.wrap_result(result) for result in results)
+    state = _own_state(op, share, own_beta, beta_value, own_pixels, values)
+    dtype, smallest = state.dtype, _SMALLEST_SCALE[state.dtype]
+    # As the kernels do on the CPU, and as costs nothing for a few numbers a map: between two roundings, float64.
+    sharpness = abs(beta_value) if own_beta is None else own_beta.double().abs()
+    for index in share.spread:
+        state = _merge(share.gather(state.to(dtype), index).double(), _scale(sharpness, smallest))
+    fields = _fields(state, sharpness, share.units(coordinates))
+    if own_pixels:
+        empty_value = own_pixels[2]
+        fill = math.nan if empty_value is None else empty_value
+        empty = state[..., 1] == 0
+        fields = [field.masked_fill(empty[(..., *[None] * (field.dim() - empty.dim()))], fill) for field in fields]
+    results = [field.to(dtype) for field in (*fields, state[..., :values])]
+    if values == _MOMENT_STATS:
+        results.insert(_PEAK, _whole_numbers(state[..., values:]))
+    return tuple(share.wrap_result(result) for result in results)
+
+
+def _own_state(
+    op: Callable[..., Any],
+    share: _Share,
+    beta: Tensor | None,
+    beta_value: float,
+    pixels: tuple[Any, ...],
+    values: int,
+) -> Tensor:
+    """Stats of this rank's pixels, from the centre of the whole map, and of moments also (x, y) of their peak."""
+    size = values + 2 if values == _MOMENT_STATS else values
+    if not share.has_pixels:
+        dtype = torch.promote_types(share.local.dtype, torch.float32)
+        state = share.local.new_zeros((*share.local.shape[:-2], size), dtype=dtype)
+        state[..., 0] = torch.finfo(dtype).min  # as empty_state of csrc/moments.h
+        state[..., values:] = _NOWHERE
+        return state
+    results = op(share.local, beta, beta_value, _PIXEL, *pixels)
+    stats = _shifted(results[-1], share.shift())
+    if size == values:
+        return stats
+    # Without weight, the peak is the first pixel in place of none.
+    nothing = stats[..., 1] == 0
+    at = [results[_PEAK][..., i] + share.first(dim) for i, dim in enumerate((-1, -2))]
+    at = [n.to(stats.dtype).masked_fill(nothing, _NOWHERE) for n in at]
+    return torch.cat((stats, torch.stack(at, -1)), -1)
 
 
 def _shifted(stats: Tensor, shift: Sequence[float]) -> Tensor:
-    peak, total, x, y = stats.unbind(-1)
-    return torch.stack((peak, total, x + shift[0], y + shift[1]), -1)
+    peak, total, x, y, *others = stats.unbind(-1)
+    return torch.stack((peak, total, x + shift[0], y + shift[1], *others), -1)
 
 
-def _scale(beta: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    """As in ``sharpness`` of csrc/moments.h."""
-    smallest, log2_e = _SMALLEST_SCALE[dtype], math.log2(math.e)
-    if isinstance(beta, Tensor):
-        return (beta.abs() * log2_e).clamp(min=smallest)
-    return max(abs(beta) * log2_e, smallest)
+def _scale(sharpness: Tensor | float, smallest: float) -> Tensor | float:
+    """As in ``sharpness`` of csrc/moments.h, of the size of beta."""
+    log2_e = math.log2(math.e)
+    if isinstance(sharpness, Tensor):
+        return (sharpness * log2_e).clamp(min=smallest)
+    return max(sharpness * log2_e, smallest)
 
 
-def _merge(stats: Tensor, scale: Tensor | float) -> Tensor:
-    """``merge`` of csrc/moments.h over the first dimension, that of the ranks: the same sum, in one order, on each."""
-    peaks, totals, *means = stats.unbind(-1)
+def _merge(states: Tensor, scale: Tensor | float) -> Tensor:
+    """``merge`` of csrc/moments.h over the first dimension, that of the ranks: the same sum, in one order, on each.
+
+    A covariance is what the ranks have within, and what lies between their means.
+    """
+    peaks, totals, x, y, *others = states.unbind(-1)
     peak = peaks.amax(0)
-    weights = totals * torch.exp2((peaks - peak) * scale)
+    down = peaks - peak
+    weights = totals * torch.exp2(down * scale)
     total = weights.sum(0)
-    # Without weight a mean is 0 / 0, and adds nothing.
-    merged = [(mean * weights).masked_fill(weights == 0, 0).sum(0) / total for mean in means]
-    return torch.stack((peak, total, *merged), -1)
+
+    def mean(values: Tensor) -> Tensor:
+        # Without weight a value is 0 / 0, and adds nothing.
+        return (values * weights).masked_fill(weights == 0, 0).sum(0) / total
+
+    merged = [peak, total, mean(x), mean(y)]
+    if others:
+        xx, xy, yy, distance, at_x, at_y = others
+        dx, dy = x - merged[2], y - merged[3]
+        merged += [mean(xx + dx * dx), mean(xy + dx * dy), mean(yy + dy * dy), mean(distance + down)]
+        # The first in row order of the highest.
+        at_y = at_y.masked_fill(peaks != peak, _NOWHERE)
+        first_y = at_y.amin(0)
+        merged += [at_x.masked_fill((peaks != peak) | (at_y != first_y), _NOWHERE).amin(0), first_y]
+    return torch.stack(merged, -1)
+
+
+def _fields(state: Tensor, sharpness: Tensor | float, units: Sequence[tuple[float, float]]) -> list[Tensor]:
+    """``write_fields`` of csrc/fields.h: all results but the peak's pixel."""
+    peak, total, x, y, *others = state.unbind(-1)
+    (scale_x, offset_x), (scale_y, offset_y) = units
+    mean = torch.stack((x * scale_x + offset_x, y * scale_y + offset_y), -1)
+    if not others:
+        return [mean]
+    xx, xy, yy, distance, *_ = others
+    log_sum = total.log()
+    return [
+        mean,
+        _in_units(torch.stack((torch.stack((xx, xy), -1), torch.stack((xy, yy), -1)), -2), scale_x, scale_y),
+        log_sum - sharpness * distance,
+        sharpness * peak + log_sum,
+        total / total / total,
+    ]
+
+
+def _in_units(covariance: Tensor, scale_x: float, scale_y: float) -> Tensor:
+    """A covariance, or the gradient of one, with its elements times those of the scales' outer product."""
+    (xx, xy), (yx, yy) = (row.unbind(-1) for row in covariance.unbind(-2))
+    rows = (xx * scale_x * scale_x, xy * scale_x * scale_y), (yx * scale_y * scale_x, yy * scale_y * scale_y)
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def _whole_numbers(at: Tensor) -> Tensor:
+    """The pixel of a peak; the first where no pixel has it."""
+    return at.masked_fill(at >= _NOWHERE, 0).to(torch.int64)
+
+
+# ---- Backward -------------------------------------------------------------------------------------------------------
 
 
 def _backward(
@@ -178,24 +353,97 @@ def _backward(
     beta_value: float,
     coordinates: int,
     needs_grad_beta: bool,
+    *pixels: Any,
+    **named_pixels: Any,
 ) -> tuple[DTensor, DTensor]:
     share = _Share(heatmap)
-    grad, own_stats = (share.take(tensor, share.beside()) for tensor in (grad_coordinates, stats))
+    grad, own_stats = share.take(grad_coordinates), share.take(stats)
     if share.spread:
-        # The kernel takes its share for the map: so pixels for units, and its centre for the map's.
+        grad, own_stats, coordinates = *_as_of_own_map(share, grad, own_stats, coordinates), _PIXEL
+    settings = (share.take_broadcast(beta), beta_value, coordinates, needs_grad_beta)
+    return _gradients(op, share, (grad,), (own_stats,), (*settings, *share.take_pixels(*pixels, **named_pixels)))
+
+
+def _as_of_own_map(share: _Share, grad_mean: Any, stats: Tensor, coordinates: int) -> tuple[Any, Tensor]:
+    """The kernel takes a rank's pixels for the map: so pixels for units, and their centre for the map's."""
+    (scale_x, _), (scale_y, _) = share.units(coordinates)
+    if grad_mean is not None:
+        grad_mean = torch.stack((grad_mean[..., 0] * scale_x, grad_mean[..., 1] * scale_y), -1)
+    return grad_mean, _shifted(stats, [-shift for shift in share.shift()])
+
+
+def _moments_backward(
+    op: Callable[..., Any],
+    grad_mean: DTensor | None,
+    grad_covariance: DTensor | None,
+    grad_entropy: DTensor | None,
+    grad_logsumexp: DTensor | None,
+    grad_peak_probability: DTensor | None,
+    heatmap: DTensor,
+    stats: DTensor,
+    peak: DTensor,
+    beta: DTensor | None,
+    beta_value: float,
+    coordinates: int,
+    needs_grad_beta: bool,
+    *pixels: Any,
+    **named_pixels: Any,
+) -> tuple[DTensor, DTensor]:
+    share = _Share(heatmap)
+    grads = (grad_mean, grad_covariance, grad_entropy, grad_logsumexp, grad_peak_probability)
+    mean, covariance, entropy, logsumexp, chance = (None if g is None else share.take(g) for g in grads)
+    own_stats, own_peak = share.take(stats), share.take(peak)
+    if share.spread:
         (scale_x, _), (scale_y, _) = share.units(coordinates)
-        grad = torch.stack((grad[..., 0] * scale_x, grad[..., 1] * scale_y), -1)
-        own_stats = _shifted(own_stats, [-shift for shift in share.shift()])
+        mean, own_stats = _as_of_own_map(share, mean, own_stats, coordinates)
+        covariance = None if covariance is None else _in_units(covariance, scale_x, scale_y)
         coordinates = _PIXEL
+        own_peak, is_here = _local_peak(share, own_peak)
+        if logsumexp is not None:
+            # With the log-sum-exp goes a term of beta's gradient that counts once a map: with the rank of the peak. On
+            # others, what is left of its gradient, one constant for all pixels, goes with the probability of the peak,
+            # which takes that constant away from all pixels but its own.
+            constant = logsumexp * own_stats[..., 1]
+            logsumexp = logsumexp.masked_fill(~is_here, 0)
+            chance = torch.zeros_like(logsumexp) if chance is None else chance
+            chance = torch.where(is_here, chance, chance - constant)
+    settings = (share.take_broadcast(beta), beta_value, coordinates, needs_grad_beta)
+    return _gradients(
+        op,
+        share,
+        (mean, covariance, entropy, logsumexp, chance),
+        (own_stats, own_peak),
+        (*settings, *share.take_pixels(*pixels, **named_pixels)),
+    )
+
+
+def _local_peak(share: _Share, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """The peak's pixel among this rank's, a negative one where it is another's; and whether it is this rank's."""
+    local = [at - share.first(dim) for at, dim in zip(peak.unbind(-1), (-1, -2), strict=True)]
+    inside = [(at >= 0) & (at < share.local.shape[dim]) for at, dim in zip(local, (-1, -2), strict=True)]
+    is_here = inside[0] & inside[1]
+    return torch.stack([at.masked_fill(~is_here, -1) for at in local], -1), is_here
+
+
+def _gradients(
+    op: Callable[..., Any],
+    share: _Share,
+    grads: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, ...],
+    settings: tuple[Any, ...],
+) -> tuple[DTensor, DTensor]:
+    needs_grad_beta = settings[3]
     if share.has_pixels:
-        own_beta = share.take_beta(beta)
-        grad_heatmap, grad_beta = op(grad, share.local, own_stats, own_beta, beta_value, coordinates, needs_grad_beta)
+        grad_heatmap, grad_beta = op(*grads, share.local, *kept, *settings)
     else:
         grad_heatmap = torch.empty_like(share.local)
-        grad_beta = own_stats.new_zeros(share.local.shape[:-2] if needs_grad_beta else (0,))
+        grad_beta = kept[0].new_zeros(share.local.shape[:-2] if needs_grad_beta else (0,))
     if not needs_grad_beta:  # a tensor of no elements
         return share.wrap_heatmap(grad_heatmap), share.wrap(grad_beta, [Replicate()] * share.mesh.ndim, (0,))
     return share.wrap_heatmap(grad_heatmap), share.wrap(grad_beta, share.beside(Partial()), share.leading)
+
+
+# ---- Registration ---------------------------------------------------------------------------------------------------
 
 
 def _register(name: str, rule: Callable[..., Any]) -> None:
@@ -207,5 +455,7 @@ def _register(name: str, rule: Callable[..., Any]) -> None:
 
 
 for _prefix in ("kpfused::", "kpfused::_"):
-    _register(f"{_prefix}soft_argmax2d", _forward)
+    _register(f"{_prefix}soft_argmax2d", functools.partial(_forward, values=_STATS))
     _register(f"{_prefix}soft_argmax2d_backward", _backward)
+    _register(f"{_prefix}spatial_moments2d", functools.partial(_forward, values=_MOMENT_STATS))
+    _register(f"{_prefix}spatial_moments2d_backward", _moments_backward)

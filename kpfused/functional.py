@@ -296,6 +296,7 @@ def _pixels(
             else torch.full((), n, dtype=torch.int64, device=heatmap.device)
             for n in valid_size
         )
+        height, width = ops.together(height, width)
         size = torch.stack((height + 0 * width, width + 0 * height), -1)
         if height.dim() or width.dim():
             size = ops.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()

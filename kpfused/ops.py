@@ -13,7 +13,8 @@ import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -154,6 +155,8 @@ def spatial_moments3d(
     if _takes_composition(heatmap):
         each = number[..., 0] if isinstance(number, Tensor) else number
         return reference.spatial_moments3d(heatmap, each, coordinates=names[coordinates], mask=mask)
+    if _is_distributed(heatmap):
+        _distributed().check_depth_is_whole(heatmap)
     # The dimension before depth goes behind it where it lies so in memory, as in channels_last_3d.
     swap = heatmap.dim() > 3 and heatmap.stride(-4) < heatmap.stride(-3)
     if swap:
@@ -164,7 +167,11 @@ def spatial_moments3d(
     if swap:
         depth_dim = heatmap.dim() - 4
         *fields, stats = (f.transpose(depth_dim, depth_dim + 1) for f in (*fields, stats))
-    return merge_slices(SpatialMoments(*fields), stats, number, stats.shape[-2], names[coordinates])
+    z = reference.coordinate_axis(stats.shape[-2], names[coordinates], dtype=stats.dtype, device=stats.device)
+    stats, z = together(stats, z)
+    if isinstance(number, Tensor):
+        stats, number = together(stats, number)
+    return merge_slices(SpatialMoments(*fields), stats, number, z)
 
 
 def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
@@ -183,9 +190,9 @@ def _call(
     result: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
         result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, coordinates, *pixels)
-    elif not _is_plain(heatmap, beta):
-        if _is_distributed(heatmap, beta):
-            heatmap, beta = _sharded(kernel, heatmap, beta, *pixels)
+    elif not _is_plain(heatmap, beta, pixels):
+        if _is_distributed(heatmap, beta, *pixels[:2]):
+            heatmap, beta, *pixels = _distributed().prepare(heatmap, beta, *pixels)
         result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
     elif compiling:
         result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
@@ -214,27 +221,35 @@ def _is_on_kernel_device(heatmap: Tensor) -> bool:
     return heatmap.is_cpu or (heatmap.is_cuda and _HAS_CUDA) or heatmap.is_meta
 
 
-def _is_plain(heatmap: Tensor, beta: Tensor | None) -> bool:
+def _is_plain(heatmap: Tensor, beta: Tensor | None, pixels: Sequence[Any]) -> bool:
     """Whether no tensor subclass has to see the op."""
-    return type(heatmap) in _PLAIN and (beta is None or type(beta) in _PLAIN)
+    return (
+        type(heatmap) in _PLAIN
+        and (beta is None or type(beta) in _PLAIN)
+        and (len(pixels) == 0 or all(tensor is None or type(tensor) in _PLAIN for tensor in pixels[:2]))
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_distributed(heatmap: Tensor, beta: Tensor | None) -> bool:
-    """Whether one of the two is a ``DTensor``; none is where its module is not loaded."""
+def _is_distributed(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a ``DTensor``; none is where its module is not loaded."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and module.DTensor in (type(heatmap), type(beta))
+    return module is not None and module.DTensor in map(type, tensors)
 
 
-def _sharded(kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, *pixels: Any) -> tuple[Tensor, Tensor | None]:
-    """The arguments as the sharding rules take them."""
-    if kernel is not _SOFT_ARGMAX2D or pixels:
-        raise NotImplementedError("of DTensors there is soft_argmax2d without mask, valid_size, empty_value and debias")
-    from kpfused import distributed  # slow to import, and registers the rules
+def _distributed() -> ModuleType:
+    """The sharding rules, which it registers: slow to import."""
+    from kpfused import distributed
 
-    return distributed.prepare(heatmap, beta)
+    return distributed
+
+
+def together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors that are to meet in one operation: plain ones beside a ``DTensor`` are the same on all ranks."""
+    result: tuple[Tensor, ...] = _distributed().together(*tensors) if _is_distributed(*tensors) else tensors
+    return result
 
 
 @functools.cache

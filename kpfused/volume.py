@@ -12,26 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kpfused import reference
 from kpfused.results import SpatialMoments
 
 
-def merge_slices(
-    slices: SpatialMoments, stats: Tensor, beta: Tensor | float, depth: int, coordinates: str
-) -> SpatialMoments:
+def merge_slices(slices: SpatialMoments, stats: Tensor, beta: Tensor | float, z: Tensor) -> SpatialMoments:
     """Moments of volumes from those of their slices ``(..., D)``.
 
     Args:
         slices: moments of every slice; empty slices have finite values.
         stats: of every slice, ``(..., D, 8)``: the key of the peak, the sum of weights relative to it, and more.
         beta: a number, or a tensor that broadcasts against ``(..., D)``.
-        depth: D.
-        coordinates: units of the result.
+        z: coordinates of the slices, ``(D,)``.
     """
     relative, top = _relative_logsumexp(slices.logsumexp, stats.detach(), beta)
     log_weight = torch.log_softmax(relative, -1)
     weight = log_weight.exp()
-    z = reference.coordinate_axis(depth, coordinates, dtype=weight.dtype, device=weight.device)
     means = torch.cat((slices.mean, z[:, None].expand(*weight.shape, 1)), -1)  # (..., D, 3)
     mean = (weight[..., None] * means).sum(-2)
     offset = means - mean[..., None, :]
