@@ -31,9 +31,7 @@ _PEAK = SpatialMoments._fields.index("peak")
 _STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
 _SMALLEST_SCALE = {torch.float32: 2.0**-121, torch.float64: 2.0**-1013}  # Limits of csrc/moments.h
 _NOWHERE = 2.0**40  # kNowhere of csrc/moments.h
-
-
-_BESIDE = ("beta", "mask", "valid_size")
+_BESIDE = ("beta", "mask", "valid_size")  # arguments that may be plain where the heatmap is a DTensor
 
 
 def prepare(heatmap: Tensor, beta: Tensor | None, *pixels: Any) -> tuple[Any, ...]:
