@@ -10,7 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kpfused
-from kpfused import SoftArgmax2d, reference
+from kpfused import SoftArgmax2d, SpatialMoments, reference
 from tests import cases
 
 inf, nan = torch.inf, torch.nan
@@ -218,10 +218,12 @@ def weights_in_one_share(world: World) -> None:
 
 
 def same_bits_on_all_ranks(world: World) -> None:
-    points = kpfused.soft_argmax2d(shard(maps(world, 16, 5, 9, 11), world.mesh(), [H])).to_local()
-    everyone = DTensor.from_local(points[None], world.mesh(), [BATCH]).full_tensor()
-    assert len(everyone) == world.size
-    assert all(torch.equal(points, other) for other in everyone)
+    heatmap = shard(maps(world, 16, 5, 9, 11), world.mesh(), [H])
+    for result in (kpfused.soft_argmax2d(heatmap), *kpfused.spatial_moments2d(heatmap)):
+        own = result.to_local()
+        everyone = DTensor.from_local(own[None], world.mesh(), [BATCH]).full_tensor()
+        assert len(everyone) == world.size
+        assert all(torch.equal(own, other) for other in everyone)
 
 
 def four_numbers_a_map(world: World) -> None:
@@ -249,6 +251,272 @@ def four_numbers_a_map(world: World) -> None:
         kpfused.soft_argmax2d(shard(maps(world, 8, 3, 16, 6), world.mesh(2), [BATCH, H]))
     half_of_the_maps = 4 * 3 * 4 * 4
     assert sent.bytes == ([half_of_the_maps] if world.size > 2 else [])
+    with Sent() as sent:
+        moments = kpfused.spatial_moments2d(shard(maps(world, 2, 3, 16, 6), mesh, [H]), mask=maps(world, 16, 6) > 0)
+        moments.entropy.sum().backward()
+    assert sent.bytes == [2 * 3 * 10 * 4]  # with moments
+
+
+Function: TypeAlias = Callable[..., Any]
+FUNCTIONS: tuple[Function, ...] = (kpfused.soft_argmax2d, kpfused.spatial_moments2d)
+
+
+def fields_of(result: Tensor | SpatialMoments) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else cases.real_fields(result)
+
+
+def everything(function: Function, heatmap: Tensor, beta: Tensor | float, **settings: Any) -> list[Tensor]:
+    """All results, the peak last, and the gradients of a mixture of them: of heatmap and beta."""
+    result = function(heatmap, beta, **settings)
+    fields = fields_of(result)
+    upstream = [cases.upstream_of(field).to(field.dtype) for field in fields]
+    if isinstance(fields[0], DTensor):
+        pairs = zip(upstream, fields, strict=True)
+        upstream = [shard(u, f.device_mesh, f.placements).detach() for u, f in pairs]  # type: ignore[attr-defined]
+    leaves = [heatmap, beta] if isinstance(beta, Tensor) else [heatmap]
+    gradients = torch.autograd.grad(fields, leaves, upstream)
+    return [*(f.detach() for f in fields), *([] if len(fields) == 1 else [result.peak]), *gradients]
+
+
+def assert_same(
+    function: Function,
+    heatmap: Tensor,
+    beta: Tensor | float,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    own_pixels: dict[str, Any] | None = None,
+    **settings: Any,
+) -> list[Tensor]:
+    """What one process gives, in float64: all that a mistake could hide behind is then a few of its roundings.
+
+    ``own_pixels``: mask and valid size as the sharded call gets them.
+    """
+    own = shard(heatmap, mesh, placements)
+    leaf = heatmap.detach().requires_grad_()
+    own_beta = shard(beta, mesh, [ALL] * mesh.ndim) if isinstance(beta, Tensor) else beta
+    beta = beta.detach().requires_grad_() if isinstance(beta, Tensor) else beta
+    actual = everything(function, own, own_beta, **settings | (own_pixels or {}))
+    expected = everything(function, leaf, beta, **settings)
+    for a, e in zip(actual, expected, strict=True):
+        assert whole(a).dtype == e.dtype
+        atol = 1e-11 * max(1.0, e.nan_to_num(0, 0, 0).abs().max().item()) if e.is_floating_point() else 0
+        torch.testing.assert_close(whole(a), e, rtol=1e-9, atol=atol, equal_nan=True)
+    return actual
+
+
+def layouts(world: World) -> list[tuple[DeviceMesh, list[Placement]]]:
+    one, two = world.mesh(), world.mesh(2)
+    return [(one, [H]), (one, [W]), (two, [BATCH, H]), (two, [W, KEYPOINT]), (two, [W, H]), (two, [H, H])]
+
+
+def moments(world: World) -> None:
+    """Every field and preset, over uneven shares and empty ones."""
+    for shape in [(2, 3, 8, 6), (3, 5, 7, 9), (2, 2, 1, 5), (1, 2, 5, 1)]:
+        for mesh, placements in layouts(world):
+            for coordinates in ("pixel", "corners", "unit"):
+                heatmap, beta = maps(world, *shape, dtype=torch.float64), betas(world, shape[1]).double() - 0.8
+                assert_same(kpfused.spatial_moments2d, heatmap, beta, mesh, placements, coordinates=coordinates)
+
+
+def moments_in_float32(world: World) -> None:
+    """To the roundings that one process is allowed."""
+    for make in (cases.random, cases.flat, cases.peaked, cases.two_peaked, cases.masked):
+        for mesh, placements in layouts(world)[::2]:
+            for dtype in (torch.float32, torch.bfloat16):
+                heatmap = make((2, 3, 40, 33)).to(world.device, dtype)
+                wide = heatmap.double().requires_grad_()
+                expected = kpfused.spatial_moments2d(wide)
+                leaf = shard(heatmap, mesh, placements)
+                actual = kpfused.spatial_moments2d(leaf)
+                cases.assert_moments(SpatialMoments(*map(whole, actual)), expected, 40, 33)
+                got = everything(kpfused.spatial_moments2d, leaf, 1.0)[-1]
+                want = everything(kpfused.spatial_moments2d, wide, 1.0)[-1]
+                cases.assert_gradients(whole(got), want, 40**2 * 4)
+
+
+def moments_sharded_over_leading_dimensions(world: World) -> None:
+    """Bit for bit, with a mask and a valid size, and without communication."""
+    mesh, shape = world.mesh(), (3, 5, 8, 6)
+    heatmap, mask = maps(world, *shape), (torch.rand(3, 1, 8, 6) < 0.7).to(world.device)
+    sizes = torch.randint(0, 9, (3, 1), device=world.device), torch.randint(1, 7, (5,), device=world.device)
+    expected = everything(kpfused.spatial_moments2d, heatmap.requires_grad_(), 1.5, mask=mask, valid_size=sizes)
+    for placement in (BATCH, KEYPOINT):
+        shards = shard_bool(mask, mesh, [placement if placement == BATCH else ALL])
+        for own_mask in (mask, shards):
+            with Sent() as sent:
+                own = shard(heatmap, mesh, [placement])
+                actual = everything(kpfused.spatial_moments2d, own, 1.5, mask=own_mask, valid_size=sizes)
+            assert sent.bytes == []
+            for a, e in zip(actual, expected, strict=True):
+                assert torch.equal(whole(a).nan_to_num(), e.nan_to_num())
+
+
+def one_field_alone(world: World) -> None:
+    """The gradients of the others are absent. Of the log-sum-exp, beta's is the mean logit: it counts once."""
+    heatmap = 1e3 + maps(world, 2, 3, 7, 6, dtype=torch.float64)
+    for placements in ([H], [W]):
+        for name in SpatialMoments._fields:
+            if name != "peak":
+                assert_same(field_alone(name), heatmap, betas(world, 3).double(), world.mesh(), placements)
+
+
+class LogsumexpGradients(TorchDispatchMode):
+    """Of the log-sum-exp, as the backward op gets them on this rank, and the pixel of the peak beside them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        if func.namespace == "kpfused" and "backward" in func.__name__:
+            self.got, self.peak = args[3], args[7]
+        return func(*args, **(kwargs or {}))
+
+
+def the_peak_is_given_to_one_rank(world: World) -> None:
+    """Kernels add what the log-sum-exp gives to beta's gradient once a map, some of them wherever the peak lies."""
+    for placement in (H, W):
+        heatmap = shard(maps(world, 4, 8, 8, 8), world.mesh(), [placement])
+        with LogsumexpGradients() as seen:
+            kpfused.spatial_moments2d(heatmap).logsumexp.sum().backward()
+        assert ((seen.got == 1) == (seen.peak >= 0).all(-1)).all()
+        everyone = DTensor.from_local(seen.got[None], world.mesh(), [BATCH]).full_tensor()
+        assert torch.equal(everyone.sum(0), torch.ones_like(seen.got))
+
+
+def field_alone(name: str) -> Function:
+    return lambda *args, **settings: getattr(kpfused.spatial_moments2d(*args, **settings), name)
+
+
+def the_first_of_equal_peaks(world: World) -> None:
+    """In row order, which over W is not the order of the ranks; the lowest logits beside a share without pixels."""
+    for mesh, placements in layouts(world):
+        heatmap = torch.randint(2, (2, 3, 7, 9)).to(world.device, torch.float64)
+        for beta in (1.0, -1.0):
+            assert_same(kpfused.spatial_moments2d, heatmap, beta, mesh, placements)
+    heatmap = torch.full((1, 1, 4, 6), torch.finfo(torch.float32).min, device=world.device)
+    mask = torch.ones(4, 6, dtype=torch.bool, device=world.device)
+    mask[:2], mask[:, :3] = False, False
+    for placement in (H, W):
+        peak = kpfused.spatial_moments2d(shard(heatmap, world.mesh(), [placement]), mask=mask).peak
+        assert whole(peak).tolist() == [[[3, 2]]]
+
+
+def shard_bool(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def pixels_that_do_not_count(world: World) -> None:
+    """Masks of every broadcast and valid sizes, which hide NaN and leave shares and maps empty."""
+    shape = (3, 2, 7, 9)
+    heights, widths = torch.tensor([[7], [3], [0]]).to(world.device), torch.tensor([9, 2]).to(world.device)
+    masks = [torch.rand(size) < 0.6 for size in [shape, (7, 9), (3, 1, 7, 9), (2, 1, 9), (3, 2, 1, 1)]]
+    masks[0][1, 0], masks[0][2, :, 2:] = False, False
+    settings = [{"mask": mask.to(world.device)} for mask in masks]
+    settings += [{"valid_size": (5, widths)}, {"valid_size": (heights, widths), "mask": masks[0].to(world.device)}]
+    for function in FUNCTIONS:
+        for mesh, placements in layouts(world):
+            for pixels in settings:
+                heatmap, beta = maps(world, *shape, dtype=torch.float64), betas(world, 2).double()
+                counts = reference.counting(heatmap, pixels.get("mask"), pixels.get("valid_size")).expand(shape)
+                heatmap[~counts] = nan
+                results = assert_same(
+                    function, heatmap, beta, mesh, placements, **pixels, empty_value=2.5, coordinates="centers"
+                )
+                assert not whole(results[-2])[~counts].any()
+                empty = ~counts.flatten(-2).any(-1)
+                for field in results[: -2 if function is kpfused.soft_argmax2d else -3]:
+                    assert (whole(field)[empty] == 2.5).all()
+
+
+def empty_maps(world: World) -> None:
+    """Which no rank can tell: of -inf alone, with and without a value for them; NaN is not taken for one."""
+    heatmap = maps(world, 4, 2, 8, 6, dtype=torch.float64)
+    heatmap[0] = -inf
+    heatmap[1, :, :4] = -inf
+    heatmap[2, 0, 0, 0] = nan
+    for function in FUNCTIONS:
+        for settings in ({}, {"empty_value": -1.0}, {"valid_size": (8, 6)}):
+            results = assert_same(function, heatmap, 1.0, world.mesh(), [H], **settings)
+            value = settings.get("empty_value", nan)
+            torch.testing.assert_close(
+                whole(results[0])[0], torch.full_like(whole(results[0])[0], value), equal_nan=True
+            )
+
+
+def sharded_masks(world: World) -> None:
+    """A mask and sizes as a DTensor, with other placements than the heatmap's: they are brought to its own."""
+    two, shape = world.mesh(2), (2, 4, 7, 9)
+    mask = (torch.rand(2, 1, 7, 9) < 0.6).to(world.device)
+    heights = torch.randint(1, 8, (2, 1), device=world.device)
+    widths = torch.randint(1, 10, (4,), device=world.device)
+    for placements in ([BATCH, H], [W, H], [KEYPOINT, W], [H, H]):
+        for of_mask in ([ALL, ALL], placements, [H, ALL], [W, BATCH], [H, H]):
+            if KEYPOINT in of_mask:
+                continue  # of one element
+            own = {
+                "mask": shard_bool(mask, two, of_mask),
+                "valid_size": (shard_bool(heights, two, [BATCH, ALL]), widths),
+            }
+            assert_same(
+                kpfused.spatial_moments2d,
+                maps(world, *shape, dtype=torch.float64),
+                1.5,
+                two,
+                placements,
+                own,
+                mask=mask,
+                valid_size=(heights, widths),
+            )
+
+
+class MaskBytes(TorchDispatchMode):
+    """Of the mask in memory, at each call of a kernel."""
+
+    def __enter__(self) -> Any:
+        self.bytes: list[int] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        if func.namespace == "kpfused":
+            self.bytes += [
+                a.untyped_storage().nbytes() for a in args if isinstance(a, Tensor) and a.dtype == torch.bool
+            ]
+        return func(*args, **(kwargs or {}))
+
+
+def masks_are_not_expanded(world: World) -> None:
+    """Neither in memory nor on the way: a plain one is cut where it is, one with other placements is sent as it is."""
+    mesh, mask = world.mesh(), (torch.rand(2, 1, 16, 8) < 0.6).to(world.device)
+    for placement in (BATCH, KEYPOINT, H, W):
+        heatmap = shard(maps(world, 2, 32, 16, 8), mesh, [placement])
+        with MaskBytes() as held, Sent() as sent:
+            kpfused.soft_argmax2d(heatmap, mask=mask).sum().backward()
+        assert held.bytes == [mask.nbytes] * 2
+        assert len(sent.bytes) == (placement in (H, W))
+    heatmap, columns = shard(maps(world, 2, 32, 16, 8), mesh, [H]), shard_bool(mask, mesh, [W])
+    with MaskBytes() as held, Sent() as sent:
+        kpfused.soft_argmax2d(heatmap, mask=columns)
+    assert held.bytes == [mask.nbytes]
+    assert sent.bytes == [columns.to_local().nbytes, 2 * 32 * 4 * 4]
+
+
+def rows_and_volumes(world: World) -> None:
+    """By the same ops; slices merge in torch."""
+    beta = betas(world, 3).double()
+    for placement in (BATCH, KEYPOINT, Shard(3), Shard(4)):
+        volume, mask = maps(world, 2, 3, 4, 6, 5, dtype=torch.float64), (torch.rand(3, 4, 6, 5) < 0.6).to(world.device)
+        for settings in ({}, {"mask": mask}):
+            assert_same(kpfused.spatial_moments3d, volume, beta, world.mesh(), [placement], **settings)
+    for placement in (BATCH, H):
+        row, mask = maps(world, 2, 3, 9, dtype=torch.float64), (torch.rand(3, 9) < 0.6).to(world.device)
+        assert_same(kpfused.spatial_moments1d, row, beta, world.mesh(), [placement], mask=mask)
+
+
+def without_background(world: World) -> None:
+    heatmap = maps(world, 2, 3, 7, 9, dtype=torch.float64).relu()
+    for placement in (KEYPOINT, H, W):
+        assert_same(kpfused.soft_argmax2d, heatmap, 4.0, world.mesh(), [placement], debias=True)
 
 
 def a_sum_yet_to_be_carried_out(world: World) -> None:
@@ -310,12 +578,25 @@ def compiled(world: World) -> None:
         for a, e in zip(*results, strict=True):
             assert a.placements == e.placements
             torch.testing.assert_close(whole(a), whole(e), rtol=0, atol=0)
+    heatmap, mask = shard(maps(world, 2, 3, 7, 9), world.mesh(), [H]), maps(world, 2, 1, 7, 9) > -2
+    function = torch.compile(kpfused.spatial_moments2d, backend="aot_eager", fullgraph=True)
+    beta, settings = betas(world, 3).requires_grad_(), {"mask": mask, "valid_size": (5, 9)}
+    pairs = (everything(f, heatmap, beta, **settings) for f in (function, kpfused.spatial_moments2d))
+    for a, e in zip(*pairs, strict=True):
+        torch.testing.assert_close(whole(a), whole(e), rtol=0, atol=0)
 
 
 def bad_input(world: World) -> None:
     heatmap, beta = maps(world, 2, 3, 7, 9), betas(world, 3)
     with pytest.raises(TypeError, match="heatmap must be a DTensor"):
         kpfused.soft_argmax2d(heatmap, shard(beta, world.mesh(), [ALL]))
+    with pytest.raises(TypeError, match="heatmap must be a DTensor"):
+        kpfused.spatial_moments2d(heatmap, mask=shard_bool(heatmap > 0, world.mesh(), [ALL]))
+    mask = shard_bool(heatmap > 0, world.mesh(2), [ALL, ALL])
+    with pytest.raises(ValueError, match="mask must be on the mesh of heatmap"):
+        kpfused.spatial_moments2d(shard(heatmap, world.mesh(), [H]), mask=mask)
+    with pytest.raises(NotImplementedError, match="a volume cannot be sharded over depth"):
+        kpfused.soft_argmax3d(shard(heatmap, world.mesh(), [KEYPOINT]))
     with pytest.raises(ValueError, match="beta must be on the mesh of heatmap"):
         kpfused.soft_argmax2d(shard(heatmap, world.mesh(), [H]), shard(beta, world.mesh(2), [ALL, ALL]))
 
@@ -372,6 +653,18 @@ CASES: list[Callable[[World], None]] = [
     weights_in_one_share,
     same_bits_on_all_ranks,
     four_numbers_a_map,
+    moments,
+    moments_in_float32,
+    moments_sharded_over_leading_dimensions,
+    one_field_alone,
+    the_peak_is_given_to_one_rank,
+    the_first_of_equal_peaks,
+    pixels_that_do_not_count,
+    empty_maps,
+    sharded_masks,
+    masks_are_not_expanded,
+    rows_and_volumes,
+    without_background,
     a_sum_yet_to_be_carried_out,
     layers,
     ops_themselves,
