@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+// What all ops are told beside the heatmap, from tensors to a kernel's parameters.
+//
+// Users reach the ops through kpfused/functional.py, whose checks name the argument at fault. What is checked here is
+// what would otherwise touch memory that is not there.
+#pragma once
+
+#include <limits>
+#include <optional>
+
+#include "../units.h"
+#include "tensors.h"
+
+namespace kpfused {
+
+inline void check_device(const Tensor& tensor, const Tensor& heatmap, const char* name) {
+  int32_t own = 0, wanted = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &own));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(heatmap.get(), &wanted));
+  STD_TORCH_CHECK(own == wanted && tensor.get_device_index() == heatmap.get_device_index(), name,
+                  " must be on the device of heatmap");
+}
+
+// The first `dims` sizes of a tensor against the leading dimensions of heatmap.
+inline void check_broadcast(const Tensor& heatmap, const Tensor& tensor, int64_t dims, const char* name) {
+  const int64_t leading = heatmap.dim() - 2;
+  bool fits = dims <= leading;
+  for (int64_t d = 0; fits && d < dims; ++d) {
+    fits = tensor.size(d) == 1 || tensor.size(d) == heatmap.size(leading - dims + d);
+  }
+  STD_TORCH_CHECK(fits, name, " must broadcast against the leading dimensions of heatmap");
+}
+
+inline BetaView beta_view(const Tensor& heatmap, const std::optional<Tensor>& beta, double value) {
+  BetaView view{nullptr, value, 1, 1};
+  if (!beta) return view;
+  check_device(*beta, heatmap, "beta");
+  STD_TORCH_CHECK(beta->scalar_type() == accumulator_of(dtype_of(heatmap)) && beta->is_contiguous(),
+                  "beta must be contiguous and of the dtype of the coordinates");
+  check_broadcast(heatmap, *beta, beta->dim(), "beta");
+  STD_TORCH_CHECK(fold_beta(heatmap.sizes().data(), heatmap.dim() - 2, beta->sizes().data(), beta->dim(), &view),
+                  "beta broadcasts along separate dimensions; expand it");
+  view.values = beta->const_data_ptr();
+  return view;
+}
+
+// What an op is told beside the heatmap.
+struct Settings {
+  std::optional<Tensor> beta;
+  double beta_value;
+  int64_t coordinates;
+  std::optional<Tensor> mask;        // bool, of the heatmap's shape; strides may be zero
+  std::optional<Tensor> valid_size;  // int64 (..., 2), (height, width), leading dimensions as those of beta
+  std::optional<double> empty_value;
+};
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// A valid size broadcasts against the leading dimensions of heatmap as beta does.
+inline PixelView pixel_view(const Tensor& heatmap, const Settings& settings, const MapView& mask_view) {
+  PixelView view{nullptr, mask_view, nullptr, 1, 1, false, settings.empty_value.value_or(kNan)};
+  view.fills_empty = settings.mask || settings.valid_size || settings.empty_value;
+  if (settings.mask) view.mask = static_cast<const uint8_t*>(settings.mask->const_data_ptr());
+  if (!settings.valid_size) return view;
+  const Tensor& size = *settings.valid_size;
+  check_device(size, heatmap, "valid_size");
+  const int64_t dims = size.dim() - 1;
+  STD_TORCH_CHECK(size.scalar_type() == ScalarType::Long && size.is_contiguous() && dims >= 0 && size.size(dims) == 2,
+                  "valid_size must be a contiguous int64 tensor (..., 2)");
+  BetaView run{};
+  check_broadcast(heatmap, size, dims, "valid_size");
+  STD_TORCH_CHECK(fold_beta(heatmap.sizes().data(), heatmap.dim() - 2, size.sizes().data(), dims, &run),
+                  "valid_size broadcasts along separate dimensions; expand it");
+  view.sizes = static_cast<const int64_t*>(size.const_data_ptr());
+  view.divisor = run.divisor;
+  view.modulus = run.modulus;
+  return view;
+}
+
+// How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no
+// kernel reads its layout, and then the target, and expands a mask in memory where its strides do not fold with theirs.
+inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr) {
+  const auto fold = [&] {
+    return fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
+                       target ? target->strides().data() : nullptr, mask ? mask->strides().data() : nullptr);
+  };
+  if (mask) {
+    check_device(*mask, heatmap, "mask");
+    bool same = mask->dim() == heatmap.dim() && mask->scalar_type() == ScalarType::Bool;
+    for (int64_t d = 0; same && d < heatmap.dim(); ++d) same = mask->size(d) == heatmap.size(d);
+    STD_TORCH_CHECK(same, "mask must be bool and of the shape of heatmap");
+  }
+  Layout layout = fold();
+  if (layout.in_place) return layout;
+  heatmap = torch::stable::contiguous(heatmap);
+  if (target) {
+    const auto sizes = heatmap.sizes();
+    *target = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
+  }
+  layout = fold();
+  if (layout.in_place) return layout;
+  mask = torch::stable::contiguous(*mask);
+  return fold();
+}
+
+// What forward and backward share of their parameters.
+template <class Params>
+Params common_params(const Tensor& heatmap, const Layout& layout, const Settings& settings) {
+  const MapView& view = layout.first;
+  const int64_t coordinates = settings.coordinates;
+  STD_TORCH_CHECK(0 <= coordinates && coordinates < kCoordinates, "unknown coordinates");
+  STD_TORCH_CHECK(view.height > 0 && view.width > 0, "heatmap must have at least one pixel");
+  Params p{};
+  p.dtype = dtype_of(heatmap);
+  p.heatmap = heatmap.const_data_ptr();
+  p.view = view;
+  p.pixels = pixel_view(heatmap, settings, layout.mask);
+  p.beta = beta_view(heatmap, settings.beta, settings.beta_value);
+  p.units = units_of(static_cast<Coordinates>(coordinates), view.height, view.width);
+  return p;
+}
+
+template <class Backend, class Params>
+void run(Params& p, const Tensor& heatmap) {
+  if (p.view.maps() == 0) return;
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = Backend::workspace(p)) {
+    workspace = empty(heatmap, {(bytes + 7) / 8}, ScalarType::Double);  // aligned for either accumulator
+    p.workspace = workspace->mutable_data_ptr();
+  }
+  Backend::run(p, heatmap);
+}
+
+}  // namespace kpfused

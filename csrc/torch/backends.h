@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT
+// Where parameters are run: the CPU's kernels, and those of CUDA on torch's current stream.
+#pragma once
+
+#include "../cpu/pages.h"
+#include "../cpu/soft_argmax2d.h"
+#include "../cuda/soft_argmax2d.h"
+#include "tensors.h"
+
+namespace kpfused {
+
+struct Cpu {
+  static int64_t workspace(const ForwardParams& p) {
+    return cpu::soft_argmax2d_forward_workspace(p.view, p.dtype, p.with_moments);
+  }
+  static int64_t workspace(const BackwardParams& p) {
+    return cpu::soft_argmax2d_backward_workspace(p.view, p.dtype, p.grad_beta != nullptr);
+  }
+  static void run(const ForwardParams& p, const Tensor&) { cpu::soft_argmax2d_forward(p); }
+  static void run(const BackwardParams& p, const Tensor&) {
+    const MapView& v = p.grad_view;  // dense
+    const int64_t pixels = v.maps() * v.height * v.width;
+    cpu::prefer_huge_pages(p.grad_heatmap, static_cast<size_t>(pixels * element_size(p.dtype)));
+    cpu::soft_argmax2d_backward(p);
+  }
+};
+
+#if KPFUSED_CUDA
+// Weak, so that the library loads where torch has no CUDA; the ops that call it are then out of reach.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+struct Cuda {
+  static int64_t workspace(const ForwardParams& p) { return cuda::soft_argmax2d_forward_workspace(p); }
+  static int64_t workspace(const BackwardParams& p) { return cuda::soft_argmax2d_backward_workspace(p); }
+  template <class Params>
+  static void run(const Params& p, const Tensor& heatmap) {
+    const torch::stable::accelerator::DeviceGuard guard(heatmap.get_device_index());
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(heatmap.get_device_index(), &stream));
+    check(launch(p, static_cast<cuda::Stream>(stream)));
+  }
+  static int launch(const ForwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_forward(p, stream); }
+  static int launch(const BackwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_backward(p, stream); }
+  static void check(int error) {
+    STD_TORCH_CHECK(error == 0, "kpfused: a CUDA kernel could not be launched: ", cuda::error_string(error));
+  }
+};
+#endif
+
+}  // namespace kpfused
