@@ -113,4 +113,57 @@ struct BackwardParams {
   void* workspace;     // partial sums of grad_beta of split maps; null where the plan asks for none
 };
 
+// Values beside a batch of maps: that of channel c at pixel (y, x) of map (o, i) is at o * stride_outer + i *
+// stride_inner + c * stride_channel + y * stride_y + x * stride_x. Maps that share values have zeros there.
+struct ValueView {
+  int64_t channels;
+  int64_t stride_outer, stride_inner, stride_channel, stride_y, stride_x;
+};
+
+// The spatial softmax P that three kernels are about. Each may be asked for a map that is a probability map already: its
+// pixels then are P, and beta, stats and empty maps mean nothing.
+struct SoftmaxParams {
+  Dtype dtype;  // of heatmap, values and their gradients
+  const void* heatmap;
+  MapView view;
+  PixelView pixels;
+  BetaView beta;
+  const void* stats;  // [maps, kStats], as soft_argmax2d left it
+  bool is_probability;
+};
+
+// Expectation: E_c = sum_i P_i V_ci. The values of a map that is a probability map may be its coordinates, (x, y).
+struct ExpectationParams {
+  SoftmaxParams softmax;
+  const void* values;  // null: coordinates in `units`, two channels
+  ValueView value_view;
+  Units units;
+  void* expectation;  // [maps, channels], accumulation dtype
+  void* workspace;    // partial sums of split maps
+};
+
+// Its gradient with respect to the heatmap, dh_i = beta P_i sum_c g_c (V_ci - E_c), or sum_c g_c V_ci of a probability
+// map; and with respect to beta, sum_i h_i dh_i / beta, summed relative to the peak.
+struct ExpectationHeatmapParams {
+  SoftmaxParams softmax;
+  const void* values;
+  ValueView value_view;
+  Units units;
+  const void* expectation;  // as forward left it
+  const void* grad;         // [maps, channels], accumulation dtype; null: 1 each
+  void* grad_heatmap;
+  MapView grad_view;
+  void* grad_beta;  // [maps], accumulation dtype; null where it is not wanted
+  void* workspace;  // partial sums of grad_beta of split maps
+};
+
+// And with respect to the values: dV_ci = sum of P_i g_c over the maps that share them. With one channel, no shared
+// values and g = 1 it is the softmax itself.
+struct ExpectationValuesParams {
+  SoftmaxParams softmax;
+  const void* grad;  // as above
+  void* grad_values;
+  ValueView value_view;
+};
+
 }  // namespace kpfused
