@@ -10,12 +10,15 @@ if importlib.util.find_spec("kpfused._C") is None:
     )
 
 from kpfused.functional import (
+    expectation2d,
     soft_argmax1d,
     soft_argmax2d,
     soft_argmax3d,
+    spatial_expectation2d,
     spatial_moments1d,
     spatial_moments2d,
     spatial_moments3d,
+    spatial_softmax2d,
 )
 from kpfused.modules import SoftArgmax2d, SpatialMoments2d
 from kpfused.results import SpatialMoments
@@ -26,10 +29,13 @@ __all__ = [
     "SpatialMoments",
     "SpatialMoments2d",
     "__version__",
+    "expectation2d",
     "soft_argmax1d",
     "soft_argmax2d",
     "soft_argmax3d",
+    "spatial_expectation2d",
     "spatial_moments1d",
     "spatial_moments2d",
     "spatial_moments3d",
+    "spatial_softmax2d",
 ]

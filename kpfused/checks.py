@@ -133,6 +133,22 @@ def check_valid_size(valid_size: tuple[Tensor | int, Tensor | int], heatmap: Ten
             raise ValueError(f"{name} must be from 0 to {most}; got {size}")
 
 
+def check_values(values: Tensor, heatmap: Tensor) -> None:
+    """Accepts ``(..., C, H, W)`` of the heatmap's dtype, device and H and W, whose leading dimensions broadcast."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a torch.Tensor; got {type(values).__name__}")
+    if values.dtype != heatmap.dtype:
+        raise TypeError(f"values must have the dtype of heatmap, {heatmap.dtype}; got {values.dtype}")
+    _check_device("values", values, heatmap)
+    leading, size = heatmap.shape[:-2], heatmap.shape[-2:]
+    if values.dim() < 3 or values.shape[-2:] != size or not _broadcasts(values.shape[:-3], leading):
+        wanted = (*leading, "C", *size)
+        raise ValueError(
+            f"values must be (..., C, H, W) and broadcast to ({', '.join(map(str, wanted))}) of heatmap; "
+            f"got shape {tuple(values.shape)}"
+        )
+
+
 def _check_device(name: str, tensor: Tensor, heatmap: Tensor) -> None:
     if tensor.device != heatmap.device:
         raise ValueError(f"{name} must be on the device of heatmap, {heatmap.device}; got {tensor.device}")

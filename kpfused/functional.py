@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpfused import checks, ops, reference
+from kpfused import checks, expectation, ops, reference
 from kpfused.results import SpatialMoments
 
 
@@ -143,6 +143,120 @@ def spatial_moments2d(
     """
     arguments = _checked(heatmap, beta, temperature, coordinates)
     return ops.spatial_moments2d(*arguments, *_pixels(heatmap, mask, valid_size, empty_value))
+
+
+def spatial_softmax2d(
+    heatmap: Tensor,
+    beta: Tensor | float = 1.0,
+    *,
+    temperature: Tensor | float | None = None,
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float | None = None,
+) -> Tensor:
+    r"""The spatial softmax itself, for those who want the map: ``softmax(beta * heatmap)`` over H and W together.
+
+    What the map is wanted for is often an expectation, for which :func:`spatial_expectation2d`, :func:`soft_argmax2d`
+    and :func:`spatial_moments2d` need no map.
+
+    Args:
+        heatmap: as in :func:`soft_argmax2d`.
+        beta: as in :func:`soft_argmax2d`.
+        temperature: as in :func:`soft_argmax2d`.
+        mask: as in :func:`soft_argmax2d`. The probability of pixels that do not count is exactly zero.
+        valid_size: as in :func:`soft_argmax2d`.
+        empty_value: as in :func:`soft_argmax2d`: what all pixels of an empty map are then.
+
+    Returns:
+        Probabilities of the shape, dtype and memory format of ``heatmap``, computed in float32 (float64 for float64)
+        and rounded once.
+
+    Gradients reach ``heatmap``, and ``beta`` or ``temperature`` where it is a tensor. Backward keeps the heatmap and
+    four numbers a map, not the probabilities.
+
+    Raises:
+        TypeError: as in :func:`soft_argmax2d`.
+        ValueError: as in :func:`soft_argmax2d`.
+    """
+    _, tensor, number, _ = _checked(heatmap, beta, temperature, "pixel")
+    return ops.spatial_softmax2d(heatmap, tensor, number, *_pixels(heatmap, mask, valid_size, empty_value))
+
+
+def spatial_expectation2d(
+    heatmap: Tensor,
+    values: Tensor,
+    beta: Tensor | float = 1.0,
+    *,
+    temperature: Tensor | float | None = None,
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float | None = None,
+) -> Tensor:
+    r"""Expectation of values under the spatial softmax of a heatmap: depth, offsets, features, Jacobians at a keypoint.
+
+    .. math:: P = \operatorname{softmax}(\beta h), \qquad E_c = \sum_{ij} P_{ij} \, V_{cij}
+
+    The softmax map is not stored, forward or backward.
+
+    Args:
+        heatmap: as in :func:`soft_argmax2d`.
+        values: ``(..., C, H, W)`` of the heatmap's dtype, in any memory format; leading dimensions broadcast against those of the
+            heatmap and are not expanded: for heatmaps ``(B, K, H, W)``, ``(B, K, C, H, W)`` for values of each keypoint,
+            ``(B, 1, C, H, W)`` for features that the keypoints of an image share, ``(C, H, W)`` for the same everywhere.
+        beta: as in :func:`soft_argmax2d`.
+        temperature: as in :func:`soft_argmax2d`.
+        mask: as in :func:`soft_argmax2d`. Values at pixels that do not count may be anything.
+        valid_size: as in :func:`soft_argmax2d`.
+        empty_value: as in :func:`soft_argmax2d`.
+
+    Returns:
+        ``(..., C)``; float64 for float64 heatmaps and float32 for all others.
+
+    Gradients reach ``heatmap``, ``values``, and ``beta`` or ``temperature`` where it is a tensor. That of shared values is summed
+    where they are shared.
+
+    Raises:
+        TypeError: as in :func:`soft_argmax2d`, or values of another dtype than the heatmap.
+        ValueError: as in :func:`soft_argmax2d`, or values of a shape that does not fit.
+    """
+    _, tensor, number, _ = _checked(heatmap, beta, temperature, "pixel")
+    checks.check_values(values, heatmap)
+    pixels = _pixels(heatmap, mask, valid_size, empty_value)
+    return expectation.spatial_expectation2d(heatmap, values, tensor, number, *pixels)
+
+
+def expectation2d(
+    probabilities: Tensor,
+    *,
+    coordinates: str = "pixel",
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+) -> Tensor:
+    r"""Expected (x, y) under maps that are probabilities already, in one pass over them: DSNT after any normalisation.
+
+    .. math:: (x, y) = \sum_{ij} p_{ij} \, (x_j, y_i)
+
+    The sum is taken as it is: of a map that does not sum to one, so does its result.
+
+    Args:
+        probabilities: ``(..., H, W)``, dtypes and memory formats as for the heatmap of :func:`soft_argmax2d`.
+        coordinates: as in :func:`soft_argmax2d`.
+        mask: as in :func:`soft_argmax2d`. Other pixels add nothing.
+        valid_size: as in :func:`soft_argmax2d`.
+
+    Returns:
+        ``(..., 2)``, (x, y) in this order; float64 for float64 maps and float32 for all others.
+
+    Gradients reach ``probabilities``: each pixel's is its coordinates times the upstream gradient, written in one pass
+    without a read.
+
+    Raises:
+        TypeError: as in :func:`soft_argmax2d`.
+        ValueError: as in :func:`soft_argmax2d`.
+    """
+    checks.check_heatmap(probabilities)
+    index = checks.coordinates_index(coordinates)
+    return ops.expectation2d(probabilities, index, *_pixels(probabilities, mask, valid_size, None))
 
 
 def soft_argmax1d(

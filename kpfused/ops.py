@@ -56,8 +56,8 @@ class _Kernel:
     name: str
     composition: Callable[..., tuple[Tensor, ...]]
     """What forward computes but for the stats, in differentiable PyTorch, of the same arguments."""
-    sizes: tuple[tuple[int, ...], ...]
-    """Of every output, the dimensions behind the leading ones."""
+    sizes: tuple[tuple[int, ...] | None, ...]
+    """Of every output, the dimensions behind the leading ones; None for a map like heatmap."""
     constant: tuple[int, ...]
     """Outputs without a gradient."""
     kept: tuple[int, ...]
@@ -84,21 +84,39 @@ class _Kernel:
         return len(self.sizes) - len(self.constant)
 
     def dtype_of(self, output: int, heatmap: Tensor) -> torch.dtype:
+        if self.sizes[output] is None:
+            return heatmap.dtype
         is_peak = len(self.sizes) > _PEAK and output == _PEAK
         return torch.int64 if is_peak else accumulator_dtype(heatmap.dtype)
 
+    def shape_of(self, output: int, heatmap: Tensor) -> tuple[int, ...]:
+        size = self.sizes[output]
+        return tuple(heatmap.shape) if size is None else (*heatmap.shape[:-2], *size)
+
 
 def _compose_soft_argmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
-    beta, keywords = _settings_of_reference(*settings)
+    beta, keywords = settings_of_reference(*settings)
     return (reference.soft_argmax2d(heatmap, beta, **keywords),)
 
 
 def _compose_spatial_moments2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
-    beta, keywords = _settings_of_reference(*settings)
+    beta, keywords = settings_of_reference(*settings)
     return reference.spatial_moments2d(heatmap, beta, **keywords)
 
 
-def _settings_of_reference(
+def _compose_spatial_softmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    beta, keywords = settings_of_reference(*settings)
+    del keywords["coordinates"]
+    return (reference.spatial_softmax2d(heatmap, beta, **keywords).to(heatmap.dtype),)
+
+
+def _compose_expectation2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    _, keywords = settings_of_reference(*settings)
+    del keywords["empty_value"]
+    return (reference.expectation2d(heatmap, **keywords),)
+
+
+def settings_of_reference(
     beta: Tensor | None,
     beta_value: float,
     coordinates: int,
@@ -122,6 +140,12 @@ _MOMENTS2D = _Kernel(
     constant=(_PEAK, 6),
     kept=(6, _PEAK),
 )
+_SOFTMAX2D = _Kernel(
+    "spatial_softmax2d", _compose_spatial_softmax2d, sizes=(None, (_STATS,)), constant=(1,), kept=(1,)
+)
+# beta means nothing to it, and there are no stats to keep.
+_EXPECTATION2D = _Kernel("expectation2d", _compose_expectation2d, sizes=((2,), (0,)), constant=(1,), kept=(1,))
+_KERNELS = (_SOFT_ARGMAX2D, _MOMENTS2D, _SOFTMAX2D, _EXPECTATION2D)
 
 
 def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any) -> Tensor:
@@ -146,13 +170,23 @@ def spatial_moments2d(
     return SpatialMoments(*_call(_MOMENTS2D, heatmap, beta, beta_value, coordinates, *pixels)[: _MOMENT_STATS - 2])
 
 
+def spatial_softmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, *pixels: Any) -> Tensor:
+    """The softmax map of checked arguments, which are those of :func:`soft_argmax2d`."""
+    return _call(_SOFTMAX2D, heatmap, beta, beta_value, 0, *pixels)[0]
+
+
+def expectation2d(probabilities: Tensor, coordinates: int, *pixels: Any) -> Tensor:
+    """Expected coordinates under probability maps, of checked arguments."""
+    return _call(_EXPECTATION2D, probabilities, None, 1.0, coordinates, *pixels)[0]
+
+
 def spatial_moments3d(
     heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, mask: Tensor | None
 ) -> SpatialMoments:
     """Moments of volumes ``(..., D, H, W)``, slice by slice; beta broadcasts against ``(..., D)``."""
     names = reference.COORDINATES
     number = beta_value if beta is None else beta
-    if _takes_composition(heatmap):
+    if takes_composition(heatmap):
         each = number[..., 0] if isinstance(number, Tensor) else number
         return reference.spatial_moments3d(heatmap, each, coordinates=names[coordinates], mask=mask)
     if _is_distributed(heatmap):
@@ -184,13 +218,13 @@ def _call(
     kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
     """The outputs of a kernel, of which the composition lacks the last, the stats."""
-    if _takes_composition(heatmap):
+    if takes_composition(heatmap):
         return kernel.composition(heatmap, beta, beta_value, coordinates, *pixels)
     compiling = torch.compiler.is_compiling()
     result: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
         result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, coordinates, *pixels)
-    elif not _is_plain(heatmap, beta, pixels):
+    elif not is_plain(heatmap, beta, pixels):
         if _is_distributed(heatmap, beta, *pixels[:2]):
             heatmap, beta, *pixels = _distributed().prepare(heatmap, beta, *pixels)
         result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
@@ -203,7 +237,7 @@ def _call(
     return result
 
 
-def _takes_composition(heatmap: Tensor) -> bool:
+def takes_composition(heatmap: Tensor) -> bool:
     """Devices without a kernel, forward-mode derivatives, transforms inside a compiled graph, and export to ONNX."""
     if not _is_on_kernel_device(heatmap):
         if not torch.compiler.is_compiling():
@@ -221,7 +255,7 @@ def _is_on_kernel_device(heatmap: Tensor) -> bool:
     return heatmap.is_cpu or (heatmap.is_cuda and _HAS_CUDA) or heatmap.is_meta
 
 
-def _is_plain(heatmap: Tensor, beta: Tensor | None, pixels: Sequence[Any]) -> bool:
+def is_plain(heatmap: Tensor, beta: Tensor | None, pixels: Sequence[Any]) -> bool:
     """Whether no tensor subclass has to see the op."""
     return (
         type(heatmap) in _PLAIN
@@ -463,7 +497,7 @@ def _require(condition: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def _check_op(heatmap: Tensor, beta: Tensor | None, coordinates: int) -> None:
+def check_op(heatmap: Tensor, beta: Tensor | None, coordinates: int) -> None:
     """What the kernels refuse, for graphs that call the ops without the checks of ``kpfused.functional``."""
     checks.check_heatmap(heatmap)
     _require(0 <= coordinates < len(reference.COORDINATES), "unknown coordinates")
@@ -476,9 +510,11 @@ def _check_op(heatmap: Tensor, beta: Tensor | None, coordinates: int) -> None:
 def _fake_forward(
     kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
-    _check_op(heatmap, beta, coordinates)
+    check_op(heatmap, beta, coordinates)
     return tuple(
-        heatmap.new_empty((*heatmap.shape[:-2], *size), dtype=kernel.dtype_of(i, heatmap))
+        torch.empty_like(heatmap)
+        if size is None
+        else heatmap.new_empty(kernel.shape_of(i, heatmap), dtype=kernel.dtype_of(i, heatmap))
         for i, size in enumerate(kernel.sizes)
     )
 
@@ -486,14 +522,15 @@ def _fake_forward(
 def _fake_backward(kernel: _Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
     grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
     beta, _, coordinates, needs_grad_beta, *_ = rest[len(kernel.kept) :]
-    _check_op(heatmap, beta, coordinates)
+    check_op(heatmap, beta, coordinates)
     leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
     for tensor, i in zip(rest, kernel.kept, strict=False):
-        fits = tensor.is_contiguous() and tensor.shape == (*leading, *kernel.sizes[i])
+        fits = tensor.is_contiguous() and tensor.shape == kernel.shape_of(i, heatmap)
         fits = fits and tensor.dtype == kernel.dtype_of(i, heatmap)
         _require(fits, f"{kernel.name}_backward must be given what {kernel.name} returned for this heatmap")
     for grad, i in zip(grads, kernel.differentiable, strict=True):
-        fits = grad is None or (grad.dtype == dtype and grad.shape == (*leading, *kernel.sizes[i]))
+        fits = grad is None
+        fits = fits or (grad.dtype == kernel.dtype_of(i, heatmap) and grad.shape == kernel.shape_of(i, heatmap))
         _require(fits, "gradients must have the shapes and dtype of the results")
     return torch.empty_like(heatmap), heatmap.new_empty(leading if needs_grad_beta else (0,), dtype=dtype)
 
@@ -519,9 +556,9 @@ def _register(kernel: _Kernel) -> None:
         library.register_vmap(op, bind(_vmap_backward, kernel, op))
 
 
-for _kernel in (_SOFT_ARGMAX2D, _MOMENTS2D):
+for _kernel in _KERNELS:
     _register(_kernel)
-_TRANSFORMABLE = {kernel.name: _transformable(kernel) for kernel in (_SOFT_ARGMAX2D, _MOMENTS2D)}
+_TRANSFORMABLE = {kernel.name: _transformable(kernel) for kernel in _KERNELS}
 
 
 def foldable(tensor: Tensor, leading: torch.Size, trailing: int = 0) -> Tensor:

@@ -60,9 +60,52 @@ def soft_argmax2d(
     return _filled(mean, empty, empty_value)
 
 
-def spatial_softmax2d(heatmap: Tensor, beta: Tensor | float = 1.0) -> Tensor:
+def spatial_softmax2d(
+    heatmap: Tensor,
+    beta: Tensor | float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float | None = None,
+) -> Tensor:
     """``softmax(beta * heatmap)`` over the last two dimensions, in the dtype of coordinates."""
-    return _softmax(_scaled(heatmap, beta, 2)[0], 2)
+    scaled, empty = _scaled(heatmap, beta, 2, counting(heatmap, mask, valid_size), empty_value)
+    return _filled(_softmax(scaled, 2), empty, empty_value)
+
+
+def spatial_expectation2d(
+    heatmap: Tensor,
+    values: Tensor,
+    beta: Tensor | float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float | None = None,
+) -> Tensor:
+    """Expectation of ``values`` ``(..., C, H, W)`` under ``softmax(beta * heatmap)``, ``(..., C)``."""
+    counts = counting(heatmap, mask, valid_size)
+    scaled, empty = _scaled(heatmap, beta, 2, counts, empty_value)
+    values = values.to(scaled.dtype)
+    if counts is not None:
+        values = values.masked_fill(~counts.unsqueeze(-3), 0)
+    # Not a matrix product: autocast would run that in half precision.
+    mean = (_softmax(scaled, 2).unsqueeze(-3) * values).sum((-2, -1))
+    return _filled(mean, empty, empty_value)
+
+
+def expectation2d(
+    probabilities: Tensor,
+    *,
+    coordinates: str = "pixel",
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+) -> Tensor:
+    """Expected (x, y) under maps that are probabilities. ``(..., H, W)`` to ``(..., 2)``."""
+    dtype = torch.float64 if probabilities.dtype == torch.float64 else torch.float32
+    p, counts = probabilities.to(dtype), counting(probabilities, mask, valid_size)
+    if counts is not None:
+        p = p.masked_fill(~counts, 0)
+    return torch.stack([(m * axis).sum(-1) for m, axis in _marginals(p, 2, coordinates)], -1)
 
 
 def spatial_moments2d(

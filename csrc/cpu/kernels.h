@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward_lanes.h"
+#include "expectation.h"
 #include "forward_lanes.h"
 #include "forward_rows.h"
 #include "parallel.h"

@@ -78,4 +78,7 @@ KPFUSED_INLINE Tiling part_tiling(const MapView& view) {
   return tile(view.height, view.width, at_least(kPartElements / at_least(block, 1), kPartPixels), 1);
 }
 
+// The parts of one map for kernels that take its pixels in row order, across the ends of rows.
+KPFUSED_INLINE Cut pixel_parts(const MapView& view) { return cut(view.height * view.width, kPartElements, 1024); }
+
 }  // namespace kpfused::cpu

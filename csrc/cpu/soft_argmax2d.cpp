@@ -2,6 +2,8 @@
 // Chooses the instruction set, once per process.
 #include "soft_argmax2d.h"
 
+#include "expectation2d.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -12,10 +14,13 @@
 
 namespace kpfused::cpu {
 
-#define KPFUSED_DECLARE(isa)                \
-  namespace isa {                           \
-  void forward(const ForwardParams&);       \
-  void backward(const BackwardParams&);     \
+#define KPFUSED_DECLARE(isa)                                    \
+  namespace isa {                                               \
+  void forward(const ForwardParams&);                           \
+  void backward(const BackwardParams&);                         \
+  void expectation(const ExpectationParams&);                   \
+  void expectation_heatmap(const ExpectationHeatmapParams&);    \
+  void expectation_values(const ExpectationValuesParams&);      \
   }
 KPFUSED_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -30,7 +35,13 @@ struct Kernels {
   const char* name;
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
+  void (*expectation)(const ExpectationParams&);
+  void (*expectation_heatmap)(const ExpectationHeatmapParams&);
+  void (*expectation_values)(const ExpectationValuesParams&);
 };
+
+#define KPFUSED_KERNELS(isa) \
+  Kernels { #isa, isa::forward, isa::backward, isa::expectation, isa::expectation_heatmap, isa::expectation_values }
 
 Kernels choose() {
   const char* wish = std::getenv("KPFUSED_CPU_CAPABILITY");
@@ -44,10 +55,10 @@ Kernels choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && !no_avx512) return {"avx512", avx512::forward, avx512::backward};
-  if (has_avx2 && !baseline_only) return {"avx2", avx2::forward, avx2::backward};
+  if (has_avx512 && !no_avx512) return KPFUSED_KERNELS(avx512);
+  if (has_avx2 && !baseline_only) return KPFUSED_KERNELS(avx2);
 #endif
-  return {"baseline", baseline::forward, baseline::backward};
+  return KPFUSED_KERNELS(baseline);
 }
 
 const Kernels& kernels() {
@@ -73,6 +84,30 @@ void soft_argmax2d_forward(const ForwardParams& params) {
 
 void soft_argmax2d_backward(const BackwardParams& params) {
   if (params.view.maps() > 0) kernels().backward(params);
+}
+
+int64_t expectation_workspace(const ExpectationParams& params) {
+  const SoftmaxParams& p = params.softmax;
+  const int64_t parts = pixel_parts(p.view).count;
+  return parts == 1 ? 0 : p.view.maps() * parts * params.value_view.channels * accumulator_size(p.dtype);
+}
+
+int64_t expectation_heatmap_workspace(const ExpectationHeatmapParams& params) {
+  const SoftmaxParams& p = params.softmax;
+  const int64_t parts = pixel_parts(p.view).count;
+  return parts == 1 || !params.grad_beta ? 0 : p.view.maps() * parts * accumulator_size(p.dtype);
+}
+
+void expectation(const ExpectationParams& params) {
+  if (params.softmax.view.maps() > 0) kernels().expectation(params);
+}
+
+void expectation_heatmap(const ExpectationHeatmapParams& params) {
+  if (params.softmax.view.maps() > 0) kernels().expectation_heatmap(params);
+}
+
+void expectation_values(const ExpectationValuesParams& params) {
+  if (params.softmax.view.maps() > 0) kernels().expectation_values(params);
 }
 
 const char* capability() { return kernels().name; }

@@ -77,12 +77,46 @@ inline PixelView pixel_view(const Tensor& heatmap, const Settings& settings, con
   return view;
 }
 
+// Values (..., C, H, W) whose leading dimensions broadcast against those of heatmap.
+inline void check_values(const Tensor& heatmap, const Tensor& values) {
+  check_device(values, heatmap, "values");
+  const int64_t dims = values.dim();
+  STD_TORCH_CHECK(dims >= 3 && values.scalar_type() == heatmap.scalar_type() &&
+                      values.size(dims - 1) == heatmap.size(heatmap.dim() - 1) &&
+                      values.size(dims - 2) == heatmap.size(heatmap.dim() - 2),
+                  "values must be (..., C, H, W) of the dtype and the H and W of heatmap");
+  check_broadcast(heatmap, values, dims - 3, "values");
+}
+
+// Their strides, but for that of the channels, as those of a tensor of the heatmap's shape.
+inline std::vector<int64_t> broadcast_strides(const Tensor& heatmap, const Tensor& values) {
+  const int64_t leading = heatmap.dim() - 2, own = values.dim() - 3;
+  std::vector<int64_t> strides(static_cast<size_t>(heatmap.dim()), 0);
+  for (int64_t d = 0; d < own; ++d) {
+    if (values.size(d) != 1) strides[static_cast<size_t>(leading - own + d)] = values.stride(d);
+  }
+  strides[static_cast<size_t>(leading)] = values.stride(own + 1);
+  strides[static_cast<size_t>(leading + 1)] = values.stride(own + 2);
+  return strides;
+}
+
+inline ValueView value_view(const Layout& layout, const Tensor& values) {
+  const MapView& v = layout.values;
+  const int64_t channel = values.dim() - 3;
+  return {values.size(channel), v.stride_outer, v.stride_inner, values.stride(channel), v.stride_y, v.stride_x};
+}
+
 // How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no
 // kernel reads its layout, and then the target, and expands a mask in memory where its strides do not fold with theirs.
-inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr) {
+// `values`, whose elements are not read here, may be gradients to be written: then they are not to be copied.
+inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr,
+                       const Tensor* values = nullptr) {
   const auto fold = [&] {
+    std::vector<int64_t> of_values;
+    if (values) of_values = broadcast_strides(heatmap, *values);
     return fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
-                       target ? target->strides().data() : nullptr, mask ? mask->strides().data() : nullptr);
+                       target ? target->strides().data() : nullptr, mask ? mask->strides().data() : nullptr,
+                       values ? of_values.data() : nullptr);
   };
   if (mask) {
     check_device(*mask, heatmap, "mask");
@@ -98,7 +132,7 @@ inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* tar
     *target = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
   }
   layout = fold();
-  if (layout.in_place) return layout;
+  if (layout.in_place || !mask) return layout;
   mask = torch::stable::contiguous(*mask);
   return fold();
 }

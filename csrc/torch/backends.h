@@ -2,8 +2,10 @@
 // Where parameters are run: the CPU's kernels, and those of CUDA on torch's current stream.
 #pragma once
 
+#include "../cpu/expectation2d.h"
 #include "../cpu/pages.h"
 #include "../cpu/soft_argmax2d.h"
+#include "../cuda/expectation2d.h"
 #include "../cuda/soft_argmax2d.h"
 #include "tensors.h"
 
@@ -16,12 +18,24 @@ struct Cpu {
   static int64_t workspace(const BackwardParams& p) {
     return cpu::soft_argmax2d_backward_workspace(p.view, p.dtype, p.grad_beta != nullptr);
   }
+  static int64_t workspace(const ExpectationParams& p) { return cpu::expectation_workspace(p); }
+  static int64_t workspace(const ExpectationHeatmapParams& p) { return cpu::expectation_heatmap_workspace(p); }
+
   static void run(const ForwardParams& p, const Tensor&) { cpu::soft_argmax2d_forward(p); }
   static void run(const BackwardParams& p, const Tensor&) {
-    const MapView& v = p.grad_view;  // dense
-    const int64_t pixels = v.maps() * v.height * v.width;
-    cpu::prefer_huge_pages(p.grad_heatmap, static_cast<size_t>(pixels * element_size(p.dtype)));
+    prefer_huge_pages(p.grad_heatmap, p.grad_view, p.dtype);
     cpu::soft_argmax2d_backward(p);
+  }
+  static void run(const ExpectationParams& p, const Tensor&) { cpu::expectation(p); }
+  static void run(const ExpectationHeatmapParams& p, const Tensor&) {
+    prefer_huge_pages(p.grad_heatmap, p.grad_view, p.softmax.dtype);
+    cpu::expectation_heatmap(p);
+  }
+  static void run(const ExpectationValuesParams& p, const Tensor&) { cpu::expectation_values(p); }
+
+ private:
+  static void prefer_huge_pages(void* dense, const MapView& v, Dtype dtype) {
+    cpu::prefer_huge_pages(dense, static_cast<size_t>(v.maps() * v.height * v.width * element_size(dtype)));
   }
 };
 
@@ -32,6 +46,9 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 struct Cuda {
   static int64_t workspace(const ForwardParams& p) { return cuda::soft_argmax2d_forward_workspace(p); }
   static int64_t workspace(const BackwardParams& p) { return cuda::soft_argmax2d_backward_workspace(p); }
+  static int64_t workspace(const ExpectationParams& p) { return cuda::expectation_workspace(p); }
+  static int64_t workspace(const ExpectationHeatmapParams& p) { return cuda::expectation_heatmap_workspace(p); }
+
   template <class Params>
   static void run(const Params& p, const Tensor& heatmap) {
     const torch::stable::accelerator::DeviceGuard guard(heatmap.get_device_index());
@@ -41,6 +58,13 @@ struct Cuda {
   }
   static int launch(const ForwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_forward(p, stream); }
   static int launch(const BackwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_backward(p, stream); }
+  static int launch(const ExpectationParams& p, cuda::Stream stream) { return cuda::expectation(p, stream); }
+  static int launch(const ExpectationHeatmapParams& p, cuda::Stream stream) {
+    return cuda::expectation_heatmap(p, stream);
+  }
+  static int launch(const ExpectationValuesParams& p, cuda::Stream stream) {
+    return cuda::expectation_values(p, stream);
+  }
   static void check(int error) {
     STD_TORCH_CHECK(error == 0, "kpfused: a CUDA kernel could not be launched: ", cuda::error_string(error));
   }
