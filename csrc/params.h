@@ -166,4 +166,12 @@ struct ExpectationValuesParams {
   ValueView value_view;
 };
 
+// What one op asks for of one heatmap, in this order; null where it does not. One of the last three is there.
+struct ExpectationSteps {
+  const ForwardParams* stats;
+  const ExpectationParams* expectation;
+  const ExpectationHeatmapParams* heatmap;
+  const ExpectationValuesParams* values;
+};
+
 }  // namespace kpfused

@@ -200,9 +200,10 @@ def spatial_expectation2d(
 
     Args:
         heatmap: as in :func:`soft_argmax2d`.
-        values: ``(..., C, H, W)`` of the heatmap's dtype, in any memory format; leading dimensions broadcast against those of the
-            heatmap and are not expanded: for heatmaps ``(B, K, H, W)``, ``(B, K, C, H, W)`` for values of each keypoint,
-            ``(B, 1, C, H, W)`` for features that the keypoints of an image share, ``(C, H, W)`` for the same everywhere.
+        values: ``(..., C, H, W)`` of the heatmap's dtype, in any memory format; leading dimensions broadcast against
+            those of the heatmap and are not expanded: for heatmaps ``(B, K, H, W)``, ``(B, K, C, H, W)`` for values of
+            each keypoint, ``(B, 1, C, H, W)`` for features that the keypoints of an image share, ``(C, H, W)`` for the
+            same everywhere.
         beta: as in :func:`soft_argmax2d`.
         temperature: as in :func:`soft_argmax2d`.
         mask: as in :func:`soft_argmax2d`. Values at pixels that do not count may be anything.
@@ -212,8 +213,8 @@ def spatial_expectation2d(
     Returns:
         ``(..., C)``; float64 for float64 heatmaps and float32 for all others.
 
-    Gradients reach ``heatmap``, ``values``, and ``beta`` or ``temperature`` where it is a tensor. That of shared values is summed
-    where they are shared.
+    Gradients reach ``heatmap``, ``values``, and ``beta`` or ``temperature`` where it is a tensor. That of shared values
+    is summed where they are shared.
 
     Raises:
         TypeError: as in :func:`soft_argmax2d`, or values of another dtype than the heatmap.

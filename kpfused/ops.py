@@ -140,9 +140,7 @@ _MOMENTS2D = _Kernel(
     constant=(_PEAK, 6),
     kept=(6, _PEAK),
 )
-_SOFTMAX2D = _Kernel(
-    "spatial_softmax2d", _compose_spatial_softmax2d, sizes=(None, (_STATS,)), constant=(1,), kept=(1,)
-)
+_SOFTMAX2D = _Kernel("spatial_softmax2d", _compose_spatial_softmax2d, sizes=(None, (_STATS,)), constant=(1,), kept=(1,))
 # beta means nothing to it, and there are no stats to keep.
 _EXPECTATION2D = _Kernel("expectation2d", _compose_expectation2d, sizes=((2,), (0,)), constant=(1,), kept=(1,))
 _KERNELS = (_SOFT_ARGMAX2D, _MOMENTS2D, _SOFTMAX2D, _EXPECTATION2D)

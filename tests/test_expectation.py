@@ -173,7 +173,8 @@ def test_pixels_that_do_not_count(
     counts = counts.expand(shape)
     heatmap = cases.LAYOUTS[layout](heatmap.masked_fill(~counts, torch.nan))
     values = values_for(shape, kind).to(device)
-    unused = ~counts.sum_to_size((*(n if v > 1 else 1 for n, v in zip(shape[:2], value_leading(values), strict=True)), *shape[2:])).bool()
+    sharing = tuple(n if v > 1 else 1 for n, v in zip(shape[:2], value_leading(values), strict=True))
+    unused = ~counts.sum_to_size((*sharing, *shape[2:])).bool()
     values = values.masked_fill(unused.view(*values.shape[:-3], 1, *shape[2:]), torch.nan)
     for beta in (-0.7, 1.3):
         leaves = [t.clone().requires_grad_() for t in (heatmap, values)]
@@ -384,7 +385,8 @@ def test_opcheck(device: str, layout: str) -> None:
             forward = (heatmap, number, 1.0, index, *pixels)
             torch.library.opcheck(op.default, forward)
             result, stats = (t.detach() for t in op(*forward))
-            backward = (torch.randn_like(result).requires_grad_(), heatmap, stats, number, 1.0, index, number is not None)
+            grad = torch.randn_like(result).requires_grad_()
+            backward = (grad, heatmap, stats, number, 1.0, index, number is not None)
             torch.library.opcheck(getattr(ops, f"{op.__name__}_backward").default, (*backward, *pixels))
 
 

@@ -301,7 +301,7 @@ class ValueTiles {
   A buffer_[kTileChannels][kTile<A>];
 };
 
-// ---- Work -----------------------------------------------------------------------------------------------------------
+// ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 // Maps that a work item takes at once: those that share cache lines or values.
 KPFUSED_INLINE int64_t maps_at_once(const MapView& view, bool share_values) {
@@ -313,16 +313,18 @@ KPFUSED_INLINE bool share_values(const SoftmaxParams& p, const ValueView& values
   return values.stride_inner == 0 && (p.pixels.all() || counts_by_pixel(p.pixels, p.view));
 }
 
-// Items (outer, block of maps, part), each with some channels to a pixel, to f(first map, maps, part).
-template <class F>
-void for_blocks(const MapView& view, int64_t at_once, int64_t parts, int64_t channels, const F& f) {
+// Items (outer, block of maps, part), each with some channels to a pixel: make() once for the items of a thread, and what
+// it returns for every item as (first map, maps, part).
+template <class Make>
+void for_blocks(const MapView& view, int64_t at_once, int64_t parts, int64_t channels, const Make& make) {
   const int64_t blocks = ceil_div(view.inner, at_once), items = view.outer * blocks * parts;
   const int64_t work = view.maps() * view.height * view.width / at_least(items, 1) * (channels + 1);
   parallel_for(items, at_least(kGrainElements / at_least(work, 1), 1), [&](int64_t begin, int64_t end) {
+    const auto of_block = make();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % parts, block = item / parts % blocks, outer = item / parts / blocks;
       const int64_t first = block * at_once;
-      f(outer * view.inner + first, int(at_most(at_once, view.inner - first)), part);
+      of_block(outer * view.inner + first, int(at_most(at_once, view.inner - first)), part);
     }
   });
 }
@@ -340,22 +342,30 @@ void sum_parts(const void* workspace, int64_t maps, int64_t parts, int64_t n, vo
   }
 }
 
+// E of a block of maps, of one part of their pixels.
 template <class T>
-void expectation_of(const ExpectationParams& params) {
+struct ExpectationKernel {
   using A = Acc<T>;
-  const SoftmaxParams& softmax = params.softmax;
-  const MapView& view = softmax.view;
-  const Cut parts = pixel_parts(view);
-  const int64_t channels = params.value_view.channels;
-  const bool shared = share_values(softmax, params.value_view);
-  A* const target = static_cast<A*>(parts.count > 1 ? params.workspace : params.expectation);
-  for_blocks(view, maps_at_once(view, shared), parts.count, channels, [&](int64_t map, int count, int64_t part) {
+  using Params = ExpectationParams;
+  const Params& params;
+
+  int64_t maps_at_once() const {
+    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.value_view));
+  }
+
+  void operator()(int64_t map, int count, int64_t part) const {
+    const SoftmaxParams& softmax = params.softmax;
+    const MapView& view = softmax.view;
+    const Cut parts = pixel_parts(view);
+    const int64_t channels = params.value_view.channels;
+    const bool shared = share_values(softmax, params.value_view);
     SoftmaxTiles<T> tiles(softmax);
     ValueTiles<T> values(params.values, params.value_view, params.units, view);
     tiles.start(map, count);
-    // [count, channels]: of one part, the sums of a map do not follow those of the one before it.
+    // Of one part, the sums of a map do not follow those of the one before it.
     const int64_t stride = parts.count * channels;
-    A* const sums = target + (map * parts.count + part) * channels;
+    A* const sums = static_cast<A*>(parts.count > 1 ? params.workspace : params.expectation) +
+                    (map * parts.count + part) * channels;
     int64_t end = softmax.pixels.all() ? view.height : 0;
     for (int m = 0; m < count; ++m) {
       for (int64_t c = 0; c < channels; ++c) sums[m * stride + c] = A(0);
@@ -374,29 +384,45 @@ void expectation_of(const ExpectationParams& params) {
         }
       }
     }
-  });
-  if (parts.count > 1) sum_parts<A>(params.workspace, view.maps(), parts.count, channels, params.expectation);
-  if (!softmax.pixels.fills_empty || softmax.is_probability) return;
-  for (int64_t n = 0; n < view.maps(); ++n) {
-    if (!is_empty(softmax.pixels, static_cast<const Stats<A>*>(softmax.stats)[n].sum)) continue;
-    A* const of_map = static_cast<A*>(params.expectation) + n * channels;
-    for (int64_t c = 0; c < channels; ++c) of_map[c] = A(softmax.pixels.empty_value);
+    for (int m = 0; m < count && parts.count == 1; ++m) fill_empty(map + m);
   }
-}
 
+  void finish() const {
+    const Cut parts = pixel_parts(params.softmax.view);
+    if (parts.count == 1) return;
+    const int64_t maps = params.softmax.view.maps();
+    sum_parts<A>(params.workspace, maps, parts.count, params.value_view.channels, params.expectation);
+    for (int64_t n = 0; n < maps; ++n) fill_empty(n);
+  }
+
+ private:
+  void fill_empty(int64_t n) const {
+    const SoftmaxParams& p = params.softmax;
+    const int64_t channels = params.value_view.channels;
+    if (p.is_probability || !is_empty(p.pixels, static_cast<const Stats<A>*>(p.stats)[n].sum)) return;
+    A* const of_map = static_cast<A*>(params.expectation) + n * channels;
+    for (int64_t c = 0; c < channels; ++c) of_map[c] = A(p.pixels.empty_value);
+  }
+};
+
+// The gradient of heatmap, and of beta where it is wanted.
 template <class T>
-void expectation_heatmap_of(const ExpectationHeatmapParams& params) {
+struct ExpectationHeatmapKernel {
   using A = Acc<T>;
-  constexpr int L = kLanes<A>;
-  const SoftmaxParams& softmax = params.softmax;
-  const MapView &view = softmax.view, &to = params.grad_view;
-  const Cut parts = pixel_parts(view);
-  const int64_t channels = params.value_view.channels;
-  const bool shared = share_values(softmax, params.value_view);
-  const A* const grad = static_cast<const A*>(params.grad);
-  const auto upstream = [&](int64_t n, int64_t c) { return grad ? grad[n * channels + c] : A(1); };
-  A* const dbeta = static_cast<A*>(parts.count > 1 && params.grad_beta ? params.workspace : params.grad_beta);
-  for_blocks(view, maps_at_once(view, shared), parts.count, channels, [&](int64_t map, int count, int64_t part) {
+  using Params = ExpectationHeatmapParams;
+  static constexpr int L = kLanes<A>;
+  const Params& params;
+
+  int64_t maps_at_once() const {
+    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.value_view));
+  }
+
+  void operator()(int64_t map, int count, int64_t part) const {
+    const SoftmaxParams& softmax = params.softmax;
+    const MapView &view = softmax.view, &to = params.grad_view;
+    const Cut parts = pixel_parts(view);
+    const int64_t channels = params.value_view.channels;
+    const bool shared = share_values(softmax, params.value_view);
     SoftmaxTiles<T> tiles(softmax);
     ValueTiles<T> values(params.values, params.value_view, params.units, view);
     A q[kTileMaps][kTile<A>], mean[kTileMaps] = {}, sum[kTileMaps] = {};
@@ -410,8 +436,8 @@ void expectation_heatmap_of(const ExpectationHeatmapParams& params) {
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>), whole = whole_vectors<A>(pixels);
       for (int m = 0; m < count; ++m) {
-        tiles.load_tile(m, first, pixels);
-        for (int64_t i = 0; i < whole; ++i) q[m][i] = -mean[m];
+        if (!softmax.is_probability) tiles.load_tile(m, first, pixels);
+        for (int64_t i = 0; i < whole; i += L) store_vector(q[m] + i, splat(-mean[m]));
       }
       for (int64_t c = 0; c < channels; c += kTileChannels) {
         const int some = int(at_most(channels - c, kTileChannels));
@@ -422,78 +448,79 @@ void expectation_heatmap_of(const ExpectationHeatmapParams& params) {
       }
       for (int m = 0; m < count; ++m) {
         const SoftmaxMap<T>& of = tiles.map(m);
-        if (!softmax.is_probability) {
-          for (int64_t i = 0; i < whole; i += L) store_vector(q[m] + i, load_vector(q[m] + i) * load_vector(tiles.p(m) + i));
-        }
+        if (!softmax.is_probability) sum[m] += weigh(tiles, m, whole, first, pixels, q[m]);
         if (of.empty) {
           for (int64_t i = 0; i < whole; ++i) q[m][i] = A(0);
         } else if (tiles.counting(m)) {
           clear_uncounted(q[m], of.counting, view.width, first, pixels);
         }
-        if (params.grad_beta) {
-          Vec<A> more = {};
-          for (int64_t i = 0; i < whole; i += L) more += tiles.distance_at(m, i) * load_vector(q[m] + i);
-          sum[m] += of.of.sign * reduce_generic<A>(more);
-        }
-        if (!softmax.is_probability) {
-          for (int64_t i = 0; i < whole; i += L) store_vector(q[m] + i, load_vector(q[m] + i) * of.beta);
-        }
         T* const out = static_cast<T*>(params.grad_heatmap) + map_offset(to, map + m);
         write_run<T>(q[m], {out, to.stride_y, to.stride_x}, view.width, first, pixels);
       }
     }
-    for (int m = 0; m < count && dbeta; ++m) dbeta[(map + m) * parts.count + part] = sum[m];
-  });
-  if (params.grad_beta && parts.count > 1) {
-    sum_parts<A>(params.workspace, view.maps(), parts.count, 1, params.grad_beta);
+    if (!params.grad_beta) return;
+    A* const dbeta = static_cast<A*>(parts.count > 1 ? params.workspace : params.grad_beta);
+    for (int m = 0; m < count; ++m) dbeta[(map + m) * parts.count + part] = sum[m];
   }
-}
 
-// sums[c] += P g_c of some maps side by side at pixels [first, first + count). Empty maps add their value instead, where it
-// is the softmax itself that is wanted, or nothing.
-template <class T>
-void add_maps(const ExpectationValuesParams& params, SoftmaxTiles<T>& tiles, int64_t map, int maps, int64_t first,
-              int64_t count, Acc<T>* sums) {
-  using A = Acc<T>;
-  const int64_t channels = params.value_view.channels, whole = whole_vectors<A>(count);
-  const A* const grad = static_cast<const A*>(params.grad);
-  const A* p[kTileMaps];
-  int64_t index[kTileMaps];
-  int some = 0;
-  tiles.start(map, maps);
-  for (int m = 0; m < maps; ++m) {
-    if (!tiles.map(m).empty) {
-      tiles.load_tile(m, first, count);
-      p[some] = tiles.p(m), index[some] = map + m;
-      ++some;
-    } else if (!grad) {
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t i = 0; i < whole; ++i) sums[c * kTile<A> + i] += A(params.softmax.pixels.empty_value);
-      }
+  void finish() const {
+    const Cut parts = pixel_parts(params.softmax.view);
+    if (!params.grad_beta || parts.count == 1) return;
+    sum_parts<A>(params.workspace, params.softmax.view.maps(), parts.count, 1, params.grad_beta);
+  }
+
+ private:
+  KPFUSED_INLINE A upstream(int64_t n, int64_t c) const {
+    return params.grad ? static_cast<const A*>(params.grad)[n * params.value_view.channels + c] : A(1);
+  }
+
+  // q becomes dh; returns dbeta's sum over the tile.
+  KPFUSED_INLINE A weigh(const SoftmaxTiles<T>& tiles, int m, int64_t whole, int64_t first, int64_t pixels, A* q) const {
+    const SoftmaxMap<T>& of = tiles.map(m);
+    const A* const p = tiles.p(m);
+    if (!params.grad_beta) {
+      const Vec<A> beta = splat(of.beta);
+      for (int64_t i = 0; i < whole; i += L) store_vector(q + i, load_vector(q + i) * load_vector(p + i) * beta);
+      return A(0);
     }
+    for (int64_t i = 0; i < whole; i += L) store_vector(q + i, load_vector(q + i) * load_vector(p + i));
+    if (of.empty) return A(0);
+    if (tiles.counting(m)) clear_uncounted(q, of.counting, params.softmax.view.width, first, pixels);
+    Vec<A> sum = {};
+    for (int64_t i = 0; i < whole; i += L) {
+      const Vec<A> of_pixels = load_vector(q + i);
+      sum += tiles.distance_at(m, i) * of_pixels;
+      store_vector(q + i, of_pixels * of.beta);
+    }
+    return of.of.sign * reduce_generic<A>(sum);
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    const auto factor = [&](int j) { return grad ? grad[index[j] * channels + c] : A(1); };
-    add_weighted(p, some, factor, whole, sums + c * kTile<A>);
-  }
-}
+};
 
-// An item: the values of one map, or of all that share them, a few of them side by side, and a part of their pixels.
+// The gradient of values, or with no upstream gradient and values for every map the softmax itself.
 template <class T>
-void expectation_values_of(const ExpectationValuesParams& params) {
+struct ExpectationValuesKernel {
   using A = Acc<T>;
-  const SoftmaxParams& softmax = params.softmax;
-  const MapView& view = softmax.view;
-  const ValueView& to = params.value_view;
-  const Cut parts = pixel_parts(view);
-  // Maps that have values of their own.
-  MapView own = view;
-  if (to.stride_outer == 0) own.outer = 1;
-  if (to.stride_inner == 0) own.inner = 1;
-  const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
-  const int64_t at_once = own.inner > 1 ? maps_at_once(view, false) : 1;
-  const auto body = [&](int64_t value, int count, int64_t part) {
-    SoftmaxTiles<T> tiles(softmax);
+  using Params = ExpectationValuesParams;
+  const Params& params;
+
+  // The maps that have values of their own, each for others that share them.
+  MapView own() const {
+    MapView view = params.softmax.view;
+    if (params.value_view.stride_outer == 0) view.outer = 1;
+    if (params.value_view.stride_inner == 0) view.inner = 1;
+    return view;
+  }
+
+  int64_t maps_at_once() const { return own().inner > 1 ? KPFUSED_ISA::maps_at_once(params.softmax.view, false) : 1; }
+
+  // Of values, a few of them side by side.
+  void operator()(int64_t value, int count, int64_t part) const {
+    const MapView& view = params.softmax.view;
+    const ValueView& to = params.value_view;
+    const MapView own = this->own();
+    const Cut parts = pixel_parts(view);
+    const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
+    SoftmaxTiles<T> tiles(params.softmax);
     A few[kTileChannels * kTile<A>];
     const std::unique_ptr<A[]> many(to.channels > kTileChannels ? new A[size_t(to.channels * kTile<A>)] : nullptr);
     A* const sums = many ? many.get() : few;
@@ -501,44 +528,62 @@ void expectation_values_of(const ExpectationValuesParams& params) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);
       for (int v = 0; v < count; ++v) {
         const int64_t outer = (value + v) / own.inner, inner = (value + v) % own.inner;
-        for (int64_t i = 0; i < to.channels * kTile<A>; ++i) sums[i] = A(0);
-        for (int64_t o = 0; o < sharing_outer; ++o) {
-          for (int64_t i = 0; i < sharing_inner; i += kTileMaps) {
-            const int64_t map = (outer + o) * view.inner + inner + i;
-            add_maps(params, tiles, map, int(at_most(sharing_inner - i, kTileMaps)), first, pixels, sums);
+        const A* of_channels = sums;
+        if (!params.grad && to.channels == 1 && sharing_outer * sharing_inner == 1 && is_softmax(tiles, value + v)) {
+          tiles.load_tile(0, first, pixels);
+          of_channels = tiles.p(0);
+        } else {
+          for (int64_t i = 0; i < to.channels * kTile<A>; ++i) sums[i] = A(0);
+          for (int64_t o = 0; o < sharing_outer; ++o) {
+            for (int64_t i = 0; i < sharing_inner; i += kTileMaps) {
+              const int64_t map = (outer + o) * view.inner + inner + i;
+              add_maps(tiles, map, int(at_most(sharing_inner - i, kTileMaps)), first, pixels, sums);
+            }
           }
         }
         for (int64_t c = 0; c < to.channels; ++c) {
           T* const out = static_cast<T*>(params.grad_values) + outer * to.stride_outer + inner * to.stride_inner +
                          c * to.stride_channel;
-          write_run<T>(sums + c * kTile<A>, {out, to.stride_y, to.stride_x}, view.width, first, pixels);
+          write_run<T>(of_channels + c * kTile<A>, {out, to.stride_y, to.stride_x}, view.width, first, pixels);
         }
       }
     }
-  };
-  for_blocks(own, at_once, parts.count, to.channels * sharing_outer * sharing_inner, body);
-}
-
-template <class F>
-void for_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::float32: return f(float{});
-    case Dtype::float64: return f(double{});
-    case Dtype::float16: return f(Half{});
-    case Dtype::bfloat16: return f(BFloat16{});
   }
-}
 
-void expectation(const ExpectationParams& p) {
-  for_dtype(p.softmax.dtype, [&](auto tag) { expectation_of<decltype(tag)>(p); });
-}
+  void finish() const {}
 
-void expectation_heatmap(const ExpectationHeatmapParams& p) {
-  for_dtype(p.softmax.dtype, [&](auto tag) { expectation_heatmap_of<decltype(tag)>(p); });
-}
+ private:
+  // Whether P of a map is all there is to write.
+  KPFUSED_INLINE bool is_softmax(SoftmaxTiles<T>& tiles, int64_t map) const {
+    tiles.start(map, 1);
+    return !tiles.map(0).empty;
+  }
 
-void expectation_values(const ExpectationValuesParams& p) {
-  for_dtype(p.softmax.dtype, [&](auto tag) { expectation_values_of<decltype(tag)>(p); });
-}
+  // sums[c] += P g_c of some maps side by side at pixels [first, first + count). Empty maps add their value instead, where
+  // it is the softmax itself that is wanted, or nothing.
+  void add_maps(SoftmaxTiles<T>& tiles, int64_t map, int maps, int64_t first, int64_t count, A* sums) const {
+    const int64_t channels = params.value_view.channels, whole = whole_vectors<A>(count);
+    const A* const grad = static_cast<const A*>(params.grad);
+    const A* p[kTileMaps];
+    int64_t index[kTileMaps];
+    int some = 0;
+    tiles.start(map, maps);
+    for (int m = 0; m < maps; ++m) {
+      if (!tiles.map(m).empty) {
+        tiles.load_tile(m, first, count);
+        p[some] = tiles.p(m), index[some] = map + m;
+        ++some;
+      } else if (!grad) {
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t i = 0; i < whole; ++i) sums[c * kTile<A> + i] += A(params.softmax.pixels.empty_value);
+        }
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto factor = [&](int j) { return grad ? grad[index[j] * channels + c] : A(1); };
+      add_weighted(p, some, factor, whole, sums + c * kTile<A>);
+    }
+  }
+};
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -10,9 +10,7 @@ namespace kpfused::cpu {
 int64_t expectation_workspace(const ExpectationParams& params);
 int64_t expectation_heatmap_workspace(const ExpectationHeatmapParams& params);
 
-// Maps with stride_x == 1 or stride_inner == 1, height and width at least 1; values in any layout.
-void expectation(const ExpectationParams& params);
-void expectation_heatmap(const ExpectationHeatmapParams& params);
-void expectation_values(const ExpectationValuesParams& params);
+// Maps with stride_x == 1 or stride_inner == 1, at least one of them, height and width at least 1; values in any layout.
+void expectation(const ExpectationSteps& steps);
 
 }  // namespace kpfused::cpu

@@ -3,6 +3,8 @@
 // arguments here, and work is handed to threads.
 #pragma once
 
+#include <optional>
+
 #include "backward_lanes.h"
 #include "expectation.h"
 #include "forward_lanes.h"
@@ -91,6 +93,78 @@ void backward(const BackwardParams& params) {
     case Dtype::float64: return backward_of<double>(params);
     case Dtype::float16: return backward_of<Half>(params);
     case Dtype::bfloat16: return backward_of<BFloat16>(params);
+  }
+}
+
+// ---- Expectations ---------------------------------------------------------------------------------------------------
+
+// The steps of one op, for maps in rows that are one part each.
+template <class T>
+class MapByMap {
+ public:
+  explicit MapByMap(const ExpectationSteps& steps) : steps_(steps) {
+    if (steps.stats) stats_.emplace(*steps.stats);
+  }
+
+  void operator()(int64_t map, int count, int64_t part) const {
+    if (stats_) stats_->run(map, map + count);
+    if (steps_.expectation) ExpectationKernel<T>{*steps_.expectation}(map, count, part);
+    if (steps_.heatmap) ExpectationHeatmapKernel<T>{*steps_.heatmap}(map, count, part);
+    if (steps_.values) ExpectationValuesKernel<T>{*steps_.values}(map, count, part);
+  }
+
+ private:
+  const ExpectationSteps& steps_;
+  std::optional<ForwardRows<T, false>> stats_;
+};
+
+template <class Kernel>
+void run_all(const Kernel& kernel, const MapView& items) {
+  const int64_t parts = pixel_parts(kernel.params.softmax.view).count;
+  for_blocks(items, kernel.maps_at_once(), parts, kernel.params.value_view.channels, [&] { return kernel; });
+  kernel.finish();
+}
+
+// One map after the other where that can be: it is then still in a near cache when it is read again.
+template <class T>
+void expectation_of(const ExpectationSteps& steps) {
+  int64_t at_once = kTileMaps, channels = 1;
+  bool same = true;
+  MapView view{};
+  const auto see = [&](const auto& kernel) {
+    same = same && (view.inner == 0 || view.inner == kernel.params.softmax.view.inner);
+    view = kernel.params.softmax.view;
+    at_once = at_most(at_once, kernel.maps_at_once());
+    channels = at_least(channels, kernel.params.value_view.channels);
+  };
+  if (steps.expectation) see(ExpectationKernel<T>{*steps.expectation});
+  if (steps.heatmap) see(ExpectationHeatmapKernel<T>{*steps.heatmap});
+  if (steps.values) {
+    const ExpectationValuesKernel<T> values{*steps.values};
+    see(values);
+    same = same && values.own().maps() == view.maps();
+  }
+  if (same && !is_channels_last(view) && part_tiling(view).count() == 1 && pixel_parts(view).count == 1) {
+    return for_blocks(view, at_once, 1, channels, [&] { return MapByMap<T>(steps); });
+  }
+  if (steps.stats) forward_of<T>(*steps.stats);
+  if (steps.expectation) run_all(ExpectationKernel<T>{*steps.expectation}, view);
+  if (steps.heatmap) run_all(ExpectationHeatmapKernel<T>{*steps.heatmap}, view);
+  if (steps.values) {
+    const ExpectationValuesKernel<T> values{*steps.values};
+    run_all(values, values.own());
+  }
+}
+
+void expectation(const ExpectationSteps& steps) {
+  const SoftmaxParams& p = steps.expectation ? steps.expectation->softmax
+                           : steps.heatmap   ? steps.heatmap->softmax
+                                             : steps.values->softmax;
+  switch (p.dtype) {
+    case Dtype::float32: return expectation_of<float>(steps);
+    case Dtype::float64: return expectation_of<double>(steps);
+    case Dtype::float16: return expectation_of<Half>(steps);
+    case Dtype::bfloat16: return expectation_of<BFloat16>(steps);
   }
 }
 

@@ -14,13 +14,11 @@
 
 namespace kpfused::cpu {
 
-#define KPFUSED_DECLARE(isa)                                    \
-  namespace isa {                                               \
-  void forward(const ForwardParams&);                           \
-  void backward(const BackwardParams&);                         \
-  void expectation(const ExpectationParams&);                   \
-  void expectation_heatmap(const ExpectationHeatmapParams&);    \
-  void expectation_values(const ExpectationValuesParams&);      \
+#define KPFUSED_DECLARE(isa)                \
+  namespace isa {                           \
+  void forward(const ForwardParams&);       \
+  void backward(const BackwardParams&);     \
+  void expectation(const ExpectationSteps&); \
   }
 KPFUSED_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -35,13 +33,8 @@ struct Kernels {
   const char* name;
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
-  void (*expectation)(const ExpectationParams&);
-  void (*expectation_heatmap)(const ExpectationHeatmapParams&);
-  void (*expectation_values)(const ExpectationValuesParams&);
+  void (*expectation)(const ExpectationSteps&);
 };
-
-#define KPFUSED_KERNELS(isa) \
-  Kernels { #isa, isa::forward, isa::backward, isa::expectation, isa::expectation_heatmap, isa::expectation_values }
 
 Kernels choose() {
   const char* wish = std::getenv("KPFUSED_CPU_CAPABILITY");
@@ -55,10 +48,10 @@ Kernels choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && !no_avx512) return KPFUSED_KERNELS(avx512);
-  if (has_avx2 && !baseline_only) return KPFUSED_KERNELS(avx2);
+  if (has_avx512 && !no_avx512) return {"avx512", avx512::forward, avx512::backward, avx512::expectation};
+  if (has_avx2 && !baseline_only) return {"avx2", avx2::forward, avx2::backward, avx2::expectation};
 #endif
-  return KPFUSED_KERNELS(baseline);
+  return {"baseline", baseline::forward, baseline::backward, baseline::expectation};
 }
 
 const Kernels& kernels() {
@@ -98,17 +91,7 @@ int64_t expectation_heatmap_workspace(const ExpectationHeatmapParams& params) {
   return parts == 1 || !params.grad_beta ? 0 : p.view.maps() * parts * accumulator_size(p.dtype);
 }
 
-void expectation(const ExpectationParams& params) {
-  if (params.softmax.view.maps() > 0) kernels().expectation(params);
-}
-
-void expectation_heatmap(const ExpectationHeatmapParams& params) {
-  if (params.softmax.view.maps() > 0) kernels().expectation_heatmap(params);
-}
-
-void expectation_values(const ExpectationValuesParams& params) {
-  if (params.softmax.view.maps() > 0) kernels().expectation_values(params);
-}
+void expectation(const ExpectationSteps& steps) { kernels().expectation(steps); }
 
 const char* capability() { return kernels().name; }
 

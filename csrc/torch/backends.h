@@ -22,20 +22,13 @@ struct Cpu {
   static int64_t workspace(const ExpectationHeatmapParams& p) { return cpu::expectation_heatmap_workspace(p); }
 
   static void run(const ForwardParams& p, const Tensor&) { cpu::soft_argmax2d_forward(p); }
-  static void run(const BackwardParams& p, const Tensor&) {
-    prefer_huge_pages(p.grad_heatmap, p.grad_view, p.dtype);
-    cpu::soft_argmax2d_backward(p);
-  }
-  static void run(const ExpectationParams& p, const Tensor&) { cpu::expectation(p); }
-  static void run(const ExpectationHeatmapParams& p, const Tensor&) {
-    prefer_huge_pages(p.grad_heatmap, p.grad_view, p.softmax.dtype);
-    cpu::expectation_heatmap(p);
-  }
-  static void run(const ExpectationValuesParams& p, const Tensor&) { cpu::expectation_values(p); }
+  static void run(const BackwardParams& p, const Tensor&) { cpu::soft_argmax2d_backward(p); }
+  static void run(const ExpectationSteps& steps, const Tensor&) { cpu::expectation(steps); }
 
- private:
-  static void prefer_huge_pages(void* dense, const MapView& v, Dtype dtype) {
-    cpu::prefer_huge_pages(dense, static_cast<size_t>(v.maps() * v.height * v.width * element_size(dtype)));
+  // Of memory that a kernel is to fill.
+  static void prepare(const Tensor& dense) {
+    const int64_t bytes = dense.numel() * element_size(dtype_of(dense));
+    cpu::prefer_huge_pages(dense.mutable_data_ptr(), static_cast<size_t>(bytes));
   }
 };
 
@@ -58,13 +51,14 @@ struct Cuda {
   }
   static int launch(const ForwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_forward(p, stream); }
   static int launch(const BackwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_backward(p, stream); }
-  static int launch(const ExpectationParams& p, cuda::Stream stream) { return cuda::expectation(p, stream); }
-  static int launch(const ExpectationHeatmapParams& p, cuda::Stream stream) {
-    return cuda::expectation_heatmap(p, stream);
+  static int launch(const ExpectationSteps& steps, cuda::Stream stream) {
+    int error = steps.stats ? cuda::soft_argmax2d_forward(*steps.stats, stream) : 0;
+    if (error == 0 && steps.expectation) error = cuda::expectation(*steps.expectation, stream);
+    if (error == 0 && steps.heatmap) error = cuda::expectation_heatmap(*steps.heatmap, stream);
+    if (error == 0 && steps.values) error = cuda::expectation_values(*steps.values, stream);
+    return error;
   }
-  static int launch(const ExpectationValuesParams& p, cuda::Stream stream) {
-    return cuda::expectation_values(p, stream);
-  }
+  static void prepare(const Tensor&) {}
   static void check(int error) {
     STD_TORCH_CHECK(error == 0, "kpfused: a CUDA kernel could not be launched: ", cuda::error_string(error));
   }

@@ -13,40 +13,13 @@ namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-// Stats of heatmap as forward leaves them, for which its coordinates are the price.
+// What an op asks for of one heatmap, step by step, and what it needs to be run.
 template <class Backend>
-Tensor stats_of(const Tensor& heatmap, const Layout& layout, const Settings& settings) {
-  auto p = common_params<ForwardParams>(heatmap, layout, settings);
-  Tensor coordinates = empty(heatmap, leading_sizes(heatmap, {2}), accumulator_of(p.dtype));
-  Tensor stats = empty(heatmap, leading_sizes(heatmap, {kStats}), accumulator_of(p.dtype));
-  p.coordinates = coordinates.mutable_data_ptr();
-  p.stats = stats.mutable_data_ptr();
-  run<Backend>(p, heatmap);
-  return stats;
-}
-
-// One heatmap, and the kernels that read it beside values or gradients of values.
-template <class Backend>
-class Softmax {
+class Steps {
  public:
-  Softmax(const Tensor& heatmap, const Settings& settings, bool is_probability)
-      : input_(heatmap), settings_(settings), is_probability_(is_probability) {
+  Steps(const Tensor& heatmap, Settings settings, bool is_probability)
+      : input_(heatmap), readable_(heatmap), settings_(std::move(settings)), is_probability_(is_probability) {
     STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-  }
-
-  // Stats that forward left.
-  void use(const Tensor& stats) {
-    check_of_maps(stats, kStats, "stats");
-    STD_TORCH_CHECK(stats.is_contiguous(), "stats must be what forward returned for this heatmap");
-    stats_ = stats;
-  }
-
-  const Tensor& make_stats() {
-    Tensor heatmap = input_;
-    Settings settings = settings_;
-    const Layout layout = readable(heatmap, settings.mask);
-    stats_ = stats_of<Backend>(heatmap, layout, settings);
-    return *stats_;
   }
 
   // `count` numbers of the accumulation dtype for every map.
@@ -58,90 +31,128 @@ class Softmax {
                     " must have the shape and dtype of what forward returned for this heatmap");
   }
 
-  // E, [maps, channels]; of the coordinates where there are no values.
-  Tensor expectation(const Tensor* values) const {
-    Tensor heatmap = input_;
-    Settings settings = settings_;
-    const Layout layout = readable(heatmap, settings.mask, nullptr, values);
-    check_folds(layout);
-    ExpectationParams p{};
-    p.softmax = params(heatmap, layout, settings, &p.units);
-    p.value_view = values ? value_view(layout, *values) : ValueView{2, 0, 0, 0, 0, 0};
-    p.values = values ? values->const_data_ptr() : nullptr;
-    Tensor result = empty(heatmap, leading_sizes(heatmap, {p.value_view.channels}), accumulator_of(p.softmax.dtype));
+  // Stats that forward left.
+  void use_stats(const Tensor& stats) {
+    check_of_maps(stats, kStats, "stats");
+    STD_TORCH_CHECK(stats.is_contiguous(), "stats must be what forward returned for this heatmap");
+    stats_ = stats;
+  }
+
+  // Stats as soft_argmax2d leaves them, for which its coordinates are the price.
+  Tensor add_stats() {
+    const Layout layout = layout_of(nullptr, nullptr);
+    forward_ = common_params<ForwardParams>(readable_, layout, settings_);
+    stats_ = empty(input_, leading_sizes(input_, {kStats}), accumulator_of(forward_.dtype));
+    forward_.coordinates = keep(empty(input_, leading_sizes(input_, {2}), accumulator_of(forward_.dtype)));
+    forward_.stats = stats_->mutable_data_ptr();
+    forward_.workspace = workspace(forward_);
+    steps_.stats = &forward_;
+    return *stats_;
+  }
+
+  // E, (..., channels); of the coordinates where there are no values.
+  Tensor add_expectation(const Tensor* values) {
+    const Layout layout = layout_of(nullptr, values);
+    ExpectationParams& p = expectation_;
+    set_common(p, layout);
+    set_values(p, layout, values);
+    Tensor result = empty(input_, leading_sizes(input_, {p.value_view.channels}), accumulator_of(p.softmax.dtype));
     p.expectation = result.mutable_data_ptr();
-    execute(p, heatmap);
+    p.workspace = workspace(p);
+    steps_.expectation = &p;
     return result;
   }
 
   // Gradients of heatmap and beta. `grad` null: 1 for every channel.
-  Pair heatmap_gradient(const Tensor* values, const Tensor* expectation, const Tensor* grad, bool needs_grad_beta) const {
-    Tensor heatmap = input_, result = torch::stable::empty_like(heatmap), target = result;
-    Settings settings = settings_;
-    const Layout layout = readable(heatmap, settings.mask, &target, values);
-    check_folds(layout);
-    ExpectationHeatmapParams p{};
-    p.softmax = params(heatmap, layout, settings, &p.units);
-    p.value_view = values ? value_view(layout, *values) : ValueView{2, 0, 0, 0, 0, 0};
-    p.values = values ? values->const_data_ptr() : nullptr;
+  Pair add_heatmap_gradient(const Tensor* values, const Tensor* expectation, const Tensor* grad, bool needs_grad_beta) {
+    result_ = torch::stable::empty_like(input_);
+    target_ = result_;
+    const Layout layout = layout_of(&*target_, values);
+    ExpectationHeatmapParams& p = heatmap_;
+    set_common(p, layout);
+    set_values(p, layout, values);
     p.expectation = expectation ? expectation->const_data_ptr() : nullptr;
     p.grad = grad ? grad->const_data_ptr() : nullptr;
-    p.grad_heatmap = target.mutable_data_ptr();
+    p.grad_heatmap = target_->mutable_data_ptr();
     p.grad_view = layout.second;
-    Tensor grad_beta = empty(heatmap, needs_grad_beta ? leading_sizes(heatmap) : std::vector<int64_t>{0},
+    Tensor grad_beta = empty(input_, needs_grad_beta ? leading_sizes(input_) : std::vector<int64_t>{0},
                              accumulator_of(p.softmax.dtype));
     p.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
-    execute(p, heatmap);
-    if (target.get() != result.get()) torch::stable::copy_(result, target);
-    return {result, grad_beta};
+    p.workspace = workspace(p);
+    Backend::prepare(*target_);
+    steps_.heatmap = &p;
+    return {*result_, grad_beta};
   }
 
   // The gradient of values, or with `grad` null and values of the heatmap's own shape the softmax map.
-  void values_gradient(Tensor& values, const Tensor* grad) const {
-    Tensor heatmap = input_;
-    Settings settings = settings_;
-    const Layout layout = readable(heatmap, settings.mask, nullptr, &values);
-    check_folds(layout);
+  void add_values_gradient(Tensor& values, const Tensor* grad) {
+    const Layout layout = layout_of(nullptr, &values);
     if (layout.first.maps() == 0) {
       torch::stable::zero_(values);
       return;
     }
-    Units units;
-    ExpectationValuesParams p{};
-    p.softmax = params(heatmap, layout, settings, &units);
+    ExpectationValuesParams& p = values_;
+    set_common(p, layout);
     p.value_view = value_view(layout, values);
     p.grad = grad ? grad->const_data_ptr() : nullptr;
     p.grad_values = values.mutable_data_ptr();
-    Backend::run(p, heatmap);
+    Backend::prepare(values);
+    steps_.values = &p;
+  }
+
+  void run() {
+    bool some = false;
+    for (int64_t d = 0; d < input_.dim() - 2; ++d) some |= input_.size(d) == 0;
+    if (some) return;
+    Backend::run(steps_, input_);
+    if (target_ && target_->get() != result_->get()) torch::stable::copy_(*result_, *target_);
   }
 
  private:
-  static void check_folds(const Layout& layout) {
+  // Of heatmap, mask, what is to be written and values; where they cannot be read together, of copies.
+  Layout layout_of(Tensor* target, const Tensor* values) {
+    const Layout layout = readable(readable_, settings_.mask, target, values);
+    kept_.push_back(readable_);
+    if (settings_.mask) kept_.push_back(*settings_.mask);
     STD_TORCH_CHECK(layout.in_place, "values broadcast along separate dimensions; expand them in memory");
-  }
-
-  SoftmaxParams params(const Tensor& heatmap, const Layout& layout, const Settings& settings, Units* units) const {
-    const auto common = common_params<ForwardParams>(heatmap, layout, settings);
-    *units = common.units;
-    return {common.dtype,  common.heatmap, common.view, common.pixels,
-            common.beta,   stats_ ? stats_->const_data_ptr() : nullptr, is_probability_};
+    return layout;
   }
 
   template <class Params>
-  static void execute(Params& p, const Tensor& heatmap) {
-    if (p.softmax.view.maps() == 0) return;
-    std::optional<Tensor> workspace;
-    if (const int64_t bytes = Backend::workspace(p)) {
-      workspace = empty(heatmap, {(bytes + 7) / 8}, ScalarType::Double);
-      p.workspace = workspace->mutable_data_ptr();
-    }
-    Backend::run(p, heatmap);
+  void set_common(Params& p, const Layout& layout) const {
+    const auto common = common_params<ForwardParams>(readable_, layout, settings_);
+    const void* const stats = stats_ ? stats_->const_data_ptr() : nullptr;
+    p.softmax = {common.dtype, common.heatmap, common.view, common.pixels, common.beta, stats, is_probability_};
   }
 
-  Tensor input_;
+  template <class Params>
+  void set_values(Params& p, const Layout& layout, const Tensor* values) const {
+    p.units = units_of(static_cast<Coordinates>(settings_.coordinates), layout.first.height, layout.first.width);
+    p.value_view = values ? value_view(layout, *values) : ValueView{2, 0, 0, 0, 0, 0};
+    p.values = values ? values->const_data_ptr() : nullptr;
+  }
+
+  template <class Params>
+  void* workspace(const Params& p) {
+    const int64_t bytes = Backend::workspace(p);
+    return bytes ? keep(empty(input_, {(bytes + 7) / 8}, ScalarType::Double)) : nullptr;
+  }
+
+  void* keep(const Tensor& tensor) {
+    kept_.push_back(tensor);
+    return tensor.mutable_data_ptr();
+  }
+
+  Tensor input_, readable_;  // as given, and as kernels read it
   Settings settings_;
   bool is_probability_;
-  std::optional<Tensor> stats_;
+  std::optional<Tensor> stats_, result_, target_;
+  std::vector<Tensor> kept_;  // memory that the steps point to
+  ForwardParams forward_{};
+  ExpectationParams expectation_{};
+  ExpectationHeatmapParams heatmap_{};
+  ExpectationValuesParams values_{};
+  ExpectationSteps steps_{};
 };
 
 // (..., H, W) as values (..., 1, H, W).
@@ -153,9 +164,10 @@ template <class Backend>
 Pair expectation_forward(Tensor heatmap, Tensor values, std::optional<Tensor> beta, double beta_value,
                          std::optional<Tensor> mask, std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   check_values(heatmap, values);
-  Softmax<Backend> softmax(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
-  Tensor stats = softmax.make_stats();
-  return {softmax.expectation(&values), stats};
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  Tensor stats = steps.add_stats(), result = steps.add_expectation(&values);
+  steps.run();
+  return {result, stats};
 }
 
 template <class Backend>
@@ -164,23 +176,24 @@ std::tuple<Tensor, Tensor, Tensor> expectation_backward(
     double beta_value, bool needs_grad_heatmap, bool needs_grad_values, bool needs_grad_beta, std::optional<Tensor> mask,
     std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   check_values(heatmap, values);
-  Softmax<Backend> softmax(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
-  softmax.use(stats);
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  steps.use_stats(stats);
   const int64_t channels = values.size(values.dim() - 3);
-  softmax.check_of_maps(expectation, channels, "expectation");
-  softmax.check_of_maps(grad, channels, "grad");
+  steps.check_of_maps(expectation, channels, "expectation");
+  steps.check_of_maps(grad, channels, "grad");
   grad = torch::stable::contiguous(grad);
   expectation = torch::stable::contiguous(expectation);
   const auto none = [&] { return empty(heatmap, {0}, accumulator_of(dtype_of(heatmap))); };
   std::tuple<Tensor, Tensor, Tensor> result{none(), none(), none()};
   if (needs_grad_heatmap || needs_grad_beta) {
     std::tie(std::get<0>(result), std::get<2>(result)) =
-        softmax.heatmap_gradient(&values, &expectation, &grad, needs_grad_beta);
+        steps.add_heatmap_gradient(&values, &expectation, &grad, needs_grad_beta);
   }
   if (needs_grad_values) {
     Tensor& grad_values = std::get<1>(result) = torch::stable::empty_like(values);
-    softmax.values_gradient(grad_values, &grad);
+    steps.add_values_gradient(grad_values, &grad);
   }
+  steps.run();
   return result;
 }
 
@@ -189,10 +202,10 @@ std::tuple<Tensor, Tensor, Tensor> expectation_backward(
 template <class Backend>
 Pair softmax_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
                      std::optional<Tensor> mask, std::optional<Tensor> valid_size, std::optional<double> empty_value) {
-  Softmax<Backend> softmax(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
-  Tensor stats = softmax.make_stats();
-  Tensor result = torch::stable::empty_like(heatmap), as_values = one_channel(result);
-  softmax.values_gradient(as_values, nullptr);
+  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
+  Tensor stats = steps.add_stats(), result = torch::stable::empty_like(heatmap), as_values = one_channel(result);
+  steps.add_values_gradient(as_values, nullptr);
+  steps.run();
   return {result, stats};
 }
 
@@ -200,13 +213,15 @@ template <class Backend>
 Pair softmax_backward(Tensor grad, Tensor heatmap, Tensor stats, std::optional<Tensor> beta, double beta_value,
                       int64_t coordinates, bool needs_grad_beta, std::optional<Tensor> mask,
                       std::optional<Tensor> valid_size, std::optional<double> empty_value) {
-  Tensor values = one_channel(grad);
-  check_values(heatmap, values);
   STD_TORCH_CHECK(grad.dim() == heatmap.dim(), "grad must be of the shape of heatmap");
-  Softmax<Backend> softmax(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
-  softmax.use(stats);
-  const Tensor mean = softmax.expectation(&values);
-  return softmax.heatmap_gradient(&values, &mean, nullptr, needs_grad_beta);
+  const Tensor values = one_channel(grad);
+  check_values(heatmap, values);
+  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
+  steps.use_stats(stats);
+  const Tensor mean = steps.add_expectation(&values);
+  Pair result = steps.add_heatmap_gradient(&values, &mean, nullptr, needs_grad_beta);
+  steps.run();
+  return result;
 }
 
 // ---- Expected coordinates of a probability map ----------------------------------------------------------------------
@@ -216,18 +231,22 @@ template <class Backend>
 Pair coordinates_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
                          std::optional<Tensor> mask, std::optional<Tensor> valid_size,
                          std::optional<double> empty_value) {
-  const Softmax<Backend> map(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
-  return {map.expectation(nullptr), empty(heatmap, leading_sizes(heatmap, {0}), accumulator_of(dtype_of(heatmap)))};
+  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
+  Tensor result = steps.add_expectation(nullptr);
+  steps.run();
+  return {result, empty(heatmap, leading_sizes(heatmap, {0}), accumulator_of(dtype_of(heatmap)))};
 }
 
 template <class Backend>
 Pair coordinates_backward(Tensor grad, Tensor heatmap, Tensor, std::optional<Tensor> beta, double beta_value,
                           int64_t coordinates, bool, std::optional<Tensor> mask, std::optional<Tensor> valid_size,
                           std::optional<double> empty_value) {
-  const Softmax<Backend> map(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
-  map.check_of_maps(grad, 2, "grad");
+  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
+  steps.check_of_maps(grad, 2, "grad");
   grad = torch::stable::contiguous(grad);
-  return map.heatmap_gradient(nullptr, nullptr, &grad, false);
+  Pair result = steps.add_heatmap_gradient(nullptr, nullptr, &grad, false);
+  steps.run();
+  return result;
 }
 
 }  // namespace

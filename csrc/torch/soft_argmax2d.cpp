@@ -94,6 +94,7 @@ struct Gradient {
 
   template <class Backend>
   std::tuple<Tensor, Tensor> run() {
+    Backend::prepare(grad_heatmap);
     kpfused::run<Backend>(params, heatmap);
     if (grad_heatmap.get() != result.get()) torch::stable::copy_(result, grad_heatmap);
     return {result, grad_beta};
