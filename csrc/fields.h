@@ -22,6 +22,30 @@ KPFUSED_HD bool is_empty(const PixelView& pixels, W sum) {
   return pixels.fills_empty && sum == W(0);
 }
 
+// Pixels [left, right) by [top, bottom) of a map.
+struct Box {
+  int64_t left, right, top, bottom;
+
+  KPFUSED_HD bool has(int64_t y, int64_t x) const { return top <= y && y < bottom && left <= x && x < right; }
+};
+
+// The window of map n, as far as it lies within the map. A mean that is no number is that of a map without a probability,
+// where any window will do.
+template <class A>
+KPFUSED_HD Box window_of(const Values& values, const MapView& view, const Stats<A>& stats, int64_t n) {
+  const auto within = [](int64_t i, int64_t most) { return i < 0 ? 0 : i < most ? i : most; };
+  const auto nearest = [](A mean, int64_t extent) {
+    const A pixel = mean + A(0.5) * static_cast<A>(extent - 1);
+    return pixel == pixel ? static_cast<int64_t>(std::rint(pixel)) : int64_t(0);
+  };
+  const int64_t x = within(values.centre ? values.centre[2 * n] : nearest(stats.mean_x, view.width), view.width - 1);
+  const int64_t y =
+      within(values.centre ? values.centre[2 * n + 1] : nearest(stats.mean_y, view.height), view.height - 1);
+  const int64_t radius = within(values.radius, view.width + view.height);
+  return {within(x - radius, view.width), within(x + radius + 1, view.width), within(y - radius, view.height),
+          within(y + radius + 1, view.height)};
+}
+
 // Results and stats of map n. Without moments, what soft_argmax2d gives.
 template <class A, class W>
 KPFUSED_HD void write_fields(const ForwardParams& p, int64_t n, const Moments<W>& state, W beta) {

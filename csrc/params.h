@@ -120,6 +120,20 @@ struct ValueView {
   int64_t stride_outer, stride_inner, stride_channel, stride_y, stride_x;
 };
 
+enum class ValueKind : int { tensor = 0, coordinates = 1, window = 2 };
+
+// What an expectation is of: a tensor, the coordinates of the pixels, two channels (x, y) in `units`, or one channel that
+// is 1 within a square of 2 radius + 1 pixels a side around one pixel of the map, and 0 without (window_of in fields.h).
+// Of the last two nothing is in memory, and all strides are zero.
+struct Values {
+  ValueKind kind;
+  const void* data;  // of the heatmap's dtype
+  ValueView view;
+  Units units;
+  int64_t radius;
+  const int64_t* centre;  // [maps, 2], (x, y); null: the pixel nearest to the mean that stats have
+};
+
 // The spatial softmax P that three kernels are about. Each may be asked for a map that is a probability map already: its
 // pixels then are P, and beta, stats and empty maps mean nothing.
 struct SoftmaxParams {
@@ -128,16 +142,15 @@ struct SoftmaxParams {
   MapView view;
   PixelView pixels;
   BetaView beta;
-  const void* stats;  // [maps, kStats], as soft_argmax2d left it
+  const void* stats;  // [maps, stats_stride], of which the first are Stats, as forward left them
+  int64_t stats_stride;
   bool is_probability;
 };
 
-// Expectation: E_c = sum_i P_i V_ci. The values of a map that is a probability map may be its coordinates, (x, y).
+// Expectation: E_c = sum_i P_i V_ci.
 struct ExpectationParams {
   SoftmaxParams softmax;
-  const void* values;  // null: coordinates in `units`, two channels
-  ValueView value_view;
-  Units units;
+  Values values;
   void* expectation;  // [maps, channels], accumulation dtype
   void* workspace;    // partial sums of split maps
 };
@@ -146,9 +159,7 @@ struct ExpectationParams {
 // map; and with respect to beta, sum_i h_i dh_i / beta, summed relative to the peak.
 struct ExpectationHeatmapParams {
   SoftmaxParams softmax;
-  const void* values;
-  ValueView value_view;
-  Units units;
+  Values values;
   const void* expectation;  // as forward left it
   const void* grad;         // [maps, channels], accumulation dtype; null: 1 each
   void* grad_heatmap;
@@ -166,7 +177,8 @@ struct ExpectationValuesParams {
   ValueView value_view;
 };
 
-// What one op asks for of one heatmap, in this order; null where it does not. One of the last three is there.
+// What one op asks for of one heatmap, in this order; null where it does not. One of the last three is there, and an
+// expectation of a window is the last.
 struct ExpectationSteps {
   const ForwardParams* stats;
   const ExpectationParams* expectation;

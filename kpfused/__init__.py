@@ -19,6 +19,7 @@ from kpfused.functional import (
     spatial_moments2d,
     spatial_moments3d,
     spatial_softmax2d,
+    window_mass,
 )
 from kpfused.modules import SoftArgmax2d, SpatialMoments2d
 from kpfused.results import SpatialMoments
@@ -38,4 +39,5 @@ __all__ = [
     "spatial_moments2d",
     "spatial_moments3d",
     "spatial_softmax2d",
+    "window_mass",
 ]

@@ -93,6 +93,16 @@ def check_num_keypoints(num_keypoints: int) -> None:
         raise ValueError(f"num_keypoints must be at least 1; got {num_keypoints}")
 
 
+def check_window(size: int, around: str) -> None:
+    """Accepts an odd number of pixels, around the mean or the peak."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"size of the window must be an int; got {type(size).__name__}")
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"size of the window must be odd and at least 1; got {size}")
+    if around not in ("mean", "peak"):
+        raise ValueError(f"around must be 'mean' or 'peak'; got {around!r}")
+
+
 def check_broadcast(name: str, tensor: Tensor, heatmap: Tensor) -> None:
     """Accepts a tensor on the heatmap's device that broadcasts against its leading dimensions."""
     _check_device(name, tensor, heatmap)

@@ -60,7 +60,7 @@ def _foldable(values: Tensor, leading: torch.Size) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     heatmap, values, beta, ctx.beta_value, *pixels = inputs
-    mask, valid_size, *ctx.empty_value = (*pixels, *(None,) * (3 - len(pixels)))
+    mask, valid_size, *ctx.empty_value = [*pixels, *[None] * (3 - len(pixels))]
     ctx.rest = (None,) * (1 + len(pixels))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -97,7 +97,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
 def _keep_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     grad, heatmap, values, _, _, beta, ctx.beta_value, *rest = inputs
     ctx.needs, pixels = rest[:3], rest[3:]
-    mask, valid_size, *ctx.empty_value = (*pixels, *(None,) * (3 - len(pixels)))
+    mask, valid_size, *ctx.empty_value = [*pixels, *[None] * (3 - len(pixels))]
     ctx.rest = (None,) * (4 + len(pixels))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[g for g, needed in zip(output, ctx.needs, strict=True) if not needed])
@@ -129,7 +129,7 @@ def _second_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
 def _fake_forward(
     heatmap: Tensor, values: Tensor, beta: Tensor | None, beta_value: float, *pixels: Any
 ) -> tuple[Tensor, Tensor]:
-    ops.check_op(heatmap, beta, 0)
+    ops.check_op(heatmap, beta)
     dtype = ops.accumulator_dtype(heatmap.dtype)
     leading = heatmap.shape[:-2]
     result = heatmap.new_empty((*leading, values.shape[-3]), dtype=dtype)
@@ -149,7 +149,7 @@ def _fake_backward(
     needs_grad_beta: bool,
     *pixels: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ops.check_op(heatmap, beta, 0)
+    ops.check_op(heatmap, beta)
     none = heatmap.new_empty((0,), dtype=ops.accumulator_dtype(heatmap.dtype))
     return (
         torch.empty_like(heatmap) if needs_grad_heatmap or needs_grad_beta else none,

@@ -260,6 +260,47 @@ def expectation2d(
     return ops.expectation2d(probabilities, index, *_pixels(probabilities, mask, valid_size, None))
 
 
+def window_mass(
+    heatmap: Tensor,
+    size: int,
+    beta: Tensor | float = 1.0,
+    *,
+    temperature: Tensor | float | None = None,
+    around: str = "mean",
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float | None = None,
+) -> Tensor:
+    """Probability within a window of ``size`` by ``size`` pixels around the mean or the peak: how sure the point is.
+
+    1 where all of the softmax lies in the window, ``size**2 / (H W)`` where the map is flat; lightning-pose calls it
+    confidence. One read of the map, and of the window's pixels once more; nothing is gathered or padded.
+
+    Args:
+        heatmap: as in :func:`soft_argmax2d`.
+        size: odd; pixels along each side. What of the window lies outside of the map adds nothing.
+        beta: as in :func:`soft_argmax2d`.
+        temperature: as in :func:`soft_argmax2d`.
+        around: ``"mean"``, the pixel nearest to the expected coordinates, or ``"peak"``.
+        mask: as in :func:`soft_argmax2d`; pixels that do not count add nothing.
+        valid_size: as in :func:`soft_argmax2d`.
+        empty_value: as in :func:`soft_argmax2d`.
+
+    Returns:
+        ``(...)``, one for every map, of the dtype of coordinates.
+
+    Gradients reach ``heatmap``, and ``beta`` or ``temperature`` where it is a tensor, with the window where it is: it
+    moves by whole pixels.
+
+    Raises:
+        TypeError: as in :func:`soft_argmax2d`, or the size is no int.
+        ValueError: as in :func:`soft_argmax2d`, a size that is not odd and positive, or an unknown ``around``.
+    """
+    checks.check_window(size, around)
+    _, tensor, number, _ = _checked(heatmap, beta, temperature, "pixel")
+    return ops.window_mass(heatmap, size, around, tensor, number, *_pixels(heatmap, mask, valid_size, empty_value))
+
+
 def soft_argmax1d(
     heatmap: Tensor,
     beta: Tensor | float = 1.0,

@@ -44,10 +44,11 @@ def has_kernel(device_type: str) -> bool:
 class _Kernel:
     """A forward op and its backward op.
 
-    ``forward(heatmap, beta, beta_value, coordinates, mask, valid_size, empty_value)`` returns its results and, last,
-    the stats. ``backward(*grads, heatmap, *kept, beta, beta_value, coordinates, needs_grad_beta, mask, valid_size,
-    empty_value)`` takes a gradient for every differentiable result and returns those of heatmap and beta, one beta for
-    every map. Arguments from mask on may be left out.
+    ``forward(heatmap, beta, beta_value, setting, mask, valid_size, empty_value)`` returns its results and, behind them,
+    what else backward keeps, such as the stats. ``setting`` is a number of the op's own: which coordinates, for most.
+    ``backward(*grads, heatmap, *kept, beta, beta_value, setting, needs_grad_beta, mask, valid_size, empty_value)``
+    takes a gradient for every differentiable result and returns those of heatmap and beta, one beta for every map.
+    Arguments from mask on may be left out.
 
     Each goes by two names. The one that users and compilers see has an autograd formula; the one with an underscore has
     none, so that the eager path, which brings its own, passes no Python between the dispatcher and the kernel.
@@ -62,6 +63,10 @@ class _Kernel:
     """Outputs without a gradient."""
     kept: tuple[int, ...]
     """Outputs that backward reads, in its order."""
+    pixel: int | None = None
+    """The output that is a pixel, in integers."""
+    accepts: Callable[[int], bool] = lambda coordinates: coordinates in range(len(reference.COORDINATES))
+    """Whether the op's own setting can be."""
 
     def __post_init__(self) -> None:
         ops = torch.ops.kpfused
@@ -86,8 +91,7 @@ class _Kernel:
     def dtype_of(self, output: int, heatmap: Tensor) -> torch.dtype:
         if self.sizes[output] is None:
             return heatmap.dtype
-        is_peak = len(self.sizes) > _PEAK and output == _PEAK
-        return torch.int64 if is_peak else accumulator_dtype(heatmap.dtype)
+        return torch.int64 if output == self.pixel else accumulator_dtype(heatmap.dtype)
 
     def shape_of(self, output: int, heatmap: Tensor) -> tuple[int, ...]:
         size = self.sizes[output]
@@ -116,6 +120,15 @@ def _compose_expectation2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...
     return (reference.expectation2d(heatmap, **keywords),)
 
 
+def _compose_window_mass2d(
+    heatmap: Tensor, beta: Tensor | None, beta_value: float, window: int, *pixels: Any
+) -> tuple[Tensor, ...]:
+    beta_or_number, keywords = settings_of_reference(beta, beta_value, 0, *pixels)
+    del keywords["coordinates"]
+    around = "peak" if window < 0 else "mean"
+    return (reference.window_mass(heatmap, abs(window), beta_or_number, around=around, **keywords),)
+
+
 def settings_of_reference(
     beta: Tensor | None,
     beta_value: float,
@@ -139,11 +152,22 @@ _MOMENTS2D = _Kernel(
     sizes=((2,), (2, 2), (), (), (2,), (), (_MOMENT_STATS,)),
     constant=(_PEAK, 6),
     kept=(6, _PEAK),
+    pixel=_PEAK,
 )
 _SOFTMAX2D = _Kernel("spatial_softmax2d", _compose_spatial_softmax2d, sizes=(None, (_STATS,)), constant=(1,), kept=(1,))
 # beta means nothing to it, and there are no stats to keep.
 _EXPECTATION2D = _Kernel("expectation2d", _compose_expectation2d, sizes=((2,), (0,)), constant=(1,), kept=(1,))
-_KERNELS = (_SOFT_ARGMAX2D, _MOMENTS2D, _SOFTMAX2D, _EXPECTATION2D)
+# Its setting: pixels along a side of the window, an odd number, around the mean; negative, around the peak.
+_WINDOW_MASS2D = _Kernel(
+    "window_mass2d",
+    _compose_window_mass2d,
+    sizes=((), (_MOMENT_STATS,), (2,)),
+    constant=(1, 2),
+    kept=(0, 1, 2),
+    pixel=2,
+    accepts=lambda window: window % 2 == 1,
+)
+_KERNELS = (_SOFT_ARGMAX2D, _MOMENTS2D, _SOFTMAX2D, _EXPECTATION2D, _WINDOW_MASS2D)
 
 
 def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any) -> Tensor:
@@ -176,6 +200,13 @@ def spatial_softmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, *
 def expectation2d(probabilities: Tensor, coordinates: int, *pixels: Any) -> Tensor:
     """Expected coordinates under probability maps, of checked arguments."""
     return _call(_EXPECTATION2D, probabilities, None, 1.0, coordinates, *pixels)[0]
+
+
+def window_mass(
+    heatmap: Tensor, size: int, around: str, beta: Tensor | None, beta_value: float, *pixels: Any
+) -> Tensor:
+    """Probability within a window, of checked arguments, which else are those of :func:`soft_argmax2d`."""
+    return _call(_WINDOW_MASS2D, heatmap, beta, beta_value, -size if around == "peak" else size, *pixels)[0]
 
 
 def spatial_moments3d(
@@ -213,25 +244,25 @@ def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
 
 
 def _call(
-    kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
+    kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, setting: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
     """The outputs of a kernel, of which the composition lacks the last, the stats."""
     if takes_composition(heatmap):
-        return kernel.composition(heatmap, beta, beta_value, coordinates, *pixels)
+        return kernel.composition(heatmap, beta, beta_value, setting, *pixels)
     compiling = torch.compiler.is_compiling()
     result: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
-        result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, coordinates, *pixels)
+        result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, setting, *pixels)
     elif not is_plain(heatmap, beta, pixels):
         if _is_distributed(heatmap, beta, *pixels[:2]):
             heatmap, beta, *pixels = _distributed().prepare(heatmap, beta, *pixels)
-        result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
+        result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
     elif compiling:
-        result = kernel.forward(heatmap, beta, beta_value, coordinates, *pixels)
+        result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
-        result = _Eager.apply(kernel, heatmap, beta, beta_value, coordinates, *pixels)  # type: ignore[no-untyped-call]
+        result = _Eager.apply(kernel, heatmap, beta, beta_value, setting, *pixels)  # type: ignore[no-untyped-call]
     else:
-        result = kernel.eager_forward(heatmap, beta, beta_value, coordinates, *pixels)
+        result = kernel.eager_forward(heatmap, beta, beta_value, setting, *pixels)
     return result
 
 
@@ -307,11 +338,11 @@ class _Eager(torch.autograd.Function):
         heatmap: Tensor,
         beta: Tensor | None,
         beta_value: float,
-        coordinates: int,
+        setting: int,
         *pixels: Any,
     ) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = kernel.eager_forward(heatmap, beta, beta_value, coordinates, *pixels)
-        _keep(kernel, ctx, (heatmap, beta, beta_value, coordinates, *pixels), output)
+        output: tuple[Tensor, ...] = kernel.eager_forward(heatmap, beta, beta_value, setting, *pixels)
+        _keep(kernel, ctx, (heatmap, beta, beta_value, setting, *pixels), output)
         ctx.kernel = kernel
         return output
 
@@ -376,7 +407,7 @@ def _composed_gradients(
 
 def _keep_second(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
-    beta, ctx.beta_value, ctx.coordinates, needs_grad_beta, *pixels = rest[len(kernel.kept) :]
+    beta, ctx.beta_value, ctx.setting, needs_grad_beta, *pixels = rest[len(kernel.kept) :]
     if not needs_grad_beta:
         ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -399,7 +430,7 @@ def _second_gradients(
         for i, grad in zip(given, inputs, strict=False):
             filled[i] = grad
         heatmap, *some_beta = inputs[len(given) :]
-        settings = (ctx.beta_value, ctx.coordinates, *pixels)
+        settings = (ctx.beta_value, ctx.setting, *pixels)
         return _composed_gradients(kernel, tuple(filled), heatmap, some_beta[0] if some_beta else None, *settings)
 
     gradients, pull = torch.func.vjp(first, *inputs)  # type: ignore[misc]
@@ -495,20 +526,24 @@ def _require(condition: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def check_op(heatmap: Tensor, beta: Tensor | None, coordinates: int) -> None:
+def check_op(heatmap: Tensor, beta: Tensor | None) -> None:
     """What the kernels refuse, for graphs that call the ops without the checks of ``kpfused.functional``."""
     checks.check_heatmap(heatmap)
-    _require(0 <= coordinates < len(reference.COORDINATES), "unknown coordinates")
     if beta is not None:
         checks.check_broadcast("beta", beta, heatmap)
         fits = beta.dtype == accumulator_dtype(heatmap.dtype) and beta.is_contiguous()
         _require(fits, "beta must be contiguous and of the dtype of the coordinates")
 
 
+def _check_call(kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, setting: int) -> None:
+    _require(kernel.accepts(setting), f"setting {setting} means nothing to {kernel.name}")
+    check_op(heatmap, beta)
+
+
 def _fake_forward(
-    kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
+    kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, setting: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
-    check_op(heatmap, beta, coordinates)
+    _check_call(kernel, heatmap, beta, setting)
     return tuple(
         torch.empty_like(heatmap)
         if size is None
@@ -519,8 +554,8 @@ def _fake_forward(
 
 def _fake_backward(kernel: _Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
     grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
-    beta, _, coordinates, needs_grad_beta, *_ = rest[len(kernel.kept) :]
-    check_op(heatmap, beta, coordinates)
+    beta, _, setting, needs_grad_beta, *_ = rest[len(kernel.kept) :]
+    _check_call(kernel, heatmap, beta, setting)
     leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
     for tensor, i in zip(rest, kernel.kept, strict=False):
         fits = tensor.is_contiguous() and tensor.shape == kernel.shape_of(i, heatmap)

@@ -121,6 +121,27 @@ def spatial_moments2d(
     return _moments(heatmap, beta, 2, coordinates, counting(heatmap, mask, valid_size), empty_value)
 
 
+def window_mass(
+    heatmap: Tensor,
+    size: int,
+    beta: Tensor | float = 1.0,
+    *,
+    around: str = "mean",
+    mask: Tensor | None = None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None = None,
+    empty_value: float | None = None,
+) -> Tensor:
+    """Probability within a window of ``size`` by ``size`` pixels around the pixel of the mean, or of the peak."""
+    counts = counting(heatmap, mask, valid_size)
+    mean, _, _, _, peak, _ = _moments(heatmap, beta, 2, "pixel", counts, empty_value)
+    centre = peak if around == "peak" else mean.detach().nan_to_num(0).round()
+    scaled, empty = _scaled(heatmap, beta, 2, counts, empty_value)
+    rows, columns = (torch.arange(n, device=heatmap.device) for n in heatmap.shape[-2:])
+    inside = (rows - centre[..., 1, None]).abs() <= size // 2, (columns - centre[..., 0, None]).abs() <= size // 2
+    mass = (_softmax(scaled, 2) * (inside[0][..., None] & inside[1][..., None, :])).sum((-2, -1))
+    return _filled(mass, empty, empty_value)
+
+
 def spatial_moments3d(
     heatmap: Tensor, beta: Tensor | float = 1.0, *, coordinates: str = "pixel", mask: Tensor | None = None
 ) -> SpatialMoments:

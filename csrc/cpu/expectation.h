@@ -160,13 +160,19 @@ KPFUSED_INLINE void add_weighted(const A* const* of, int count, const F& factor,
 template <class T>
 struct SoftmaxMap {
   using A = Acc<T>;
-  int64_t index;
   Plane<const T> plane;
+  int64_t width;
   Falloff<A> of;
   A inverse, beta;  // 1 / sum
   bool empty;       // gives the value of empty maps
   Counting counting;
 };
+
+template <class A>
+KPFUSED_INLINE Stats<A> stats_of(const SoftmaxParams& params, int64_t map) {
+  const A* const of_map = static_cast<const A*>(params.stats) + map * params.stats_stride;
+  return {of_map[0], of_map[1], of_map[2], of_map[3]};
+}
 
 // P of some maps side by side, tile by tile.
 template <class T>
@@ -187,17 +193,27 @@ class SoftmaxTiles {
     for (int m = 0; m < count; ++m) {
       const int64_t n = first_map + m;
       SoftmaxMap<T>& map = maps_[m];
-      map.index = n;
+      map.width = view_.width;
       map.plane = {static_cast<const T*>(params_.heatmap) + map_offset(view_, n), view_.stride_y, view_.stride_x};
       if (!params_.pixels.all()) map.counting = counting_of(params_.pixels, view_, n);
       map.empty = false;
       if (params_.is_probability) continue;
-      const Stats<A>& stats = static_cast<const Stats<A>*>(params_.stats)[n];
+      const Stats<A> stats = stats_of<A>(params_, n);
       map.beta = beta_of<A>(params_.beta, n);
       map.of = falloff(sharpness(map.beta), stats.peak);
       map.inverse = A(1) / stats.sum;
       map.empty = is_empty(params_.pixels, stats.sum);
     }
+  }
+
+  // From here on, pixels of map m are those of a box.
+  void keep(int m, const Box& box) {
+    SoftmaxMap<T>& map = maps_[m];
+    map.plane.p += box.top * map.plane.stride_y + box.left * map.plane.stride_x;
+    map.width = box.right - box.left;
+    if (!counting(m)) return;
+    map.counting.rows -= box.top, map.counting.cols -= box.left;
+    if (map.counting.mask) map.counting.mask += box.top * map.counting.stride_y + box.left * map.counting.stride_x;
   }
 
   // P of map m at pixels [first, first + count), with zeros up to a whole vector.
@@ -206,13 +222,13 @@ class SoftmaxTiles {
     A* const p = p_[m];
     const int64_t whole = whole_vectors<A>(count);
     const T otherwise = params_.is_probability ? T{} : weightless<T>(map.of.sign);
-    run_[m] = run_of(map.plane, view_.width, first, count, counting(m), otherwise, buffer_[m]);
+    run_[m] = run_of(map.plane, map.width, first, count, counting(m), otherwise, buffer_[m]);
     if (params_.is_probability) {
       for (int64_t i = 0; i < whole; i += L) store_vector(p + i, load(run_[m] + i));
     } else {
       weights(run_[m], whole, map, p);
       // A map of NaN has it even where nothing weighs.
-      if (counting(m) && map.inverse != map.inverse) clear_uncounted(p, map.counting, view_.width, first, count);
+      if (counting(m) && map.inverse != map.inverse) clear_uncounted(p, map.counting, map.width, first, count);
     }
     for (int64_t i = count; i < whole; ++i) p[i] = A(0);
   }
@@ -255,29 +271,31 @@ class ValueTiles {
  public:
   using A = Acc<T>;
 
-  ValueTiles(const void* values, const ValueView& view, const Units& units, const MapView& maps)
-      : values_(static_cast<const T*>(values)), view_(view), units_(units), maps_(maps) {}
+  ValueTiles(const Values& values, const SoftmaxParams& softmax) : values_(values), softmax_(softmax) {}
 
   const A* const* runs() const { return run_; }
 
   // Channels [channel, channel + channels) of map n at pixels [first, first + count), with zeros up to a whole vector.
   void load_tile(int64_t n, int64_t channel, int channels, int64_t first, int64_t count, const Counting* counting) {
-    const int64_t outer = n / maps_.inner, inner = n - outer * maps_.inner;
+    const MapView& maps = softmax_.view;
+    const ValueView& view = values_.view;
+    const int64_t outer = n / maps.inner, inner = n - outer * maps.inner;
     const int64_t whole = whole_vectors<A>(count);
     for (int c = 0; c < channels; ++c) {
       run_[c] = buffer_[c];
-      if (!values_) {
-        coordinates(channel + c, first, count, buffer_[c]);
+      if (values_.kind != ValueKind::tensor) {
+        values_.kind == ValueKind::window ? window(n, first, count, buffer_[c])
+                                          : coordinates(channel + c, first, count, buffer_[c]);
         for (int64_t i = count; i < whole; ++i) buffer_[c][i] = A(0);
         continue;
       }
-      const int64_t at = outer * view_.stride_outer + inner * view_.stride_inner + (channel + c) * view_.stride_channel;
-      const Plane<const T> plane = {values_ + at, view_.stride_y, view_.stride_x};
+      const int64_t at = outer * view.stride_outer + inner * view.stride_inner + (channel + c) * view.stride_channel;
+      const Plane<const T> plane = {static_cast<const T*>(values_.data) + at, view.stride_y, view.stride_x};
       if constexpr (std::is_same_v<T, A>) {
-        run_[c] = run_of(plane, maps_.width, first, count, counting, T{}, buffer_[c]);
+        run_[c] = run_of(plane, maps.width, first, count, counting, T{}, buffer_[c]);
       } else {
         T narrow[kTile<A>];
-        const T* run = run_of(plane, maps_.width, first, count, counting, T{}, narrow);
+        const T* run = run_of(plane, maps.width, first, count, counting, T{}, narrow);
         for (int64_t i = 0; i < whole; i += kLanes<A>) store_vector(buffer_[c] + i, load(run + i));
       }
     }
@@ -285,18 +303,25 @@ class ValueTiles {
 
  private:
   void coordinates(int64_t channel, int64_t first, int64_t count, A* to) const {
-    for_pieces(first, count, maps_.width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
+    const Units& units = values_.units;
+    const MapView& maps = softmax_.view;
+    for_pieces(first, count, maps.width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
       for (int64_t k = 0; k < n; ++k) {
-        to[i + k] = channel == 0 ? A(units_.scale_x * centred<double>(col + k, maps_.width) + units_.offset_x)
-                                 : A(units_.scale_y * centred<double>(row, maps_.height) + units_.offset_y);
+        to[i + k] = channel == 0 ? A(units.scale_x * centred<double>(col + k, maps.width) + units.offset_x)
+                                 : A(units.scale_y * centred<double>(row, maps.height) + units.offset_y);
       }
     });
   }
 
-  const T* values_;
-  const ValueView& view_;
-  const Units& units_;
-  const MapView& maps_;
+  void window(int64_t map, int64_t first, int64_t count, A* to) const {
+    const Box box = window_of<A>(values_, softmax_.view, stats_of<A>(softmax_, map), map);
+    for_pieces(first, count, softmax_.view.width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
+      for (int64_t k = 0; k < n; ++k) to[i + k] = A(box.has(row, col + k));
+    });
+  }
+
+  const Values& values_;
+  const SoftmaxParams& softmax_;
   const A* run_[kTileChannels];
   A buffer_[kTileChannels][kTile<A>];
 };
@@ -309,8 +334,8 @@ KPFUSED_INLINE int64_t maps_at_once(const MapView& view, bool share_values) {
 }
 
 // Whether maps side by side have the same values, and the same of them count.
-KPFUSED_INLINE bool share_values(const SoftmaxParams& p, const ValueView& values) {
-  return values.stride_inner == 0 && (p.pixels.all() || counts_by_pixel(p.pixels, p.view));
+KPFUSED_INLINE bool share_values(const SoftmaxParams& p, const Values& values) {
+  return values.view.stride_inner == 0 && values.kind != ValueKind::window && (p.pixels.all() || counts_by_pixel(p.pixels, p.view));
 }
 
 // Items (outer, block of maps, part), each with some channels to a pixel: make() once for the items of a thread, and what
@@ -342,6 +367,41 @@ void sum_parts(const void* workspace, int64_t maps, int64_t parts, int64_t n, vo
   }
 }
 
+template <class A>
+void fill_empty(const ExpectationParams& params, int64_t n) {
+  const SoftmaxParams& p = params.softmax;
+  const int64_t channels = params.values.view.channels;
+  if (p.is_probability || !is_empty(p.pixels, stats_of<A>(p, n).sum)) return;
+  A* const of_map = static_cast<A*>(params.expectation) + n * channels;
+  for (int64_t c = 0; c < channels; ++c) of_map[c] = A(p.pixels.empty_value);
+}
+
+// E of a window: nothing but the window is read.
+template <class T>
+void window_mass(const ExpectationParams& params) {
+  using A = Acc<T>;
+  const SoftmaxParams& softmax = params.softmax;
+  parallel_for(softmax.view.maps(), 64, [&](int64_t begin, int64_t end) {
+    SoftmaxTiles<T> tiles(softmax);
+    for (int64_t n = begin; n < end; ++n) {
+      const Box box = window_of<A>(params.values, softmax.view, stats_of<A>(softmax, n), n);
+      const int64_t pixels = (box.right - box.left) * (box.bottom - box.top);
+      tiles.start(n, 1);
+      tiles.keep(0, box);
+      A mass = A(0);
+      for (int64_t first = 0; first < pixels; first += kTile<A>) {
+        const int64_t count = at_most(pixels - first, kTile<A>);
+        tiles.load_tile(0, first, count);
+        Vec<A> sum = {};
+        for (int64_t i = 0; i < count; i += kLanes<A>) sum += load_vector(tiles.p(0) + i);
+        mass += reduce_generic<A>(sum);
+      }
+      static_cast<A*>(params.expectation)[n] = mass;
+      fill_empty<A>(params, n);
+    }
+  });
+}
+
 // E of a block of maps, of one part of their pixels.
 template <class T>
 struct ExpectationKernel {
@@ -349,18 +409,19 @@ struct ExpectationKernel {
   using Params = ExpectationParams;
   const Params& params;
 
+  int64_t channels() const { return params.values.view.channels; }
   int64_t maps_at_once() const {
-    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.value_view));
+    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.values));
   }
 
   void operator()(int64_t map, int count, int64_t part) const {
     const SoftmaxParams& softmax = params.softmax;
     const MapView& view = softmax.view;
     const Cut parts = pixel_parts(view);
-    const int64_t channels = params.value_view.channels;
-    const bool shared = share_values(softmax, params.value_view);
+    const int64_t channels = this->channels();
+    const bool shared = share_values(softmax, params.values);
     SoftmaxTiles<T> tiles(softmax);
-    ValueTiles<T> values(params.values, params.value_view, params.units, view);
+    ValueTiles<T> values(params.values, softmax);
     tiles.start(map, count);
     // Of one part, the sums of a map do not follow those of the one before it.
     const int64_t stride = parts.count * channels;
@@ -384,24 +445,15 @@ struct ExpectationKernel {
         }
       }
     }
-    for (int m = 0; m < count && parts.count == 1; ++m) fill_empty(map + m);
+    for (int m = 0; m < count && parts.count == 1; ++m) fill_empty<A>(params, map + m);
   }
 
   void finish() const {
     const Cut parts = pixel_parts(params.softmax.view);
     if (parts.count == 1) return;
     const int64_t maps = params.softmax.view.maps();
-    sum_parts<A>(params.workspace, maps, parts.count, params.value_view.channels, params.expectation);
-    for (int64_t n = 0; n < maps; ++n) fill_empty(n);
-  }
-
- private:
-  void fill_empty(int64_t n) const {
-    const SoftmaxParams& p = params.softmax;
-    const int64_t channels = params.value_view.channels;
-    if (p.is_probability || !is_empty(p.pixels, static_cast<const Stats<A>*>(p.stats)[n].sum)) return;
-    A* const of_map = static_cast<A*>(params.expectation) + n * channels;
-    for (int64_t c = 0; c < channels; ++c) of_map[c] = A(p.pixels.empty_value);
+    sum_parts<A>(params.workspace, maps, parts.count, channels(), params.expectation);
+    for (int64_t n = 0; n < maps; ++n) fill_empty<A>(params, n);
   }
 };
 
@@ -413,18 +465,19 @@ struct ExpectationHeatmapKernel {
   static constexpr int L = kLanes<A>;
   const Params& params;
 
+  int64_t channels() const { return params.values.view.channels; }
   int64_t maps_at_once() const {
-    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.value_view));
+    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.values));
   }
 
   void operator()(int64_t map, int count, int64_t part) const {
     const SoftmaxParams& softmax = params.softmax;
     const MapView &view = softmax.view, &to = params.grad_view;
     const Cut parts = pixel_parts(view);
-    const int64_t channels = params.value_view.channels;
-    const bool shared = share_values(softmax, params.value_view);
+    const int64_t channels = this->channels();
+    const bool shared = share_values(softmax, params.values);
     SoftmaxTiles<T> tiles(softmax);
-    ValueTiles<T> values(params.values, params.value_view, params.units, view);
+    ValueTiles<T> values(params.values, softmax);
     A q[kTileMaps][kTile<A>], mean[kTileMaps] = {}, sum[kTileMaps] = {};
     tiles.start(map, count);
     for (int m = 0; m < count && !softmax.is_probability; ++m) {
@@ -471,7 +524,7 @@ struct ExpectationHeatmapKernel {
 
  private:
   KPFUSED_INLINE A upstream(int64_t n, int64_t c) const {
-    return params.grad ? static_cast<const A*>(params.grad)[n * params.value_view.channels + c] : A(1);
+    return params.grad ? static_cast<const A*>(params.grad)[n * channels() + c] : A(1);
   }
 
   // q becomes dh; returns dbeta's sum over the tile.
@@ -502,6 +555,8 @@ struct ExpectationValuesKernel {
   using A = Acc<T>;
   using Params = ExpectationValuesParams;
   const Params& params;
+
+  int64_t channels() const { return params.value_view.channels; }
 
   // The maps that have values of their own, each for others that share them.
   MapView own() const {

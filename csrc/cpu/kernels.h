@@ -121,13 +121,17 @@ class MapByMap {
 template <class Kernel>
 void run_all(const Kernel& kernel, const MapView& items) {
   const int64_t parts = pixel_parts(kernel.params.softmax.view).count;
-  for_blocks(items, kernel.maps_at_once(), parts, kernel.params.value_view.channels, [&] { return kernel; });
+  for_blocks(items, kernel.maps_at_once(), parts, kernel.channels(), [&] { return kernel; });
   kernel.finish();
 }
 
 // One map after the other where that can be: it is then still in a near cache when it is read again.
 template <class T>
 void expectation_of(const ExpectationSteps& steps) {
+  if (steps.expectation && steps.expectation->values.kind == ValueKind::window) {
+    if (steps.stats) forward_of<T>(*steps.stats);
+    return window_mass<T>(*steps.expectation);
+  }
   int64_t at_once = kTileMaps, channels = 1;
   bool same = true;
   MapView view{};
@@ -135,7 +139,7 @@ void expectation_of(const ExpectationSteps& steps) {
     same = same && (view.inner == 0 || view.inner == kernel.params.softmax.view.inner);
     view = kernel.params.softmax.view;
     at_once = at_most(at_once, kernel.maps_at_once());
-    channels = at_least(channels, kernel.params.value_view.channels);
+    channels = at_least(channels, kernel.channels());
   };
   if (steps.expectation) see(ExpectationKernel<T>{*steps.expectation});
   if (steps.heatmap) see(ExpectationHeatmapKernel<T>{*steps.heatmap});

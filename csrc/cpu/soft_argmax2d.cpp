@@ -82,7 +82,8 @@ void soft_argmax2d_backward(const BackwardParams& params) {
 int64_t expectation_workspace(const ExpectationParams& params) {
   const SoftmaxParams& p = params.softmax;
   const int64_t parts = pixel_parts(p.view).count;
-  return parts == 1 ? 0 : p.view.maps() * parts * params.value_view.channels * accumulator_size(p.dtype);
+  if (parts == 1 || params.values.kind == ValueKind::window) return 0;
+  return p.view.maps() * parts * params.values.view.channels * accumulator_size(p.dtype);
 }
 
 int64_t expectation_heatmap_workspace(const ExpectationHeatmapParams& params) {

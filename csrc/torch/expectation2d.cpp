@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The ops around P itself: expectations of values under it, expected coordinates of a map that is a probability map
-// already, the spatial softmax, and their gradients.
+// already, the spatial softmax, the probability within a window, and their gradients.
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -12,6 +12,17 @@ namespace kpfused {
 namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
+
+// What an expectation is of, as Values has it.
+struct Averaged {
+  ValueKind kind;
+  const Tensor* tensor = nullptr;
+  int64_t radius = 0;
+  const int64_t* centre = nullptr;
+};
+
+Averaged of(const Tensor& values) { return {ValueKind::tensor, &values}; }
+constexpr Averaged kOfCoordinates{ValueKind::coordinates};
 
 // What an op asks for of one heatmap, step by step, and what it needs to be run.
 template <class Backend>
@@ -31,18 +42,19 @@ class Steps {
                     " must have the shape and dtype of what forward returned for this heatmap");
   }
 
-  // Stats that forward left.
-  void use_stats(const Tensor& stats) {
-    check_of_maps(stats, kStats, "stats");
+  // Stats that forward left, `size` numbers for every map.
+  void use_stats(const Tensor& stats, int64_t size = kStats) {
+    check_of_maps(stats, size, "stats");
     STD_TORCH_CHECK(stats.is_contiguous(), "stats must be what forward returned for this heatmap");
     stats_ = stats;
+    stats_stride_ = size;
   }
 
   // Stats as soft_argmax2d leaves them, for which its coordinates are the price.
   Tensor add_stats() {
     const Layout layout = layout_of(nullptr, nullptr);
     forward_ = common_params<ForwardParams>(readable_, layout, settings_);
-    stats_ = empty(input_, leading_sizes(input_, {kStats}), accumulator_of(forward_.dtype));
+    use_stats(empty(input_, leading_sizes(input_, {kStats}), accumulator_of(forward_.dtype)));
     forward_.coordinates = keep(empty(input_, leading_sizes(input_, {2}), accumulator_of(forward_.dtype)));
     forward_.stats = stats_->mutable_data_ptr();
     forward_.workspace = workspace(forward_);
@@ -50,13 +62,33 @@ class Steps {
     return *stats_;
   }
 
-  // E, (..., channels); of the coordinates where there are no values.
-  Tensor add_expectation(const Tensor* values) {
-    const Layout layout = layout_of(nullptr, values);
+  // Stats of the moments, and the pixel of the peak, of which nothing else is wanted.
+  Pair add_moments() {
+    const Layout layout = layout_of(nullptr, nullptr);
+    ForwardParams& p = forward_ = common_params<ForwardParams>(readable_, layout, settings_);
+    const ScalarType dtype = accumulator_of(p.dtype);
+    const auto of_maps = [&](std::initializer_list<int64_t> sizes) {
+      return keep(empty(input_, leading_sizes(input_, sizes), dtype));
+    };
+    Tensor stats = empty(input_, leading_sizes(input_, {kMomentStats}), dtype);
+    Tensor peak = empty(input_, leading_sizes(input_, {2}), ScalarType::Long);
+    use_stats(stats, kMomentStats);
+    p.coordinates = of_maps({2});
+    p.stats = stats.mutable_data_ptr();
+    p.with_moments = true;
+    p.moments = {of_maps({2, 2}), of_maps({}), of_maps({}), of_maps({}), static_cast<int64_t*>(peak.mutable_data_ptr())};
+    p.workspace = workspace(p);
+    steps_.stats = &p;
+    return {stats, peak};
+  }
+
+  // E, (..., channels).
+  Tensor add_expectation(const Averaged& of) {
+    const Layout layout = layout_of(nullptr, of.tensor);
     ExpectationParams& p = expectation_;
     set_common(p, layout);
-    set_values(p, layout, values);
-    Tensor result = empty(input_, leading_sizes(input_, {p.value_view.channels}), accumulator_of(p.softmax.dtype));
+    p.values = values_of(of, layout);
+    Tensor result = empty(input_, leading_sizes(input_, {p.values.view.channels}), accumulator_of(p.softmax.dtype));
     p.expectation = result.mutable_data_ptr();
     p.workspace = workspace(p);
     steps_.expectation = &p;
@@ -64,13 +96,13 @@ class Steps {
   }
 
   // Gradients of heatmap and beta. `grad` null: 1 for every channel.
-  Pair add_heatmap_gradient(const Tensor* values, const Tensor* expectation, const Tensor* grad, bool needs_grad_beta) {
+  Pair add_heatmap_gradient(const Averaged& of, const Tensor* expectation, const Tensor* grad, bool needs_grad_beta) {
     result_ = torch::stable::empty_like(input_);
     target_ = result_;
-    const Layout layout = layout_of(&*target_, values);
+    const Layout layout = layout_of(&*target_, of.tensor);
     ExpectationHeatmapParams& p = heatmap_;
     set_common(p, layout);
-    set_values(p, layout, values);
+    p.values = values_of(of, layout);
     p.expectation = expectation ? expectation->const_data_ptr() : nullptr;
     p.grad = grad ? grad->const_data_ptr() : nullptr;
     p.grad_heatmap = target_->mutable_data_ptr();
@@ -122,14 +154,16 @@ class Steps {
   void set_common(Params& p, const Layout& layout) const {
     const auto common = common_params<ForwardParams>(readable_, layout, settings_);
     const void* const stats = stats_ ? stats_->const_data_ptr() : nullptr;
-    p.softmax = {common.dtype, common.heatmap, common.view, common.pixels, common.beta, stats, is_probability_};
+    p.softmax = {common.dtype, common.heatmap, common.view, common.pixels, common.beta, stats, stats_stride_,
+                 is_probability_};
   }
 
-  template <class Params>
-  void set_values(Params& p, const Layout& layout, const Tensor* values) const {
-    p.units = units_of(static_cast<Coordinates>(settings_.coordinates), layout.first.height, layout.first.width);
-    p.value_view = values ? value_view(layout, *values) : ValueView{2, 0, 0, 0, 0, 0};
-    p.values = values ? values->const_data_ptr() : nullptr;
+  Values values_of(const Averaged& of, const Layout& layout) const {
+    Values v{of.kind, nullptr, {}, {}, of.radius, of.centre};
+    v.units = units_of(static_cast<Coordinates>(settings_.coordinates), layout.first.height, layout.first.width);
+    v.view.channels = of.kind == ValueKind::coordinates ? 2 : 1;
+    if (of.tensor) v.view = value_view(layout, *of.tensor), v.data = of.tensor->const_data_ptr();
+    return v;
   }
 
   template <class Params>
@@ -146,6 +180,7 @@ class Steps {
   Tensor input_, readable_;  // as given, and as kernels read it
   Settings settings_;
   bool is_probability_;
+  int64_t stats_stride_ = kStats;
   std::optional<Tensor> stats_, result_, target_;
   std::vector<Tensor> kept_;  // memory that the steps point to
   ForwardParams forward_{};
@@ -165,7 +200,7 @@ Pair expectation_forward(Tensor heatmap, Tensor values, std::optional<Tensor> be
                          std::optional<Tensor> mask, std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   check_values(heatmap, values);
   Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
-  Tensor stats = steps.add_stats(), result = steps.add_expectation(&values);
+  Tensor stats = steps.add_stats(), result = steps.add_expectation(of(values));
   steps.run();
   return {result, stats};
 }
@@ -187,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> expectation_backward(
   std::tuple<Tensor, Tensor, Tensor> result{none(), none(), none()};
   if (needs_grad_heatmap || needs_grad_beta) {
     std::tie(std::get<0>(result), std::get<2>(result)) =
-        steps.add_heatmap_gradient(&values, &expectation, &grad, needs_grad_beta);
+        steps.add_heatmap_gradient(of(values), &expectation, &grad, needs_grad_beta);
   }
   if (needs_grad_values) {
     Tensor& grad_values = std::get<1>(result) = torch::stable::empty_like(values);
@@ -218,8 +253,8 @@ Pair softmax_backward(Tensor grad, Tensor heatmap, Tensor stats, std::optional<T
   check_values(heatmap, values);
   Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
   steps.use_stats(stats);
-  const Tensor mean = steps.add_expectation(&values);
-  Pair result = steps.add_heatmap_gradient(&values, &mean, nullptr, needs_grad_beta);
+  const Tensor mean = steps.add_expectation(of(values));
+  Pair result = steps.add_heatmap_gradient(of(values), &mean, nullptr, needs_grad_beta);
   steps.run();
   return result;
 }
@@ -232,7 +267,7 @@ Pair coordinates_forward(Tensor heatmap, std::optional<Tensor> beta, double beta
                          std::optional<Tensor> mask, std::optional<Tensor> valid_size,
                          std::optional<double> empty_value) {
   Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
-  Tensor result = steps.add_expectation(nullptr);
+  Tensor result = steps.add_expectation(kOfCoordinates);
   steps.run();
   return {result, empty(heatmap, leading_sizes(heatmap, {0}), accumulator_of(dtype_of(heatmap)))};
 }
@@ -244,7 +279,46 @@ Pair coordinates_backward(Tensor grad, Tensor heatmap, Tensor, std::optional<Ten
   Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
   steps.check_of_maps(grad, 2, "grad");
   grad = torch::stable::contiguous(grad);
-  Pair result = steps.add_heatmap_gradient(nullptr, nullptr, &grad, false);
+  Pair result = steps.add_heatmap_gradient(kOfCoordinates, nullptr, &grad, false);
+  steps.run();
+  return result;
+}
+
+// ---- Probability within a window ------------------------------------------------------------------------------------
+
+// `window`: pixels along its sides, around the mean; negative, around the peak. An odd number.
+Averaged window_of(int64_t window, const Tensor& heatmap, const Tensor& peak) {
+  STD_TORCH_CHECK(window % 2 != 0, "window must be odd");
+  check_device(peak, heatmap, "peak");
+  const bool around_peak = window < 0;
+  const int64_t* const centre = static_cast<const int64_t*>(peak.const_data_ptr());
+  return {ValueKind::window, nullptr, (around_peak ? -(window + 1) : window - 1) / 2, around_peak ? centre : nullptr};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> window_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value,
+                                                  int64_t window, std::optional<Tensor> mask,
+                                                  std::optional<Tensor> valid_size, std::optional<double> empty_value) {
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  const auto [stats, peak] = steps.add_moments();
+  const Tensor mass = steps.add_expectation(window_of(window, heatmap, peak));
+  steps.run();
+  return {torch::stable::squeeze(mass, -1), stats, peak};
+}
+
+template <class Backend>
+Pair window_backward(Tensor grad, Tensor heatmap, Tensor mass, Tensor stats, Tensor peak, std::optional<Tensor> beta,
+                     double beta_value, int64_t window, bool needs_grad_beta, std::optional<Tensor> mask,
+                     std::optional<Tensor> valid_size, std::optional<double> empty_value) {
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  steps.use_stats(stats, kMomentStats);
+  steps.check_of_maps(mass, 1, "mass");
+  steps.check_of_maps(grad, 1, "grad_mass");
+  grad = torch::stable::contiguous(grad);
+  mass = torch::stable::contiguous(mass);
+  STD_TORCH_CHECK(peak.scalar_type() == ScalarType::Long && peak.is_contiguous() && peak.numel() == grad.numel() * 2,
+                  "peak must be what forward returned for this heatmap");
+  Pair result = steps.add_heatmap_gradient(window_of(window, heatmap, peak), &mass, &grad, needs_grad_beta);
   steps.run();
   return result;
 }
@@ -257,6 +331,12 @@ Pair coordinates_backward(Tensor grad, Tensor heatmap, Tensor, std::optional<Ten
   ", Tensor stats)"
 #define KPFUSED_MAP_BACKWARD(grad)                                                                               \
   "(Tensor " grad ", Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, int coordinates, "            \
+  "bool needs_grad_beta, " KPFUSED_PIXELS ") -> (Tensor grad_heatmap, Tensor grad_beta)"
+#define KPFUSED_WINDOW                                                                                          \
+  "(Tensor heatmap, Tensor? beta, float beta_value, int window, " KPFUSED_PIXELS ") -> (Tensor mass, Tensor stats, " \
+  "Tensor peak)"
+#define KPFUSED_WINDOW_BACKWARD                                                                                     \
+  "(Tensor grad_mass, Tensor heatmap, Tensor mass, Tensor stats, Tensor peak, Tensor? beta, float beta_value, int window, " \
   "bool needs_grad_beta, " KPFUSED_PIXELS ") -> (Tensor grad_heatmap, Tensor grad_beta)"
 #define KPFUSED_EXPECTATION                                                                                   \
   "(Tensor heatmap, Tensor values, Tensor? beta, float beta_value, " KPFUSED_PIXELS ") -> (Tensor expectation, " \
@@ -275,6 +355,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kpfused, m) {
   m.def("_expectation2d" KPFUSED_MAP_FORWARD("coordinates_"));
   m.def("expectation2d_backward" KPFUSED_MAP_BACKWARD("grad_coordinates"));
   m.def("_expectation2d_backward" KPFUSED_MAP_BACKWARD("grad_coordinates"));
+  m.def("window_mass2d" KPFUSED_WINDOW);
+  m.def("_window_mass2d" KPFUSED_WINDOW);
+  m.def("window_mass2d_backward" KPFUSED_WINDOW_BACKWARD);
+  m.def("_window_mass2d_backward" KPFUSED_WINDOW_BACKWARD);
   m.def("spatial_expectation2d" KPFUSED_EXPECTATION);
   m.def("_spatial_expectation2d" KPFUSED_EXPECTATION);
   m.def("spatial_expectation2d_backward" KPFUSED_EXPECTATION_BACKWARD);
@@ -290,6 +374,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kpfused, m) {
   m.impl("_expectation2d", TORCH_BOX(&coordinates_forward<Backend>));                            \
   m.impl("expectation2d_backward", TORCH_BOX(&coordinates_backward<Backend>));                   \
   m.impl("_expectation2d_backward", TORCH_BOX(&coordinates_backward<Backend>));                  \
+  m.impl("window_mass2d", TORCH_BOX(&window_forward<Backend>));                                  \
+  m.impl("_window_mass2d", TORCH_BOX(&window_forward<Backend>));                                 \
+  m.impl("window_mass2d_backward", TORCH_BOX(&window_backward<Backend>));                        \
+  m.impl("_window_mass2d_backward", TORCH_BOX(&window_backward<Backend>));                       \
   m.impl("spatial_expectation2d", TORCH_BOX(&expectation_forward<Backend>));                     \
   m.impl("_spatial_expectation2d", TORCH_BOX(&expectation_forward<Backend>));                    \
   m.impl("spatial_expectation2d_backward", TORCH_BOX(&expectation_backward<Backend>));           \
