@@ -60,7 +60,7 @@ def _foldable(values: Tensor, leading: torch.Size) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     heatmap, values, beta, ctx.beta_value, *pixels = inputs
-    mask, valid_size, *ctx.empty_value = [*pixels, *[None] * (3 - len(pixels))]
+    mask, valid_size, ctx.empty_value = (*pixels, None, None, None)[:3]
     ctx.rest = (None,) * (1 + len(pixels))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -73,7 +73,7 @@ def _input_gradients(op: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | N
         return (None, None, None, *ctx.rest)
     heatmap, values, expectation, stats, beta, *pixels = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    gradients = op(grad, heatmap, values, expectation, stats, beta, ctx.beta_value, *needs, *pixels, *ctx.empty_value)
+    gradients = op(grad, heatmap, values, expectation, stats, beta, ctx.beta_value, *needs, *pixels, ctx.empty_value)
     of_beta = gradients[2].sum_to_size(beta.shape) if needs[2] else None
     return (gradients[0] if needs[0] else None, gradients[1] if needs[1] else None, of_beta, *ctx.rest)
 
@@ -97,7 +97,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
 def _keep_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     grad, heatmap, values, _, _, beta, ctx.beta_value, *rest = inputs
     ctx.needs, pixels = rest[:3], rest[3:]
-    mask, valid_size, *ctx.empty_value = [*pixels, *[None] * (3 - len(pixels))]
+    mask, valid_size, ctx.empty_value = (*pixels, None, None, None)[:3]
     ctx.rest = (None,) * (4 + len(pixels))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[g for g, needed in zip(output, ctx.needs, strict=True) if not needed])
@@ -111,7 +111,7 @@ def _second_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
 
     def first(grad: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
         def forward(heatmap: Tensor, values: Tensor, beta: Tensor | None = None) -> Tensor:
-            return _compose(heatmap, values, beta, ctx.beta_value, *pixels, *ctx.empty_value)
+            return _compose(heatmap, values, beta, ctx.beta_value, *pixels, ctx.empty_value)
 
         gradients: tuple[Tensor, ...] = torch.func.vjp(forward, *sources)[1](grad)
         return gradients
