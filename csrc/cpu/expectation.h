@@ -1,99 +1,20 @@
 // SPDX-License-Identifier: MIT
 // Expectations of values under the softmax of a map, their gradients, and the softmax itself.
 //
-// All three kernels walk the pixels of a map in tiles that stay in the nearest cache: P of some maps that lie side by side
-// in memory, and the values of some channels, each as one run of the accumulation dtype, whatever the layouts are. What
-// is left is then products of small matrices: sums over the pixels forward, sums over the channels or maps backward.
+// All kernels walk the pixels of a map in tiles that stay in the nearest cache: P of some maps that lie side by side in
+// memory, and the values of some channels, each as one run of the accumulation dtype, whatever the layouts are. What is
+// left is then products of small matrices: sums over the pixels forward, sums over the channels or maps backward.
 #pragma once
 
 #include <memory>
 
 #include "lanes.h"
 #include "parallel.h"
+#include "planes.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// Pixels of a tile.
-template <class A>
-constexpr int64_t kTile = 1024 / int64_t(sizeof(A));
 constexpr int kTileMaps = 8, kTileChannels = 12;
-
-template <class A>
-KPFUSED_INLINE int64_t whole_vectors(int64_t count) {
-  return ceil_div(count, kLanes<A>) * kLanes<A>;
-}
-
-// Calls piece(i, row, col, n) for every piece of a row among pixels [first, first + count) in row order; i counts from first.
-template <class F>
-KPFUSED_INLINE void for_pieces(int64_t first, int64_t count, int64_t width, const F& piece) {
-  int64_t row = first / width, col = first - row * width;
-  for (int64_t i = 0; i < count; ++row, col = 0) {
-    const int64_t n = at_most(width - col, count - i);
-    piece(i, row, col, n);
-    i += n;
-  }
-}
-
-// Where the pixels of one plane lie: a map, or one channel of its values.
-template <class T>
-struct Plane {
-  T* p;
-  int64_t stride_y, stride_x;
-
-  KPFUSED_INLINE bool dense(int64_t width) const { return stride_x == 1 && stride_y == width; }
-};
-
-// `count` pixels of a plane from `first` on as one run of whole vectors: in place, or copied to `buffer`. Pixels that do
-// not count are `otherwise` there; `counting` is null where all do.
-template <class T>
-KPFUSED_INLINE const T* run_of(const Plane<const T>& plane, int64_t width, int64_t first, int64_t count,
-                               const Counting* counting, T otherwise, T* buffer) {
-  if (!counting && plane.dense(width) && count % kLanes<Acc<T>> == 0) return plane.p + first;
-  for_pieces(first, count, width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
-    const T* from = plane.p + row * plane.stride_y + col * plane.stride_x;
-    T* const to = buffer + i;
-    if (plane.stride_x != 1) {
-      // Only what counts may be read.
-      const int64_t valid = !counting ? n : row < counting->rows ? at_most(at_least(counting->cols - col, 0), n) : 0;
-      for (int64_t k = 0; k < valid; ++k) to[k] = from[k * plane.stride_x];
-      from = to;
-    }
-    if (counting) {
-      copy_counting(from, to, n, otherwise, *counting, row, col);
-    } else if (from != to) {
-      __builtin_memcpy(to, from, size_t(n) * sizeof(T));
-    }
-  });
-  for (int64_t i = count; i < whole_vectors<Acc<T>>(count); ++i) buffer[i] = T{};
-  return buffer;
-}
-
-// A tile back into a plane.
-template <class T>
-KPFUSED_INLINE void write_run(const Acc<T>* tile, const Plane<T>& plane, int64_t width, int64_t first, int64_t count) {
-  using A = Acc<T>;
-  T buffer[kTile<A>];
-  const bool in_place = plane.dense(width) && count % kLanes<A> == 0;
-  T* const run = in_place ? plane.p + first : buffer;
-  for (int64_t i = 0; i < count; i += kLanes<A>) store(run + i, load_vector(tile + i));
-  if (in_place) return;
-  for_pieces(first, count, width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
-    T* const to = plane.p + row * plane.stride_y + col * plane.stride_x;
-    if (plane.stride_x == 1) {
-      __builtin_memcpy(to, run + i, size_t(n) * sizeof(T));
-    } else {
-      for (int64_t k = 0; k < n; ++k) to[k * plane.stride_x] = run[i + k];
-    }
-  });
-}
-
-// Zero in place of what does not count.
-template <class A>
-KPFUSED_INLINE void clear_uncounted(A* tile, const Counting& counting, int64_t width, int64_t first, int64_t count) {
-  for_pieces(first, count, width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
-    copy_counting(tile + i, tile + i, n, A(0), counting, row, col);
-  });
-}
 
 // ---- Products of tiles ----------------------------------------------------------------------------------------------
 
@@ -133,35 +54,33 @@ void add_all_products(const A* const* p, int maps, const A* const* v, int count,
   for (; m < maps; ++m) add_products_of_channels<A, 1>(p + m, v, count, pixels, sums + m * channels, channels);
 }
 
-// to[i] += sum over j of factor(j) * of[j][i].
-template <class A, class F>
-KPFUSED_INLINE void add_weighted(const A* const* of, int count, const F& factor, int64_t pixels, A* to) {
+// finish(i, start(i) + sum over j of factor(j) * of[j][i]), a vector at a time.
+template <class A, class Factor, class Start, class Finish>
+KPFUSED_INLINE void weighted_sums(const A* const* of, int count, const Factor& factor, int64_t pixels, const Start& start,
+                                  const Finish& finish) {
   constexpr int N = 4, L = kLanes<A>;
   int64_t i = 0;
   for (; i + N * L <= pixels; i += N * L) {
     Vec<A> sum[N];
-    for (int k = 0; k < N; ++k) sum[k] = load_vector(to + i + k * L);
+    for (int k = 0; k < N; ++k) sum[k] = start(i + k * L);
     for (int j = 0; j < count; ++j) {
       const Vec<A> f = splat(factor(j));
       for (int k = 0; k < N; ++k) sum[k] += f * load_vector(of[j] + i + k * L);
     }
-    for (int k = 0; k < N; ++k) store_vector(to + i + k * L, sum[k]);
+    for (int k = 0; k < N; ++k) finish(i + k * L, sum[k]);
   }
   for (; i < pixels; i += L) {
-    Vec<A> sum = load_vector(to + i);
+    Vec<A> sum = start(i);
     for (int j = 0; j < count; ++j) sum += splat(factor(j)) * load_vector(of[j] + i);
-    store_vector(to + i, sum);
+    finish(i, sum);
   }
 }
 
 // ---- Tiles of P and of values ---------------------------------------------------------------------------------------
 
 // What P needs of one map.
-template <class T>
+template <class A>
 struct SoftmaxMap {
-  using A = Acc<T>;
-  Plane<const T> plane;
-  int64_t width;
   Falloff<A> of;
   A inverse, beta;  // 1 / sum
   bool empty;       // gives the value of empty maps
@@ -181,21 +100,27 @@ class SoftmaxTiles {
   using A = Acc<T>;
   static constexpr int L = kLanes<A>;
 
-  explicit SoftmaxTiles(const SoftmaxParams& params) : params_(params), view_(params.view) {}
+  explicit SoftmaxTiles(const SoftmaxParams& params) : params_(params) {}
 
-  const MapView& view() const { return view_; }
+  const A* const* p() const { return p_; }
   const A* p(int m) const { return p_[m]; }
-  const SoftmaxMap<T>& map(int m) const { return maps_[m]; }
+  const SoftmaxMap<A>& map(int m) const { return maps_[m]; }
   // Null where all pixels count.
   const Counting* counting(int m) const { return params_.pixels.all() ? nullptr : &maps_[m].counting; }
 
-  void start(int64_t first_map, int count) {
+  // With `keep`, P of whole maps is kept from its first reading for the next, as far as there is room.
+  void start(int64_t first_map, int count, bool keep = false) {
+    const MapView& view = params_.view;
+    count_ = count;
+    kept_ = 0;
+    room_ = keep && count * view.height * view.width <= kKept ? view.height * view.width : 0;
+    if (room_ && !memory_) memory_.reset(new A[kKept + kTileMaps * L]);
+    const T* const heatmap = static_cast<const T*>(params_.heatmap);
+    planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
     for (int m = 0; m < count; ++m) {
       const int64_t n = first_map + m;
-      SoftmaxMap<T>& map = maps_[m];
-      map.width = view_.width;
-      map.plane = {static_cast<const T*>(params_.heatmap) + map_offset(view_, n), view_.stride_y, view_.stride_x};
-      if (!params_.pixels.all()) map.counting = counting_of(params_.pixels, view_, n);
+      SoftmaxMap<A>& map = maps_[m];
+      if (!params_.pixels.all()) map.counting = counting_of(params_.pixels, view, n);
       map.empty = false;
       if (params_.is_probability) continue;
       const Stats<A> stats = stats_of<A>(params_, n);
@@ -206,47 +131,62 @@ class SoftmaxTiles {
     }
   }
 
-  // From here on, pixels of map m are those of a box.
-  void keep(int m, const Box& box) {
-    SoftmaxMap<T>& map = maps_[m];
-    map.plane.p += box.top * map.plane.stride_y + box.left * map.plane.stride_x;
-    map.width = box.right - box.left;
-    if (!counting(m)) return;
-    map.counting.rows -= box.top, map.counting.cols -= box.left;
-    if (map.counting.mask) map.counting.mask += box.top * map.counting.stride_y + box.left * map.counting.stride_x;
+  // From here on, pixels of the one map are those of a box.
+  void narrow(const Box& box) {
+    planes_.p = planes_.at(0, box.top, box.left);
+    planes_.width = box.right - box.left;
+    if (!counting(0)) return;
+    Counting& c = maps_[0].counting;
+    c.rows -= box.top, c.cols -= box.left;
+    if (c.mask) c.mask += box.top * c.stride_y + box.left * c.stride_x;
   }
 
-  // P of map m at pixels [first, first + count), with zeros up to a whole vector.
-  void load_tile(int m, int64_t first, int64_t count) {
-    const SoftmaxMap<T>& map = maps_[m];
-    A* const p = p_[m];
-    const int64_t whole = whole_vectors<A>(count);
-    const T otherwise = params_.is_probability ? T{} : weightless<T>(map.of.sign);
-    run_[m] = run_of(map.plane, map.width, first, count, counting(m), otherwise, buffer_[m]);
-    if (params_.is_probability) {
-      for (int64_t i = 0; i < whole; i += L) store_vector(p + i, load(run_[m] + i));
-    } else {
-      weights(run_[m], whole, map, p);
-      // A map of NaN has it even where nothing weighs.
-      if (counting(m) && map.inverse != map.inverse) clear_uncounted(p, map.counting, map.width, first, count);
+  // P of the maps at pixels [first, first + count), with zeros up to a whole vector. With `keys`, for distance_at() too.
+  void load(int64_t first, int64_t count, bool keys = false) {
+    const bool kept = first + count <= kept_;
+    if (!kept || keys) {
+      const auto otherwise = [&](int m) { return params_.is_probability ? T{} : weightless<T>(maps_[m].of.sign); };
+      read_planes<T>(planes_, count_, first, count, [&](int m) { return counting(m); }, otherwise, buffer_[0], run_);
     }
-    for (int64_t i = count; i < whole; ++i) p[i] = A(0);
+    // Room for the last vector of the last tile of every map.
+    const int64_t stride = whole_vectors<A>(room_);
+    for (int m = 0; m < count_; ++m) {
+      A* const p = room_ ? memory_.get() + m * stride + first : tile_[m];
+      p_[m] = p;
+      if (!kept) load_map(maps_[m], counting(m), run_[m], first, count, p);
+    }
+    if (room_ && first == kept_) kept_ = first + count;
   }
 
   // How far the keys of the tile at hand lie below the peak.
   KPFUSED_INLINE Vec<A> distance_at(int m, int64_t i) const {
-    return distance(load(run_[m] + i), in_lanes(maps_[m].of));
+    return distance(kpfused::cpu::KPFUSED_ISA::load(run_[m] + i), in_lanes(maps_[m].of));
   }
 
  private:
-  static KPFUSED_INLINE void weights(const T* run, int64_t count, const SoftmaxMap<T>& map, A* p) {
+  // P that is kept stays in the second-level cache.
+  static constexpr int64_t kKept = 131072 / int64_t(sizeof(A));
+
+  void load_map(const SoftmaxMap<A>& map, const Counting* counting, const T* run, int64_t first, int64_t count, A* p) const {
+    const int64_t whole = whole_vectors<A>(count);
+    if (params_.is_probability) {
+      for (int64_t i = 0; i < whole; i += L) store_vector(p + i, kpfused::cpu::KPFUSED_ISA::load(run + i));
+    } else {
+      weights(run, whole, map, p);
+      // A map of NaN has it even where nothing weighs.
+      if (counting && map.inverse != map.inverse) clear_uncounted(p, *counting, planes_.width, first, count);
+    }
+    for (int64_t i = count; i < whole; ++i) p[i] = A(0);
+  }
+
+  static KPFUSED_INLINE void weights(const T* run, int64_t count, const SoftmaxMap<A>& map, A* p) {
     const Falloff<Vec<A>> of = in_lanes(map.of);
     int64_t i = 0;
     const auto block = [&](auto size) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       Vec<A> w[N];
       for (int j = 0; j < N; ++j) {
-        w[j] = distance(load(run + i + j * L), of);
+        w[j] = distance(kpfused::cpu::KPFUSED_ISA::load(run + i + j * L), of);
         prefetch(run + i + j * L, kReadAhead);
       }
       exp2<A, N>(w, of.scale);
@@ -258,50 +198,90 @@ class SoftmaxTiles {
   }
 
   const SoftmaxParams& params_;
-  const MapView& view_;
-  SoftmaxMap<T> maps_[kTileMaps];
+  Planes<const T> planes_;
+  int count_ = 0;
+  int64_t room_ = 0, kept_ = 0;  // pixels of a map
+  SoftmaxMap<A> maps_[kTileMaps];
   const T* run_[kTileMaps];
+  const A* p_[kTileMaps];
   T buffer_[kTileMaps][kTile<A>];
-  A p_[kTileMaps][kTile<A>];
+  A tile_[kTileMaps][kTile<A>];
+  std::unique_ptr<A[]> memory_;
 };
 
-// Values of some channels of one map, tile by tile.
+// Values of some channels of some maps, tile by tile.
 template <class T>
 class ValueTiles {
  public:
   using A = Acc<T>;
 
-  ValueTiles(const Values& values, const SoftmaxParams& softmax) : values_(values), softmax_(softmax) {}
+  ValueTiles(const Values& values, const SoftmaxParams& softmax)
+      : values_(values), softmax_(softmax), shared_(share_values(values, softmax)) {}
 
-  const A* const* runs() const { return run_; }
+  // Whether maps side by side have the same values, and the same of them count.
+  static bool share_values(const Values& values, const SoftmaxParams& softmax) {
+    return values.view.stride_inner == 0 && values.kind != ValueKind::window &&
+           (softmax.pixels.all() || counts_by_pixel(softmax.pixels, softmax.view));
+  }
 
-  // Channels [channel, channel + channels) of map n at pixels [first, first + count), with zeros up to a whole vector.
-  void load_tile(int64_t n, int64_t channel, int channels, int64_t first, int64_t count, const Counting* counting) {
-    const MapView& maps = softmax_.view;
-    const ValueView& view = values_.view;
-    const int64_t outer = n / maps.inner, inner = n - outer * maps.inner;
-    const int64_t whole = whole_vectors<A>(count);
-    for (int c = 0; c < channels; ++c) {
-      run_[c] = buffer_[c];
-      if (values_.kind != ValueKind::tensor) {
-        values_.kind == ValueKind::window ? window(n, first, count, buffer_[c])
-                                          : coordinates(channel + c, first, count, buffer_[c]);
-        for (int64_t i = count; i < whole; ++i) buffer_[c][i] = A(0);
-        continue;
-      }
-      const int64_t at = outer * view.stride_outer + inner * view.stride_inner + (channel + c) * view.stride_channel;
-      const Plane<const T> plane = {static_cast<const T*>(values_.data) + at, view.stride_y, view.stride_x};
-      if constexpr (std::is_same_v<T, A>) {
-        run_[c] = run_of(plane, maps.width, first, count, counting, T{}, buffer_[c]);
-      } else {
-        T narrow[kTile<A>];
-        const T* run = run_of(plane, maps.width, first, count, counting, T{}, narrow);
-        for (int64_t i = 0; i < whole; i += kLanes<A>) store_vector(buffer_[c] + i, load(run + i));
+  // Values of `count` maps, as of(m, maps, c, channels, runs): channels [c, c + channels), for maps [m, m + maps) of them,
+  // are the runs at pixels [first, first + pixels), with zeros up to a whole vector.
+  template <class F>
+  void for_each(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, const F& of) {
+    const int64_t channels = values_.view.channels;
+    // Maps side by side are read together.
+    const bool adjacent = !shared_ && values_.kind == ValueKind::tensor && values_.view.stride_inner == 1;
+    const int maps = shared_ || adjacent ? count : 1, most = adjacent && maps > 1 ? 1 : kTileChannels;
+    for (int m = 0; m < count; m += maps) {
+      for (int64_t c = 0; c < channels; c += most) {
+        const int some = int(at_most(channels - c, most));
+        if (adjacent && maps > 1) {
+          load(first_map, maps, values_.view.stride_inner, c, [&](int i) { return tiles.counting(i); }, first, pixels);
+          for (int i = 0; i < maps; ++i) of(i, 1, c, 1, run_ + i);
+          continue;
+        }
+        const Counting* const counting = tiles.counting(m);
+        load(first_map + m, some, values_.view.stride_channel, c, [&](int) { return counting; }, first, pixels);
+        of(m, maps, c, some, run_);
       }
     }
   }
 
  private:
+  // `count` planes, from `channel` of map n on.
+  template <class CountingOf>
+  void load(int64_t n, int count, int64_t stride, int64_t channel, const CountingOf& counting, int64_t first,
+            int64_t pixels) {
+    const ValueView& view = values_.view;
+    const int64_t whole = whole_vectors<A>(pixels);
+    for (int i = 0; i < count; ++i) run_[i] = buffer_[i];
+    if (values_.kind != ValueKind::tensor) {
+      for (int i = 0; i < count; ++i) {
+        values_.kind == ValueKind::window ? window(n, first, pixels, buffer_[i])
+                                          : coordinates(channel + i, first, pixels, buffer_[i]);
+        for (int64_t k = pixels; k < whole; ++k) buffer_[i][k] = A(0);
+      }
+      return;
+    }
+    const int64_t outer = n / softmax_.view.inner, inner = n - outer * softmax_.view.inner;
+    const T* const from = static_cast<const T*>(values_.data) + outer * view.stride_outer + inner * view.stride_inner +
+                          channel * view.stride_channel;
+    const Planes<const T> planes = {from, stride, view.stride_y, view.stride_x, softmax_.view.width};
+    const auto none = [](int) { return T{}; };
+    if constexpr (std::is_same_v<T, A>) {
+      read_planes<T>(planes, count, first, pixels, counting, none, buffer_[0], run_);
+    } else {
+      T narrow[kTileChannels][kTile<A>];
+      const T* run[kTileChannels];
+      read_planes<T>(planes, count, first, pixels, counting, none, narrow[0], run);
+      for (int i = 0; i < count; ++i) {
+        for (int64_t k = 0; k < whole; k += kLanes<A>) {
+          store_vector(buffer_[i] + k, kpfused::cpu::KPFUSED_ISA::load(run[i] + k));
+        }
+      }
+    }
+  }
+
   void coordinates(int64_t channel, int64_t first, int64_t count, A* to) const {
     const Units& units = values_.units;
     const MapView& maps = softmax_.view;
@@ -322,6 +302,7 @@ class ValueTiles {
 
   const Values& values_;
   const SoftmaxParams& softmax_;
+  const bool shared_;
   const A* run_[kTileChannels];
   A buffer_[kTileChannels][kTile<A>];
 };
@@ -333,11 +314,6 @@ KPFUSED_INLINE int64_t maps_at_once(const MapView& view, bool share_values) {
   return is_channels_last(view) || share_values ? at_most(view.inner, kTileMaps) : 1;
 }
 
-// Whether maps side by side have the same values, and the same of them count.
-KPFUSED_INLINE bool share_values(const SoftmaxParams& p, const Values& values) {
-  return values.view.stride_inner == 0 && values.kind != ValueKind::window && (p.pixels.all() || counts_by_pixel(p.pixels, p.view));
-}
-
 // Items (outer, block of maps, part), each with some channels to a pixel: make() once for the items of a thread, and what
 // it returns for every item as (first map, maps, part).
 template <class Make>
@@ -345,7 +321,7 @@ void for_blocks(const MapView& view, int64_t at_once, int64_t parts, int64_t cha
   const int64_t blocks = ceil_div(view.inner, at_once), items = view.outer * blocks * parts;
   const int64_t work = view.maps() * view.height * view.width / at_least(items, 1) * (channels + 1);
   parallel_for(items, at_least(kGrainElements / at_least(work, 1), 1), [&](int64_t begin, int64_t end) {
-    const auto of_block = make();
+    auto of_block = make();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % parts, block = item / parts % blocks, outer = item / parts / blocks;
       const int64_t first = block * at_once;
@@ -387,11 +363,11 @@ void window_mass(const ExpectationParams& params) {
       const Box box = window_of<A>(params.values, softmax.view, stats_of<A>(softmax, n), n);
       const int64_t pixels = (box.right - box.left) * (box.bottom - box.top);
       tiles.start(n, 1);
-      tiles.keep(0, box);
+      tiles.narrow(box);
       A mass = A(0);
       for (int64_t first = 0; first < pixels; first += kTile<A>) {
         const int64_t count = at_most(pixels - first, kTile<A>);
-        tiles.load_tile(0, first, count);
+        tiles.load(first, count);
         Vec<A> sum = {};
         for (int64_t i = 0; i < count; i += kLanes<A>) sum += load_vector(tiles.p(0) + i);
         mass += reduce_generic<A>(sum);
@@ -402,48 +378,39 @@ void window_mass(const ExpectationParams& params) {
   });
 }
 
-// E of a block of maps, of one part of their pixels.
+// A kernel is called for a block of maps and one part of their pixels, on whose maps the tiles have been started.
+
 template <class T>
 struct ExpectationKernel {
   using A = Acc<T>;
-  using Params = ExpectationParams;
-  const Params& params;
+  const ExpectationParams& params;
 
   int64_t channels() const { return params.values.view.channels; }
   int64_t maps_at_once() const {
-    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.values));
+    return KPFUSED_ISA::maps_at_once(params.softmax.view, ValueTiles<T>::share_values(params.values, params.softmax));
   }
 
-  void operator()(int64_t map, int count, int64_t part) const {
+  void operator()(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
     const SoftmaxParams& softmax = params.softmax;
     const MapView& view = softmax.view;
     const Cut parts = pixel_parts(view);
-    const int64_t channels = this->channels();
-    const bool shared = share_values(softmax, params.values);
-    SoftmaxTiles<T> tiles(softmax);
     ValueTiles<T> values(params.values, softmax);
-    tiles.start(map, count);
     // Of one part, the sums of a map do not follow those of the one before it.
-    const int64_t stride = parts.count * channels;
+    const int64_t stride = parts.count * channels();
     A* const sums = static_cast<A*>(parts.count > 1 ? params.workspace : params.expectation) +
-                    (map * parts.count + part) * channels;
+                    (map * parts.count + part) * channels();
     int64_t end = softmax.pixels.all() ? view.height : 0;
     for (int m = 0; m < count; ++m) {
-      for (int64_t c = 0; c < channels; ++c) sums[m * stride + c] = A(0);
+      for (int64_t c = 0; c < channels(); ++c) sums[m * stride + c] = A(0);
       if (tiles.counting(m)) end = at_least(end, tiles.counting(m)->rows);
     }
     end = at_most(parts.begin(part + 1), end * view.width);
     for (int64_t first = parts.begin(part); first < end; first += kTile<A>) {
       const int64_t pixels = at_most(end - first, kTile<A>), whole = whole_vectors<A>(pixels);
-      const A* p[kTileMaps];
-      for (int m = 0; m < count; ++m) tiles.load_tile(m, first, pixels), p[m] = tiles.p(m);
-      for (int64_t c = 0; c < channels; c += kTileChannels) {
-        const int some = int(at_most(channels - c, kTileChannels));
-        for (int m = 0; m < count; m += shared ? count : 1) {
-          values.load_tile(map + m, c, some, first, pixels, tiles.counting(m));
-          add_all_products(p + m, shared ? count : 1, values.runs(), some, whole, sums + m * stride + c, stride);
-        }
-      }
+      tiles.load(first, pixels);
+      values.for_each(tiles, map, count, first, pixels, [&](int m, int maps, int64_t c, int some, const A* const* v) {
+        add_all_products(tiles.p() + m, maps, v, some, whole, sums + m * stride + c, stride);
+      });
     }
     for (int m = 0; m < count && parts.count == 1; ++m) fill_empty<A>(params, map + m);
   }
@@ -461,55 +428,48 @@ struct ExpectationKernel {
 template <class T>
 struct ExpectationHeatmapKernel {
   using A = Acc<T>;
-  using Params = ExpectationHeatmapParams;
   static constexpr int L = kLanes<A>;
-  const Params& params;
+  const ExpectationHeatmapParams& params;
 
   int64_t channels() const { return params.values.view.channels; }
   int64_t maps_at_once() const {
-    return KPFUSED_ISA::maps_at_once(params.softmax.view, share_values(params.softmax, params.values));
+    return KPFUSED_ISA::maps_at_once(params.softmax.view, ValueTiles<T>::share_values(params.values, params.softmax));
   }
 
-  void operator()(int64_t map, int count, int64_t part) const {
+  void operator()(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
     const SoftmaxParams& softmax = params.softmax;
     const MapView &view = softmax.view, &to = params.grad_view;
     const Cut parts = pixel_parts(view);
-    const int64_t channels = this->channels();
-    const bool shared = share_values(softmax, params.values);
-    SoftmaxTiles<T> tiles(softmax);
     ValueTiles<T> values(params.values, softmax);
-    A q[kTileMaps][kTile<A>], mean[kTileMaps] = {}, sum[kTileMaps] = {};
-    tiles.start(map, count);
-    for (int m = 0; m < count && !softmax.is_probability; ++m) {
-      const A* const expectation = static_cast<const A*>(params.expectation) + (map + m) * channels;
-      double total = 0;
-      for (int64_t c = 0; c < channels; ++c) total += double(upstream(map + m, c)) * double(expectation[c]);
-      mean[m] = A(total);
+    A tile[kTileMaps][kTile<A>], mean[kTileMaps] = {}, sum[kTileMaps] = {};
+    const A* q[kTileMaps];
+    for (int m = 0; m < count; ++m) {
+      q[m] = tile[m];
+      if (!softmax.is_probability) mean[m] = mean_of(map + m);
     }
+    T* const grad_heatmap = static_cast<T*>(params.grad_heatmap) + map_offset(to, map);
+    const Planes<T> planes = {grad_heatmap, to.stride_inner, to.stride_y, to.stride_x, to.width};
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>), whole = whole_vectors<A>(pixels);
+      if (!softmax.is_probability) tiles.load(first, pixels, params.grad_beta != nullptr);
+      const auto add = [&](int begin, int maps, int64_t c, int some, const A* const* v) {
+        const bool last = c + some == channels();
+        for (int m = begin; m < begin + maps; ++m) add_channels(tiles, m, map + m, c, some, last, v, whole, mean[m], tile[m]);
+      };
+      values.for_each(tiles, map, count, first, pixels, add);
       for (int m = 0; m < count; ++m) {
-        if (!softmax.is_probability) tiles.load_tile(m, first, pixels);
-        for (int64_t i = 0; i < whole; i += L) store_vector(q[m] + i, splat(-mean[m]));
-      }
-      for (int64_t c = 0; c < channels; c += kTileChannels) {
-        const int some = int(at_most(channels - c, kTileChannels));
-        for (int m = 0; m < count; ++m) {
-          if (m == 0 || !shared) values.load_tile(map + m, c, some, first, pixels, tiles.counting(m));
-          add_weighted(values.runs(), some, [&](int j) { return upstream(map + m, c + j); }, whole, q[m]);
+        const SoftmaxMap<A>& of = tiles.map(m);
+        if (params.grad_beta && !of.empty) {
+          if (tiles.counting(m)) clear_uncounted(tile[m], of.counting, view.width, first, pixels);
+          sum[m] += add_distances(tiles, m, whole, tile[m]);
         }
-      }
-      for (int m = 0; m < count; ++m) {
-        const SoftmaxMap<T>& of = tiles.map(m);
-        if (!softmax.is_probability) sum[m] += weigh(tiles, m, whole, first, pixels, q[m]);
         if (of.empty) {
-          for (int64_t i = 0; i < whole; ++i) q[m][i] = A(0);
+          for (int64_t i = 0; i < whole; ++i) tile[m][i] = A(0);
         } else if (tiles.counting(m)) {
-          clear_uncounted(q[m], of.counting, view.width, first, pixels);
+          clear_uncounted(tile[m], of.counting, view.width, first, pixels);
         }
-        T* const out = static_cast<T*>(params.grad_heatmap) + map_offset(to, map + m);
-        write_run<T>(q[m], {out, to.stride_y, to.stride_x}, view.width, first, pixels);
       }
+      write_planes<T>(q, planes, count, first, pixels);
     }
     if (!params.grad_beta) return;
     A* const dbeta = static_cast<A*>(parts.count > 1 ? params.workspace : params.grad_beta);
@@ -527,18 +487,38 @@ struct ExpectationHeatmapKernel {
     return params.grad ? static_cast<const A*>(params.grad)[n * channels() + c] : A(1);
   }
 
-  // q becomes dh; returns dbeta's sum over the tile.
-  KPFUSED_INLINE A weigh(const SoftmaxTiles<T>& tiles, int m, int64_t whole, int64_t first, int64_t pixels, A* q) const {
-    const SoftmaxMap<T>& of = tiles.map(m);
-    const A* const p = tiles.p(m);
-    if (!params.grad_beta) {
-      const Vec<A> beta = splat(of.beta);
-      for (int64_t i = 0; i < whole; i += L) store_vector(q + i, load_vector(q + i) * load_vector(p + i) * beta);
-      return A(0);
+  // sum_c g_c E_c
+  A mean_of(int64_t n) const {
+    const A* const expectation = static_cast<const A*>(params.expectation) + n * channels();
+    double total = 0;
+    for (int64_t c = 0; c < channels(); ++c) total += double(upstream(n, c)) * double(expectation[c]);
+    return A(total);
+  }
+
+  // g_c V_c of some channels on q, which starts as -mean, and on the last of them times P: dh / beta, or dh itself where
+  // there is no need of the other.
+  KPFUSED_INLINE void add_channels(const SoftmaxTiles<T>& tiles, int m, int64_t n, int64_t c, int some, bool last,
+                                   const A* const* v, int64_t whole, A mean, A* q) const {
+    const auto factor = [&](int j) { return upstream(n, c + j); };
+    const auto sums = [&](const auto& finish) __attribute__((always_inline)) {
+      if (c == 0) {
+        weighted_sums(v, some, factor, whole, [&](int64_t) { return splat(-mean); }, finish);
+      } else {
+        weighted_sums(v, some, factor, whole, [&](int64_t i) { return load_vector(q + i); }, finish);
+      }
+    };
+    if (!last || params.softmax.is_probability) {
+      sums([&](int64_t i, Vec<A> sum) { store_vector(q + i, sum); });
+    } else {
+      const A* const p = tiles.p(m);
+      const Vec<A> beta = splat(params.grad_beta ? A(1) : tiles.map(m).beta);
+      sums([&](int64_t i, Vec<A> sum) { store_vector(q + i, sum * load_vector(p + i) * beta); });
     }
-    for (int64_t i = 0; i < whole; i += L) store_vector(q + i, load_vector(q + i) * load_vector(p + i));
-    if (of.empty) return A(0);
-    if (tiles.counting(m)) clear_uncounted(q, of.counting, params.softmax.view.width, first, pixels);
+  }
+
+  // q, dh / beta, becomes dh; returns dbeta's sum over the tile.
+  KPFUSED_INLINE A add_distances(const SoftmaxTiles<T>& tiles, int m, int64_t whole, A* q) const {
+    const SoftmaxMap<A>& of = tiles.map(m);
     Vec<A> sum = {};
     for (int64_t i = 0; i < whole; i += L) {
       const Vec<A> of_pixels = load_vector(q + i);
@@ -549,94 +529,129 @@ struct ExpectationHeatmapKernel {
   }
 };
 
-// The gradient of values, or with no upstream gradient and values for every map the softmax itself.
+// The gradient of values, or with no upstream gradient and values for every map the softmax itself. Its items are the maps
+// that have values of their own, each for others that share them.
 template <class T>
 struct ExpectationValuesKernel {
   using A = Acc<T>;
-  using Params = ExpectationValuesParams;
-  const Params& params;
+  const ExpectationValuesParams& params;
 
   int64_t channels() const { return params.value_view.channels; }
 
-  // The maps that have values of their own, each for others that share them.
   MapView own() const {
     MapView view = params.softmax.view;
     if (params.value_view.stride_outer == 0) view.outer = 1;
     if (params.value_view.stride_inner == 0) view.inner = 1;
     return view;
   }
+  bool shares() const { return own().maps() != params.softmax.view.maps(); }
 
-  int64_t maps_at_once() const { return own().inner > 1 ? KPFUSED_ISA::maps_at_once(params.softmax.view, false) : 1; }
+  int64_t maps_at_once() const { return shares() ? 1 : KPFUSED_ISA::maps_at_once(params.softmax.view, false); }
 
-  // Of values, a few of them side by side.
-  void operator()(int64_t value, int count, int64_t part) const {
-    const MapView& view = params.softmax.view;
-    const ValueView& to = params.value_view;
-    const MapView own = this->own();
-    const Cut parts = pixel_parts(view);
-    const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
-    SoftmaxTiles<T> tiles(params.softmax);
-    A few[kTileChannels * kTile<A>];
-    const std::unique_ptr<A[]> many(to.channels > kTileChannels ? new A[size_t(to.channels * kTile<A>)] : nullptr);
-    A* const sums = many ? many.get() : few;
-    for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
-      const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);
-      for (int v = 0; v < count; ++v) {
-        const int64_t outer = (value + v) / own.inner, inner = (value + v) % own.inner;
-        const A* of_channels = sums;
-        if (!params.grad && to.channels == 1 && sharing_outer * sharing_inner == 1 && is_softmax(tiles, value + v)) {
-          tiles.load_tile(0, first, pixels);
-          of_channels = tiles.p(0);
-        } else {
-          for (int64_t i = 0; i < to.channels * kTile<A>; ++i) sums[i] = A(0);
-          for (int64_t o = 0; o < sharing_outer; ++o) {
-            for (int64_t i = 0; i < sharing_inner; i += kTileMaps) {
-              const int64_t map = (outer + o) * view.inner + inner + i;
-              add_maps(tiles, map, int(at_most(sharing_inner - i, kTileMaps)), first, pixels, sums);
-            }
-          }
-        }
-        for (int64_t c = 0; c < to.channels; ++c) {
-          T* const out = static_cast<T*>(params.grad_values) + outer * to.stride_outer + inner * to.stride_inner +
-                         c * to.stride_channel;
-          write_run<T>(of_channels + c * kTile<A>, {out, to.stride_y, to.stride_x}, view.width, first, pixels);
-        }
-      }
-    }
+  void operator()(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
+    shares() ? of_shared(tiles, map, part) : of_maps(tiles, map, count, part);
   }
 
   void finish() const {}
 
  private:
-  // Whether P of a map is all there is to write.
-  KPFUSED_INLINE bool is_softmax(SoftmaxTiles<T>& tiles, int64_t map) const {
-    tiles.start(map, 1);
-    return !tiles.map(0).empty;
+  // Channels of values (outer, inner), `stride` from plane to plane.
+  Planes<T> planes(int64_t outer, int64_t inner, int64_t channel, int64_t stride) const {
+    const ValueView& to = params.value_view;
+    const int64_t at = outer * to.stride_outer + inner * to.stride_inner + channel * to.stride_channel;
+    return {static_cast<T*>(params.grad_values) + at, stride, to.stride_y, to.stride_x, params.softmax.view.width};
   }
 
-  // sums[c] += P g_c of some maps side by side at pixels [first, first + count). Empty maps add their value instead, where
-  // it is the softmax itself that is wanted, or nothing.
-  void add_maps(SoftmaxTiles<T>& tiles, int64_t map, int maps, int64_t first, int64_t count, A* sums) const {
-    const int64_t channels = params.value_view.channels, whole = whole_vectors<A>(count);
-    const A* const grad = static_cast<const A*>(params.grad);
-    const A* p[kTileMaps];
-    int64_t index[kTileMaps];
-    int some = 0;
-    tiles.start(map, maps);
-    for (int m = 0; m < maps; ++m) {
-      if (!tiles.map(m).empty) {
-        tiles.load_tile(m, first, count);
-        p[some] = tiles.p(m), index[some] = map + m;
-        ++some;
-      } else if (!grad) {
-        for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t i = 0; i < whole; ++i) sums[c * kTile<A> + i] += A(params.softmax.pixels.empty_value);
+  KPFUSED_INLINE A upstream(int64_t n, int64_t c) const {
+    return params.grad ? static_cast<const A*>(params.grad)[n * channels() + c] : A(1);
+  }
+
+  // Maps side by side, each with values of its own.
+  void of_maps(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
+    const ValueView& to = params.value_view;
+    const MapView& view = params.softmax.view;
+    const Cut parts = pixel_parts(view);
+    const int64_t outer = map / view.inner, inner = map - outer * view.inner;
+    // Planes that are written together: maps, or channels of one of them.
+    const bool adjacent = to.stride_inner == 1 && count > 1;
+    const int64_t most = adjacent ? 1 : kTileMaps;
+    A buffer[kTileMaps][kTile<A>];
+    for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
+      const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);
+      tiles.load(first, pixels);
+      const A* plane[kTileMaps];
+      for (int m = 0; m < count; m += adjacent ? count : 1) {
+        for (int64_t c = 0; c < channels(); c += most) {
+          const int some = adjacent ? count : int(at_most(channels() - c, most));
+          for (int i = 0; i < some; ++i) {
+            const int of_map = adjacent ? i : m;
+            plane[i] = plane_of(tiles, of_map, map + of_map, adjacent ? c : c + i, whole_vectors<A>(pixels), buffer[i]);
+          }
+          const int64_t stride = adjacent ? to.stride_inner : to.stride_channel;
+          write_planes<T>(plane, planes(outer, inner + m, c, stride), some, first, pixels);
         }
       }
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      const auto factor = [&](int j) { return grad ? grad[index[j] * channels + c] : A(1); };
-      add_weighted(p, some, factor, whole, sums + c * kTile<A>);
+  }
+
+  // P g of map m, or what an empty one has in its place.
+  KPFUSED_INLINE const A* plane_of(const SoftmaxTiles<T>& tiles, int m, int64_t n, int64_t c, int64_t whole, A* buffer) const {
+    const A* const p = tiles.p(m);
+    if (tiles.map(m).empty) {
+      const A value = params.grad ? A(0) : A(params.softmax.pixels.empty_value);
+      for (int64_t i = 0; i < whole; i += kLanes<A>) store_vector(buffer + i, splat(value));
+      return buffer;
+    }
+    if (!params.grad) return p;
+    const Vec<A> g = splat(upstream(n, c));
+    for (int64_t i = 0; i < whole; i += kLanes<A>) store_vector(buffer + i, g * load_vector(p + i));
+    return buffer;
+  }
+
+  // Values that several maps share.
+  void of_shared(SoftmaxTiles<T>& tiles, int64_t value, int64_t part) const {
+    const MapView& view = params.softmax.view;
+    const MapView own = this->own();
+    const Cut parts = pixel_parts(view);
+    const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
+    const int64_t outer = value / own.inner, inner = value - outer * own.inner;
+    A few[kTileChannels * kTile<A>];
+    const std::unique_ptr<A[]> many(channels() > kTileChannels ? new A[size_t(channels() * kTile<A>)] : nullptr);
+    A* const sums = many ? many.get() : few;
+    for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
+      const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);
+      bool begun = false;
+      for (int64_t o = 0; o < sharing_outer; ++o) {
+        for (int64_t i = 0; i < sharing_inner; i += kTileMaps) {
+          const int64_t map = (outer + o) * view.inner + inner + i;
+          tiles.start(map, int(at_most(sharing_inner - i, kTileMaps)));
+          tiles.load(first, pixels);
+          add_maps(tiles, map, int(at_most(sharing_inner - i, kTileMaps)), begun, whole_vectors<A>(pixels), sums);
+          begun = true;
+        }
+      }
+      for (int64_t c = 0; c < channels(); c += kTileMaps) {
+        const int some = int(at_most(channels() - c, kTileMaps));
+        const A* plane[kTileMaps];
+        for (int i = 0; i < some; ++i) plane[i] = sums + (c + i) * kTile<A>;
+        write_planes<T>(plane, planes(outer, inner, c, params.value_view.stride_channel), some, first, pixels);
+      }
+    }
+  }
+
+  // sums[c] += P g_c of some maps side by side, or = where nothing is begun. Empty maps add nothing.
+  void add_maps(const SoftmaxTiles<T>& tiles, int64_t map, int maps, bool begun, int64_t whole, A* sums) const {
+    const A* p[kTileMaps];
+    int64_t index[kTileMaps];
+    int some = 0;
+    for (int m = 0; m < maps; ++m) {
+      if (!tiles.map(m).empty) p[some] = tiles.p(m), index[some++] = map + m;
+    }
+    for (int64_t c = 0; c < channels(); ++c) {
+      A* const sum = sums + c * kTile<A>;
+      const auto start = [&](int64_t i) { return begun ? load_vector(sum + i) : Vec<A>{}; };
+      const auto finish = [&](int64_t i, Vec<A> v) { store_vector(sum + i, v); };
+      weighted_sums(p, some, [&](int j) { return upstream(index[j], c); }, whole, start, finish);
     }
   }
 };

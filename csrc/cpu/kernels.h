@@ -98,30 +98,45 @@ void backward(const BackwardParams& params) {
 
 // ---- Expectations ---------------------------------------------------------------------------------------------------
 
-// The steps of one op, for maps in rows that are one part each.
+const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
+  return steps.expectation ? steps.expectation->softmax
+         : steps.heatmap   ? steps.heatmap->softmax
+                           : steps.values->softmax;
+}
+
+// The steps of one op, for maps that are one part each.
 template <class T>
 class MapByMap {
  public:
-  explicit MapByMap(const ExpectationSteps& steps) : steps_(steps) {
+  explicit MapByMap(const ExpectationSteps& steps) : steps_(steps), tiles_(softmax_of(steps)) {
     if (steps.stats) stats_.emplace(*steps.stats);
   }
 
-  void operator()(int64_t map, int count, int64_t part) const {
+  void operator()(int64_t map, int count, int64_t part) {
     if (stats_) stats_->run(map, map + count);
-    if (steps_.expectation) ExpectationKernel<T>{*steps_.expectation}(map, count, part);
-    if (steps_.heatmap) ExpectationHeatmapKernel<T>{*steps_.heatmap}(map, count, part);
-    if (steps_.values) ExpectationValuesKernel<T>{*steps_.values}(map, count, part);
+    const bool several = (steps_.expectation != nullptr) + (steps_.heatmap != nullptr) + (steps_.values != nullptr) > 1;
+    tiles_.start(map, count, several);
+    if (steps_.expectation) ExpectationKernel<T>{*steps_.expectation}(tiles_, map, count, part);
+    if (steps_.heatmap) ExpectationHeatmapKernel<T>{*steps_.heatmap}(tiles_, map, count, part);
+    if (steps_.values) ExpectationValuesKernel<T>{*steps_.values}(tiles_, map, count, part);
   }
 
  private:
   const ExpectationSteps& steps_;
+  SoftmaxTiles<T> tiles_;
   std::optional<ForwardRows<T, false>> stats_;
 };
 
-template <class Kernel>
+// One step of all maps.
+template <class T, class Kernel>
 void run_all(const Kernel& kernel, const MapView& items) {
-  const int64_t parts = pixel_parts(kernel.params.softmax.view).count;
-  for_blocks(items, kernel.maps_at_once(), parts, kernel.channels(), [&] { return kernel; });
+  const SoftmaxParams& softmax = kernel.params.softmax;
+  for_blocks(items, kernel.maps_at_once(), pixel_parts(softmax.view).count, kernel.channels(), [&] {
+    return [&kernel, tiles = SoftmaxTiles<T>(softmax)](int64_t map, int count, int64_t part) mutable {
+      tiles.start(map, count);
+      kernel(tiles, map, count, part);
+    };
+  });
   kernel.finish();
 }
 
@@ -132,39 +147,33 @@ void expectation_of(const ExpectationSteps& steps) {
     if (steps.stats) forward_of<T>(*steps.stats);
     return window_mass<T>(*steps.expectation);
   }
+  const MapView& view = softmax_of(steps).view;
   int64_t at_once = kTileMaps, channels = 1;
-  bool same = true;
-  MapView view{};
+  bool same = pixel_parts(view).count == 1 &&
+              (!steps.stats || (!is_channels_last(view) && part_tiling(view).count() == 1));
   const auto see = [&](const auto& kernel) {
-    same = same && (view.inner == 0 || view.inner == kernel.params.softmax.view.inner);
-    view = kernel.params.softmax.view;
+    same = same && view.inner == kernel.params.softmax.view.inner;
     at_once = at_most(at_once, kernel.maps_at_once());
     channels = at_least(channels, kernel.channels());
   };
   if (steps.expectation) see(ExpectationKernel<T>{*steps.expectation});
   if (steps.heatmap) see(ExpectationHeatmapKernel<T>{*steps.heatmap});
   if (steps.values) {
-    const ExpectationValuesKernel<T> values{*steps.values};
-    see(values);
-    same = same && values.own().maps() == view.maps();
+    see(ExpectationValuesKernel<T>{*steps.values});
+    same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
-  if (same && !is_channels_last(view) && part_tiling(view).count() == 1 && pixel_parts(view).count == 1) {
-    return for_blocks(view, at_once, 1, channels, [&] { return MapByMap<T>(steps); });
-  }
+  if (same) return for_blocks(view, at_once, 1, channels, [&] { return MapByMap<T>(steps); });
   if (steps.stats) forward_of<T>(*steps.stats);
-  if (steps.expectation) run_all(ExpectationKernel<T>{*steps.expectation}, view);
-  if (steps.heatmap) run_all(ExpectationHeatmapKernel<T>{*steps.heatmap}, view);
+  if (steps.expectation) run_all<T>(ExpectationKernel<T>{*steps.expectation}, view);
+  if (steps.heatmap) run_all<T>(ExpectationHeatmapKernel<T>{*steps.heatmap}, view);
   if (steps.values) {
     const ExpectationValuesKernel<T> values{*steps.values};
-    run_all(values, values.own());
+    run_all<T>(values, values.own());
   }
 }
 
 void expectation(const ExpectationSteps& steps) {
-  const SoftmaxParams& p = steps.expectation ? steps.expectation->softmax
-                           : steps.heatmap   ? steps.heatmap->softmax
-                                             : steps.values->softmax;
-  switch (p.dtype) {
+  switch (softmax_of(steps).dtype) {
     case Dtype::float32: return expectation_of<float>(steps);
     case Dtype::float64: return expectation_of<double>(steps);
     case Dtype::float16: return expectation_of<Half>(steps);
