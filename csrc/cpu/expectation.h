@@ -14,7 +14,7 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-constexpr int kTileMaps = 8, kTileChannels = 12;
+constexpr int kTileMaps = 8, kTileChannels = 16;
 
 // ---- Products of tiles ----------------------------------------------------------------------------------------------
 
@@ -52,6 +52,50 @@ void add_all_products(const A* const* p, int maps, const A* const* v, int count,
     add_products_of_channels<A, 4>(p + m, v, count, pixels, sums + m * channels, channels);
   }
   for (; m < maps; ++m) add_products_of_channels<A, 1>(p + m, v, count, pixels, sums + m * channels, channels);
+}
+
+// sums[m * stride + c] += sum over n pixels of p[m][i] v[i * stride_x + c], for M maps and C vectors of channels.
+template <class T, int M, int C>
+KPFUSED_INLINE void add_pixels(const Acc<T>* const* p, int64_t at, int64_t n, const T* v, int64_t stride_x, Acc<T>* sums,
+                               int64_t stride) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[M][C];
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) sum[m][c] = load_vector(sums + m * stride + c * L);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    Vec<A> of_channels[C];
+    for (int c = 0; c < C; ++c) of_channels[c] = load(v + i * stride_x + c * L);
+    for (int m = 0; m < M; ++m) {
+      const Vec<A> of_map = splat(p[m][at + i]);
+      for (int c = 0; c < C; ++c) sum[m][c] += of_map * of_channels[c];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) store_vector(sums + m * stride + c * L, sum[m][c]);
+  }
+}
+
+// As add_all_products(), of whole vectors of channels that stand side by side, pixel after pixel.
+template <class T>
+void add_all_pixels(const Acc<T>* const* p, int maps, int64_t at, int64_t n, const T* v, int64_t stride_x,
+                    int64_t channels, Acc<T>* sums, int64_t stride) {
+  constexpr int L = kLanes<Acc<T>>, kNear = 32;  // pixels whose values stay near for all maps
+  for (int64_t i = 0; i < n; i += kNear) {
+    const int64_t some = at_most(n - i, kNear);
+    const T* const from = v + i * stride_x;
+    int64_t c = 0;
+    const auto block = [&](auto size) __attribute__((always_inline)) {
+      constexpr int C = decltype(size)::value;
+      int m = 0;
+      for (; m + 4 <= maps; m += 4) add_pixels<T, 4, C>(p + m, at + i, some, from + c, stride_x, sums + m * stride + c, stride);
+      for (; m < maps; ++m) add_pixels<T, 1, C>(p + m, at + i, some, from + c, stride_x, sums + m * stride + c, stride);
+      c += C * L;
+    };
+    while (c + 3 * L <= channels) block(Count<3>{});
+    while (c + L <= channels) block(Count<1>{});
+  }
 }
 
 // finish(i, start(i) + sum over j of factor(j) * of[j][i]), a vector at a time.
@@ -227,13 +271,14 @@ class ValueTiles {
   // Values of `count` maps, as of(m, maps, c, channels, runs): channels [c, c + channels), for maps [m, m + maps) of them,
   // are the runs at pixels [first, first + pixels), with zeros up to a whole vector.
   template <class F>
-  void for_each(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, const F& of) {
+  void for_each(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, const F& of,
+                int64_t first_channel = 0) {
     const int64_t channels = values_.view.channels;
     // Maps side by side are read together.
     const bool adjacent = !shared_ && values_.kind == ValueKind::tensor && values_.view.stride_inner == 1;
     const int maps = shared_ || adjacent ? count : 1, most = adjacent && maps > 1 ? 1 : kTileChannels;
     for (int m = 0; m < count; m += maps) {
-      for (int64_t c = 0; c < channels; c += most) {
+      for (int64_t c = first_channel; c < channels; c += most) {
         const int some = int(at_most(channels - c, most));
         if (adjacent && maps > 1) {
           load(first_map, maps, values_.view.stride_inner, c, [&](int i) { return tiles.counting(i); }, first, pixels);
@@ -247,12 +292,36 @@ class ValueTiles {
     }
   }
 
+  // E of as many channels as are whole vectors of one pixel, which then need not be transposed; returns their number.
+  int64_t add_channels(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, A* sums,
+                       int64_t stride) const {
+    const ValueView& view = values_.view;
+    const int64_t channels = view.channels / kLanes<A> * kLanes<A>;
+    // What does not count may be NaN, and no weight of zero takes that away.
+    if (values_.kind != ValueKind::tensor || view.stride_channel != 1 || channels == 0 || tiles.counting(0)) return 0;
+    for (int m = 0; m < count; m += shared_ ? count : 1) {
+      const Planes<const T> planes = planes_of(first_map + m, 0, 1);
+      for_pieces(first, pixels, planes.row_length(first + pixels), [&](int64_t at, int64_t row, int64_t col, int64_t n) {
+        add_all_pixels<T>(tiles.p() + m, shared_ ? count : 1, at, n, planes.at(0, row, col), view.stride_x, channels,
+                          sums + m * stride, stride);
+      });
+    }
+    return channels;
+  }
+
  private:
+  Planes<const T> planes_of(int64_t n, int64_t channel, int64_t stride) const {
+    const ValueView& view = values_.view;
+    const int64_t outer = n / softmax_.view.inner, inner = n - outer * softmax_.view.inner;
+    const T* const from = static_cast<const T*>(values_.data) + outer * view.stride_outer + inner * view.stride_inner +
+                          channel * view.stride_channel;
+    return {from, stride, view.stride_y, view.stride_x, softmax_.view.width};
+  }
+
   // `count` planes, from `channel` of map n on.
   template <class CountingOf>
   void load(int64_t n, int count, int64_t stride, int64_t channel, const CountingOf& counting, int64_t first,
             int64_t pixels) {
-    const ValueView& view = values_.view;
     const int64_t whole = whole_vectors<A>(pixels);
     for (int i = 0; i < count; ++i) run_[i] = buffer_[i];
     if (values_.kind != ValueKind::tensor) {
@@ -263,10 +332,7 @@ class ValueTiles {
       }
       return;
     }
-    const int64_t outer = n / softmax_.view.inner, inner = n - outer * softmax_.view.inner;
-    const T* const from = static_cast<const T*>(values_.data) + outer * view.stride_outer + inner * view.stride_inner +
-                          channel * view.stride_channel;
-    const Planes<const T> planes = {from, stride, view.stride_y, view.stride_x, softmax_.view.width};
+    const Planes<const T> planes = planes_of(n, channel, stride);
     const auto none = [](int) { return T{}; };
     if constexpr (std::is_same_v<T, A>) {
       read_planes<T>(planes, count, first, pixels, counting, none, buffer_[0], run_);
@@ -408,9 +474,11 @@ struct ExpectationKernel {
     for (int64_t first = parts.begin(part); first < end; first += kTile<A>) {
       const int64_t pixels = at_most(end - first, kTile<A>), whole = whole_vectors<A>(pixels);
       tiles.load(first, pixels);
-      values.for_each(tiles, map, count, first, pixels, [&](int m, int maps, int64_t c, int some, const A* const* v) {
+      const int64_t done = values.add_channels(tiles, map, count, first, pixels, sums, stride);
+      const auto add = [&](int m, int maps, int64_t c, int some, const A* const* v) {
         add_all_products(tiles.p() + m, maps, v, some, whole, sums + m * stride + c, stride);
-      });
+      };
+      if (done < channels()) values.for_each(tiles, map, count, first, pixels, add, done);
     }
     for (int m = 0; m < count && parts.count == 1; ++m) fill_empty<A>(params, map + m);
   }
