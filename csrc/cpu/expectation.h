@@ -11,6 +11,7 @@
 #include "lanes.h"
 #include "parallel.h"
 #include "planes.h"
+#include "sums_rows.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -18,40 +19,53 @@ constexpr int kTileMaps = 8, kTileChannels = 16;
 
 // ---- Products of tiles ----------------------------------------------------------------------------------------------
 
-// sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them. Each has its own sum over the same lanes, so
-// that it gets the same bits whatever stands beside it.
-template <class A, int M, int C>
+// sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them, each in U sums over the same lanes: with as
+// many for all maps of a block, a map gets the same bits whatever stands beside it.
+template <class A, int M, int C, int U>
 KPFUSED_INLINE void add_products(const A* const* p, const A* const* v, int64_t pixels, A* sums, int64_t channels) {
-  Vec<A> sum[M][C] = {};
-  for (int64_t i = 0; i < pixels; i += kLanes<A>) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[U][M][C] = {};
+  const auto add = [&](int64_t i, int u) __attribute__((always_inline)) {
     Vec<A> of_channel[C];
     for (int c = 0; c < C; ++c) of_channel[c] = load_vector(v[c] + i);
     for (int m = 0; m < M; ++m) {
       const Vec<A> of_map = load_vector(p[m] + i);
-      for (int c = 0; c < C; ++c) sum[m][c] += of_map * of_channel[c];
+      for (int c = 0; c < C; ++c) sum[u][m][c] += of_map * of_channel[c];
     }
+  };
+  int64_t i = 0;
+  for (; i + U * L <= pixels; i += U * L) {
+    for (int u = 0; u < U; ++u) add(i + u * L, u);
   }
+  for (; i < pixels; i += L) add(i, 0);
   for (int m = 0; m < M; ++m) {
-    for (int c = 0; c < C; ++c) sums[m * channels + c] += reduce_generic<A>(sum[m][c]);
+    for (int c = 0; c < C; ++c) {
+      Vec<A> total = sum[0][m][c];
+      for (int u = 1; u < U; ++u) total += sum[u][m][c];
+      sums[m * channels + c] += reduce_generic<A>(total);
+    }
   }
 }
 
-template <class A, int M>
+// Sums that follow on each other cost their latency: one map alone has as many of them at once as four maps have.
+template <class A, int M, bool kAlone>
 KPFUSED_INLINE void add_products_of_channels(const A* const* p, const A* const* v, int count, int64_t pixels, A* sums,
                                              int64_t channels) {
   int c = 0;
-  for (; c + 3 <= count; c += 3) add_products<A, M, 3>(p, v + c, pixels, sums + c, channels);
-  for (; c < count; ++c) add_products<A, M, 1>(p, v + c, pixels, sums + c, channels);
+  for (; c + 3 <= count; c += 3) add_products<A, M, 3, kAlone ? 3 : 1>(p, v + c, pixels, sums + c, channels);
+  for (; c < count; ++c) add_products<A, M, 1, kAlone ? 4 : 1>(p, v + c, pixels, sums + c, channels);
 }
 
+// `maps` that share their values, or one alone.
 template <class A>
-void add_all_products(const A* const* p, int maps, const A* const* v, int count, int64_t pixels, A* sums,
+void add_all_products(const A* const* p, int maps, bool alone, const A* const* v, int count, int64_t pixels, A* sums,
                       int64_t channels) {
+  if (alone) return add_products_of_channels<A, 1, true>(p, v, count, pixels, sums, channels);
   int m = 0;
   for (; m + 4 <= maps; m += 4) {
-    add_products_of_channels<A, 4>(p + m, v, count, pixels, sums + m * channels, channels);
+    add_products_of_channels<A, 4, false>(p + m, v, count, pixels, sums + m * channels, channels);
   }
-  for (; m < maps; ++m) add_products_of_channels<A, 1>(p + m, v, count, pixels, sums + m * channels, channels);
+  for (; m < maps; ++m) add_products_of_channels<A, 1, false>(p + m, v, count, pixels, sums + m * channels, channels);
 }
 
 // sums[m * stride + c] += sum over n pixels of p[m][i] v[i * stride_x + c], for M maps and C vectors of channels.
@@ -96,6 +110,18 @@ void add_all_pixels(const Acc<T>* const* p, int maps, int64_t at, int64_t n, con
     while (c + 3 * L <= channels) block(Count<3>{});
     while (c + L <= channels) block(Count<1>{});
   }
+}
+
+template <class A>
+KPFUSED_INLINE A sum_of(const A* p, int64_t count) {
+  constexpr int U = 4, L = kLanes<A>;
+  Vec<A> sum[U] = {};
+  int64_t i = 0;
+  for (; i + U * L <= count; i += U * L) {
+    for (int u = 0; u < U; ++u) sum[u] += load_vector(p + i + u * L);
+  }
+  for (; i < count; i += L) sum[0] += load_vector(p + i);
+  return reduce_generic<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // finish(i, start(i) + sum over j of factor(j) * of[j][i]), a vector at a time.
@@ -154,25 +180,45 @@ class SoftmaxTiles {
 
   // With `keep`, P of whole maps is kept from its first reading for the next, as far as there is room.
   void start(int64_t first_map, int count, bool keep = false) {
-    const MapView& view = params_.view;
-    count_ = count;
-    kept_ = 0;
-    room_ = keep && count * view.height * view.width <= kKept ? view.height * view.width : 0;
-    if (room_ && !memory_) memory_.reset(new A[kKept + kTileMaps * L]);
-    const T* const heatmap = static_cast<const T*>(params_.heatmap);
-    planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
-    for (int m = 0; m < count; ++m) {
-      const int64_t n = first_map + m;
-      SoftmaxMap<A>& map = maps_[m];
-      if (!params_.pixels.all()) map.counting = counting_of(params_.pixels, view, n);
-      map.empty = false;
-      if (params_.is_probability) continue;
-      const Stats<A> stats = stats_of<A>(params_, n);
-      map.beta = beta_of<A>(params_.beta, n);
-      map.of = falloff(sharpness(map.beta), stats.peak);
-      map.inverse = A(1) / stats.sum;
-      map.empty = is_empty(params_.pixels, stats.sum);
+    place(first_map, count, keep);
+    for (int m = 0; m < count && !params_.is_probability; ++m) {
+      const Stats<A> stats = stats_of<A>(params_, first_map + m);
+      set_stats(m, sharpness(maps_[m].beta), stats.peak, stats.sum);
     }
+  }
+
+  // Whether whole maps can be kept, of which the stats are not known yet: they are found on the way to P, and written, but
+  // for the mean.
+  bool start_with_stats(int64_t first_map, int count, Stats<A>* stats) {
+    if (count * params_.view.height * params_.view.width > kKept) return false;
+    place(first_map, count, true);
+    ahead_ = room_ * int64_t(sizeof(T));  // this map has been read
+    A peak[kTileMaps];
+    for (int m = 0; m < count; ++m) peak[m] = empty_state<A>().peak;
+    for_tiles([&](int64_t first, int64_t pixels) {
+      read(first, pixels);
+      const int64_t whole = whole_vectors<A>(pixels);
+      for (int m = 0; m < count; ++m) {
+        for (int64_t i = pixels; i < whole; ++i) buffer_[m][i] = run_[m][0];
+        peak[m] = larger(peak[m], peak_of<T>({run_[m], whole, 1, whole, A(0), A(0), 0}, maps_[m].of.sign));
+      }
+    });
+    for (int m = 0; m < count; ++m) set_stats(m, sharpness(maps_[m].beta), peak[m], A(1));
+    A sums[kTileMaps] = {};
+    for_tiles([&](int64_t first, int64_t pixels) {
+      load(first, pixels);
+      for (int m = 0; m < count; ++m) sums[m] += sum_of(p_[m], whole_vectors<A>(pixels));
+    });
+    for (int m = 0; m < count; ++m) {
+      const A sum = sums[m];
+      set_stats(m, sharpness(maps_[m].beta), peak[m], sum);
+      stats[first_map + m] = {peak[m], sum, A(0), A(0)};
+      A* const p = memory_.get() + m * whole_vectors<A>(room_);
+      const Vec<A> inverse = splat(maps_[m].inverse);
+      for (int64_t i = 0; i < room_; i += L) store_vector(p + i, load_vector(p + i) * inverse);
+      if (counting(m) && sum != sum) clear_uncounted(p, maps_[m].counting, planes_.width, 0, room_);
+    }
+    return true;
   }
 
   // From here on, pixels of the one map are those of a box.
@@ -188,10 +234,7 @@ class SoftmaxTiles {
   // P of the maps at pixels [first, first + count), with zeros up to a whole vector. With `keys`, for distance_at() too.
   void load(int64_t first, int64_t count, bool keys = false) {
     const bool kept = first + count <= kept_;
-    if (!kept || keys) {
-      const auto otherwise = [&](int m) { return params_.is_probability ? T{} : weightless<T>(maps_[m].of.sign); };
-      read_planes<T>(planes_, count_, first, count, [&](int m) { return counting(m); }, otherwise, buffer_[0], run_);
-    }
+    if (!kept || keys) read(first, count);
     // Room for the last vector of the last tile of every map.
     const int64_t stride = whole_vectors<A>(room_);
     for (int m = 0; m < count_; ++m) {
@@ -211,19 +254,55 @@ class SoftmaxTiles {
   // P that is kept stays in the second-level cache.
   static constexpr int64_t kKept = 131072 / int64_t(sizeof(A));
 
+  // Where maps lie, and all that is known of them before their stats are.
+  void place(int64_t first_map, int count, bool keep) {
+    const MapView& view = params_.view;
+    count_ = count;
+    kept_ = 0;
+    ahead_ = kReadAhead;
+    room_ = keep && count * view.height * view.width <= kKept ? view.height * view.width : 0;
+    if (room_ && !memory_) memory_.reset(new A[kKept + kTileMaps * L]);
+    const T* const heatmap = static_cast<const T*>(params_.heatmap);
+    planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
+    for (int m = 0; m < count; ++m) {
+      SoftmaxMap<A>& map = maps_[m];
+      if (!params_.pixels.all()) map.counting = counting_of(params_.pixels, view, first_map + m);
+      map.empty = false;
+      if (params_.is_probability) continue;
+      map.beta = beta_of<A>(params_.beta, first_map + m);
+      map.of.sign = sharpness(map.beta).sign;
+    }
+  }
+
+  void set_stats(int m, const Sharpness<A>& sharp, A peak, A sum) {
+    maps_[m].of = falloff(sharp, peak);
+    maps_[m].inverse = A(1) / sum;
+    maps_[m].empty = is_empty(params_.pixels, sum);
+  }
+
+  template <class F>
+  void for_tiles(const F& tile) const {
+    for (int64_t first = 0; first < room_; first += kTile<A>) tile(first, at_most(room_ - first, kTile<A>));
+  }
+
+  void read(int64_t first, int64_t count) {
+    const auto otherwise = [&](int m) { return params_.is_probability ? T{} : weightless<T>(maps_[m].of.sign); };
+    read_planes<T>(planes_, count_, first, count, [&](int m) { return counting(m); }, otherwise, buffer_[0], run_);
+  }
+
   void load_map(const SoftmaxMap<A>& map, const Counting* counting, const T* run, int64_t first, int64_t count, A* p) const {
     const int64_t whole = whole_vectors<A>(count);
     if (params_.is_probability) {
       for (int64_t i = 0; i < whole; i += L) store_vector(p + i, kpfused::cpu::KPFUSED_ISA::load(run + i));
     } else {
-      weights(run, whole, map, p);
+      weights(run, whole, map, ahead_, p);
       // A map of NaN has it even where nothing weighs.
       if (counting && map.inverse != map.inverse) clear_uncounted(p, *counting, planes_.width, first, count);
     }
     for (int64_t i = count; i < whole; ++i) p[i] = A(0);
   }
 
-  static KPFUSED_INLINE void weights(const T* run, int64_t count, const SoftmaxMap<A>& map, A* p) {
+  static KPFUSED_INLINE void weights(const T* run, int64_t count, const SoftmaxMap<A>& map, int64_t ahead, A* p) {
     const Falloff<Vec<A>> of = in_lanes(map.of);
     int64_t i = 0;
     const auto block = [&](auto size) __attribute__((always_inline)) {
@@ -231,7 +310,7 @@ class SoftmaxTiles {
       Vec<A> w[N];
       for (int j = 0; j < N; ++j) {
         w[j] = distance(kpfused::cpu::KPFUSED_ISA::load(run + i + j * L), of);
-        prefetch(run + i + j * L, kReadAhead);
+        prefetch(run + i + j * L, ahead);
       }
       exp2<A, N>(w, of.scale);
       for (int j = 0; j < N; ++j) store_vector(p + i + j * L, w[j] * map.inverse);
@@ -245,6 +324,7 @@ class SoftmaxTiles {
   Planes<const T> planes_;
   int count_ = 0;
   int64_t room_ = 0, kept_ = 0;  // pixels of a map
+  int64_t ahead_ = 0;            // bytes from what is read to what is fetched meanwhile
   SoftmaxMap<A> maps_[kTileMaps];
   const T* run_[kTileMaps];
   const A* p_[kTileMaps];
@@ -267,6 +347,8 @@ class ValueTiles {
     return values.view.stride_inner == 0 && values.kind != ValueKind::window &&
            (softmax.pixels.all() || counts_by_pixel(softmax.pixels, softmax.view));
   }
+
+  bool shared() const { return shared_; }
 
   // Values of `count` maps, as of(m, maps, c, channels, runs): channels [c, c + channels), for maps [m, m + maps) of them,
   // are the runs at pixels [first, first + pixels), with zeros up to a whole vector.
@@ -434,9 +516,7 @@ void window_mass(const ExpectationParams& params) {
       for (int64_t first = 0; first < pixels; first += kTile<A>) {
         const int64_t count = at_most(pixels - first, kTile<A>);
         tiles.load(first, count);
-        Vec<A> sum = {};
-        for (int64_t i = 0; i < count; i += kLanes<A>) sum += load_vector(tiles.p(0) + i);
-        mass += reduce_generic<A>(sum);
+        mass += sum_of(tiles.p(0), whole_vectors<A>(count));
       }
       static_cast<A*>(params.expectation)[n] = mass;
       fill_empty<A>(params, n);
@@ -476,7 +556,7 @@ struct ExpectationKernel {
       tiles.load(first, pixels);
       const int64_t done = values.add_channels(tiles, map, count, first, pixels, sums, stride);
       const auto add = [&](int m, int maps, int64_t c, int some, const A* const* v) {
-        add_all_products(tiles.p() + m, maps, v, some, whole, sums + m * stride + c, stride);
+        add_all_products(tiles.p() + m, maps, !values.shared(), v, some, whole, sums + m * stride + c, stride);
       };
       if (done < channels()) values.for_each(tiles, map, count, first, pixels, add, done);
     }

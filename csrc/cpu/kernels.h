@@ -113,9 +113,11 @@ class MapByMap {
   }
 
   void operator()(int64_t map, int count, int64_t part) {
-    if (stats_) stats_->run(map, map + count);
     const bool several = (steps_.expectation != nullptr) + (steps_.heatmap != nullptr) + (steps_.values != nullptr) > 1;
-    tiles_.start(map, count, several);
+    if (!steps_.stats || !tiles_.start_with_stats(map, count, static_cast<Stats<Acc<T>>*>(steps_.stats->stats))) {
+      if (stats_) stats_->run(map, map + count);
+      tiles_.start(map, count, several);
+    }
     if (steps_.expectation) ExpectationKernel<T>{*steps_.expectation}(tiles_, map, count, part);
     if (steps_.heatmap) ExpectationHeatmapKernel<T>{*steps_.heatmap}(tiles_, map, count, part);
     if (steps_.values) ExpectationValuesKernel<T>{*steps_.values}(tiles_, map, count, part);

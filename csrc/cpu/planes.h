@@ -166,7 +166,10 @@ KPFUSED_INLINE void write_planes(const Acc<T>* const* tile, const Planes<T>& to,
           continue;
         }
       }
-      for (int64_t k = 0; k < pixels; k += L) store(into + k, load_vector(tile[begin + i] + k));
+      for (int64_t k = 0; k < pixels; k += L) {
+        store(into + k, load_vector(tile[begin + i] + k));
+        if (in_place) prefetch_for_write(into + k, kWriteAhead);
+      }
     }
     if (in_place) continue;
     for_pieces(first, pixels, to.row_length(first + pixels), [&](int64_t at, int64_t row, int64_t col, int64_t n) {
