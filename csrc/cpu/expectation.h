@@ -170,7 +170,10 @@ class SoftmaxTiles {
   using A = Acc<T>;
   static constexpr int L = kLanes<A>;
 
-  explicit SoftmaxTiles(const SoftmaxParams& params) : params_(params) {}
+  // `blocks`: maps come several at once. What is kept depends on that alone, not on how many are left of a batch.
+  explicit SoftmaxTiles(const SoftmaxParams& params, bool blocks = false)
+      : params_(params),
+        can_keep_(params.view.height * params.view.width * (blocks ? kTileMaps : 1) <= kKept) {}
 
   const A* const* p() const { return p_; }
   const A* p(int m) const { return p_[m]; }
@@ -190,7 +193,7 @@ class SoftmaxTiles {
   // Whether whole maps can be kept, of which the stats are not known yet: they are found on the way to P, and written, but
   // for the mean.
   bool start_with_stats(int64_t first_map, int count, Stats<A>* stats) {
-    if (count * params_.view.height * params_.view.width > kKept) return false;
+    if (!can_keep_) return false;
     place(first_map, count, true);
     ahead_ = room_ * int64_t(sizeof(T));  // this map has been read
     A peak[kTileMaps];
@@ -260,7 +263,7 @@ class SoftmaxTiles {
     count_ = count;
     kept_ = 0;
     ahead_ = kReadAhead;
-    room_ = keep && count * view.height * view.width <= kKept ? view.height * view.width : 0;
+    room_ = keep && can_keep_ ? view.height * view.width : 0;
     if (room_ && !memory_) memory_.reset(new A[kKept + kTileMaps * L]);
     const T* const heatmap = static_cast<const T*>(params_.heatmap);
     planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
@@ -321,6 +324,7 @@ class SoftmaxTiles {
   }
 
   const SoftmaxParams& params_;
+  const bool can_keep_;
   Planes<const T> planes_;
   int count_ = 0;
   int64_t room_ = 0, kept_ = 0;  // pixels of a map
@@ -470,10 +474,12 @@ void for_blocks(const MapView& view, int64_t at_once, int64_t parts, int64_t cha
   const int64_t work = view.maps() * view.height * view.width / at_least(items, 1) * (channels + 1);
   parallel_for(items, at_least(kGrainElements / at_least(work, 1), 1), [&](int64_t begin, int64_t end) {
     auto of_block = make();
+    int64_t part = begin % parts, block = begin / parts % blocks, outer = begin / parts / blocks;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t part = item % parts, block = item / parts % blocks, outer = item / parts / blocks;
       const int64_t first = block * at_once;
       of_block(outer * view.inner + first, int(at_most(at_once, view.inner - first)), part);
+      if (++part == parts) part = 0, ++block;
+      if (block == blocks) block = 0, ++outer;
     }
   });
 }
@@ -530,6 +536,7 @@ template <class T>
 struct ExpectationKernel {
   using A = Acc<T>;
   const ExpectationParams& params;
+  const Cut parts = pixel_parts(params.softmax.view);
 
   int64_t channels() const { return params.values.view.channels; }
   int64_t maps_at_once() const {
@@ -539,7 +546,6 @@ struct ExpectationKernel {
   void operator()(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
     const SoftmaxParams& softmax = params.softmax;
     const MapView& view = softmax.view;
-    const Cut parts = pixel_parts(view);
     ValueTiles<T> values(params.values, softmax);
     // Of one part, the sums of a map do not follow those of the one before it.
     const int64_t stride = parts.count * channels();
@@ -564,7 +570,6 @@ struct ExpectationKernel {
   }
 
   void finish() const {
-    const Cut parts = pixel_parts(params.softmax.view);
     if (parts.count == 1) return;
     const int64_t maps = params.softmax.view.maps();
     sum_parts<A>(params.workspace, maps, parts.count, channels(), params.expectation);
@@ -578,6 +583,7 @@ struct ExpectationHeatmapKernel {
   using A = Acc<T>;
   static constexpr int L = kLanes<A>;
   const ExpectationHeatmapParams& params;
+  const Cut parts = pixel_parts(params.softmax.view);
 
   int64_t channels() const { return params.values.view.channels; }
   int64_t maps_at_once() const {
@@ -587,7 +593,6 @@ struct ExpectationHeatmapKernel {
   void operator()(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
     const SoftmaxParams& softmax = params.softmax;
     const MapView &view = softmax.view, &to = params.grad_view;
-    const Cut parts = pixel_parts(view);
     ValueTiles<T> values(params.values, softmax);
     A tile[kTileMaps][kTile<A>], mean[kTileMaps] = {}, sum[kTileMaps] = {};
     const A* q[kTileMaps];
@@ -625,7 +630,6 @@ struct ExpectationHeatmapKernel {
   }
 
   void finish() const {
-    const Cut parts = pixel_parts(params.softmax.view);
     if (!params.grad_beta || parts.count == 1) return;
     sum_parts<A>(params.workspace, params.softmax.view.maps(), parts.count, 1, params.grad_beta);
   }
@@ -683,6 +687,7 @@ template <class T>
 struct ExpectationValuesKernel {
   using A = Acc<T>;
   const ExpectationValuesParams& params;
+  const Cut parts = pixel_parts(params.softmax.view);
 
   int64_t channels() const { return params.value_view.channels; }
 
@@ -718,7 +723,6 @@ struct ExpectationValuesKernel {
   void of_maps(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
     const ValueView& to = params.value_view;
     const MapView& view = params.softmax.view;
-    const Cut parts = pixel_parts(view);
     const int64_t outer = map / view.inner, inner = map - outer * view.inner;
     // Planes that are written together: maps, or channels of one of them.
     const bool adjacent = to.stride_inner == 1 && count > 1;
@@ -760,7 +764,6 @@ struct ExpectationValuesKernel {
   void of_shared(SoftmaxTiles<T>& tiles, int64_t value, int64_t part) const {
     const MapView& view = params.softmax.view;
     const MapView own = this->own();
-    const Cut parts = pixel_parts(view);
     const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
     const int64_t outer = value / own.inner, inner = value - outer * own.inner;
     A few[kTileChannels * kTile<A>];

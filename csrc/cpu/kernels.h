@@ -108,25 +108,32 @@ const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
 template <class T>
 class MapByMap {
  public:
-  explicit MapByMap(const ExpectationSteps& steps) : steps_(steps), tiles_(softmax_of(steps)) {
+  MapByMap(const ExpectationSteps& steps, bool blocks) : steps_(steps), tiles_(softmax_of(steps), blocks) {
     if (steps.stats) stats_.emplace(*steps.stats);
+    if (steps.expectation) expectation_.emplace(ExpectationKernel<T>{*steps.expectation});
+    if (steps.heatmap) heatmap_.emplace(ExpectationHeatmapKernel<T>{*steps.heatmap});
+    if (steps.values) values_.emplace(ExpectationValuesKernel<T>{*steps.values});
+    several_ = expectation_.has_value() + heatmap_.has_value() + values_.has_value() > 1;
   }
 
   void operator()(int64_t map, int count, int64_t part) {
-    const bool several = (steps_.expectation != nullptr) + (steps_.heatmap != nullptr) + (steps_.values != nullptr) > 1;
     if (!steps_.stats || !tiles_.start_with_stats(map, count, static_cast<Stats<Acc<T>>*>(steps_.stats->stats))) {
       if (stats_) stats_->run(map, map + count);
-      tiles_.start(map, count, several);
+      tiles_.start(map, count, several_);
     }
-    if (steps_.expectation) ExpectationKernel<T>{*steps_.expectation}(tiles_, map, count, part);
-    if (steps_.heatmap) ExpectationHeatmapKernel<T>{*steps_.heatmap}(tiles_, map, count, part);
-    if (steps_.values) ExpectationValuesKernel<T>{*steps_.values}(tiles_, map, count, part);
+    if (expectation_) (*expectation_)(tiles_, map, count, part);
+    if (heatmap_) (*heatmap_)(tiles_, map, count, part);
+    if (values_) (*values_)(tiles_, map, count, part);
   }
 
  private:
   const ExpectationSteps& steps_;
   SoftmaxTiles<T> tiles_;
   std::optional<ForwardRows<T, false>> stats_;
+  std::optional<ExpectationKernel<T>> expectation_;
+  std::optional<ExpectationHeatmapKernel<T>> heatmap_;
+  std::optional<ExpectationValuesKernel<T>> values_;
+  bool several_;  // steps that ask for P
 };
 
 // One step of all maps.
@@ -164,7 +171,7 @@ void expectation_of(const ExpectationSteps& steps) {
     see(ExpectationValuesKernel<T>{*steps.values});
     same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
-  if (same) return for_blocks(view, at_once, 1, channels, [&] { return MapByMap<T>(steps); });
+  if (same) return for_blocks(view, at_once, 1, channels, [&] { return MapByMap<T>(steps, at_once > 1); });
   if (steps.stats) forward_of<T>(*steps.stats);
   if (steps.expectation) run_all<T>(ExpectationKernel<T>{*steps.expectation}, view);
   if (steps.heatmap) run_all<T>(ExpectationHeatmapKernel<T>{*steps.heatmap}, view);
