@@ -15,8 +15,10 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "../../csrc/cpu/expectation2d.h"
 #include "../../csrc/cpu/parallel.h"
 #include "../../csrc/cpu/soft_argmax2d.h"
 
@@ -634,6 +636,267 @@ void test_moments_and_masks() {
   }
 }
 
+// ---- Expectations of values -------------------------------------------------------------------------------
+
+enum class Lie { rows, like_maps, pixels, shared_by_sample, shared_by_all };
+const char* const kLieNames[] = {"rows", "like maps", "channels innermost", "shared by a sample", "shared by all"};
+
+ValueView lie(Lie kind, const Case& c, int64_t channels) {
+  const int64_t n = c.height * c.width, w = c.width;
+  const MapView maps = make_view(c.layout, c.outer, c.inner, c.height, w);
+  switch (kind) {
+    case Lie::rows: return {channels, c.inner * channels * n, channels * n, n, w, 1};
+    case Lie::like_maps: return {1, maps.stride_outer, maps.stride_inner, 0, maps.stride_y, maps.stride_x};
+    case Lie::pixels: return {channels, c.inner * n * channels, n * channels, 1, w * channels, channels};
+    case Lie::shared_by_sample: return {channels, channels * n, 0, n, w, 1};
+    default: return {channels, 0, 0, 1, w * channels, channels};
+  }
+}
+
+// Values in memory that ends with the last of them.
+struct ValueBuffer {
+  Dtype dtype;
+  Case c;
+  ValueView view;
+  std::unique_ptr<char[]> bytes;
+
+  ValueBuffer(const Case& k, const ValueView& v) : dtype(k.dtype), c(k), view(v), bytes(new char[size_t(size())]) {
+    std::memset(bytes.get(), 0x5a, size_t(size()));
+  }
+  int64_t offset(int64_t map, int64_t channel, int64_t y, int64_t x) const {
+    return map / c.inner * view.stride_outer + map % c.inner * view.stride_inner + channel * view.stride_channel +
+           y * view.stride_y + x * view.stride_x;
+  }
+  int64_t size() const {
+    return (offset(c.outer * c.inner - 1, view.channels - 1, c.height - 1, c.width - 1) + 1) * element_size(dtype);
+  }
+  char* at(int64_t map, int64_t channel, int64_t y, int64_t x) {
+    return bytes.get() + offset(map, channel, y, x) * element_size(dtype);
+  }
+  double value(int64_t map, int64_t channel, int64_t y, int64_t x) { return get(dtype, at(map, channel, y, x)); }
+};
+
+// P of one map, zero where no pixel counts, and how far keys lie below the peak.
+struct Softmax {
+  std::vector<double> p, distance;
+  double weight = 0;
+
+  Softmax(Buffer& h, int64_t map, double beta, const Pixels& pixels) {
+    const double sign = beta < 0 ? -1 : 1;
+    double peak = -kInfinity;
+    const auto counts = [&](int64_t i) { return pixels.at(map, i / h.view.width, i % h.view.width); };
+    const auto key = [&](int64_t i) { return sign * h.value(map, i / h.view.width, i % h.view.width); };
+    const int64_t n = h.view.height * h.view.width;
+    for (int64_t i = 0; i < n; ++i) peak = counts(i) ? std::fmax(peak, key(i)) : peak;
+    for (int64_t i = 0; i < n; ++i) {
+      distance.push_back(counts(i) ? key(i) - peak : 0);
+      p.push_back(counts(i) ? std::exp(distance.back() * std::fabs(beta)) : 0);
+      weight += p.back();
+    }
+    for (double& w : p) w = weight > 0 ? w / weight : 0;
+  }
+};
+
+SoftmaxParams softmax_params(Buffer& h, const BetaView& beta, const Pixels& pixels, const Accumulators* stats) {
+  return {h.dtype, h.bytes.get(), h.view, pixels.view, beta, stats ? stats->bytes.get() : nullptr, kStats, stats == nullptr};
+}
+
+void run_expectation(const Case& c, double beta, Counted counted, Lie kind, int64_t channels) {
+  const std::string name = c.name() + " values in " + kLieNames[int(kind)] + " " + std::to_string(channels) + " counted " +
+                           std::to_string(int(counted));
+  Buffer h(c.dtype, make_view(c.layout, c.outer, c.inner, c.height, c.width), 0xff);
+  fill(h, false);
+  const Pixels pixels(c, counted);
+  const MapView& v = h.view;
+  const int64_t maps = v.maps(), n = c.height * c.width;
+  ValueBuffer values(c, lie(kind, c, channels)), grad_values(c, values.view);
+  const auto pixel = [&](int64_t i) { return std::pair<int64_t, int64_t>(i / c.width, i % c.width); };
+  for (int64_t i = 0; i < maps * n * channels; ++i) {
+    const auto [y, x] = pixel(i % n);
+    put(c.dtype, values.at(i / n / channels, i / n % channels, y, x), NAN);
+  }
+  for (int64_t i = 0; i < maps * n; ++i) {  // what does not count may be anything, values where it counts for none
+    const auto [y, x] = pixel(i % n);
+    const int64_t map = i / n;
+    if (!pixels.at(map, y, x)) put(c.dtype, h.at(map, y, x), NAN);
+    for (int64_t k = 0; pixels.at(map, y, x) && k < channels; ++k) put(c.dtype, values.at(map, k, y, x), 2 * uniform() - 1);
+  }
+  Accumulators stats(c.dtype, kStats * maps), coordinates(c.dtype, 2 * maps), expectation(c.dtype, channels * maps);
+  Accumulators grad(c.dtype, channels * maps), grad_beta(c.dtype, maps);
+  for (int64_t i = 0; i < channels * maps; ++i) grad.set(i, uniform() - 0.5);
+  Buffer grad_heatmap(c.dtype, v, 0x5a), softmax_map(c.dtype, v, 0x5a);
+  const BetaView number = {nullptr, beta, 1, 1};
+  const SoftmaxParams softmax = softmax_params(h, number, pixels, &stats);
+  const Values of = {ValueKind::tensor, values.bytes.get(), values.view, {}, 0, nullptr};
+
+  std::vector<char> workspace(size_t(cpu::soft_argmax2d_forward_workspace(v, c.dtype, false)));
+  ForwardParams f = forward_params(c.dtype, h.bytes.get(), v, number, {1, 0, 1, 0}, coordinates.bytes.get(),
+                                   stats.bytes.get(), workspace);
+  f.pixels = pixels.view;
+  ExpectationParams e = {softmax, of, expectation.bytes.get(), nullptr};
+  std::vector<char> of_expectation(size_t(cpu::expectation_workspace(e)));
+  e.workspace = of_expectation.data();
+  cpu::expectation({&f, &e, nullptr, nullptr});
+  ExpectationHeatmapParams of_heatmap = {softmax, of, expectation.bytes.get(), grad.bytes.get(), grad_heatmap.bytes.get(),
+                                         v, grad_beta.bytes.get(), nullptr};
+  std::vector<char> of_beta(size_t(cpu::expectation_heatmap_workspace(of_heatmap)));
+  of_heatmap.workspace = of_beta.data();
+  const ExpectationValuesParams of_values = {softmax, grad.bytes.get(), grad_values.bytes.get(), values.view};
+  cpu::expectation({nullptr, nullptr, &of_heatmap, &of_values});
+  const ExpectationValuesParams of_map = {softmax, nullptr, softmax_map.bytes.get(),
+                                          {1, v.stride_outer, v.stride_inner, 0, v.stride_y, v.stride_x}};
+  cpu::expectation({&f, nullptr, nullptr, &of_map});
+
+  const double unit = c.dtype == Dtype::float64 ? 1e-14 : 1e-6, size = double(channels + 4);
+  const double step = c.dtype == Dtype::float16 ? 1e-3 : c.dtype == Dtype::bfloat16 ? 8e-3 : 0;
+  const double least = c.dtype == Dtype::float16 ? 6e-8 : 0;  // its smallest number
+  std::vector<double> wanted_values(size_t(values.size() / element_size(c.dtype)), 0);
+  for (int64_t map = 0; map < maps; ++map) {
+    const Softmax s(h, map, beta, pixels);
+    const bool empty = s.weight == 0;
+    std::vector<double> q(size_t(n), 0);
+    double mean = 0, dbeta = 0;
+    for (int64_t k = 0; k < channels; ++k) {
+      const double g = grad[map * channels + k];
+      double want = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const auto [y, x] = pixel(i);
+        const double p = s.p[size_t(i)], value = pixels.at(map, y, x) ? values.value(map, k, y, x) : 0;
+        want += p * value, q[size_t(i)] += g * value;
+        if (!empty) wanted_values[size_t(values.offset(map, k, y, x))] += p * g;
+      }
+      mean += g * want;
+      check(near(expectation[map * channels + k], empty ? -5 : want, 4 * unit), name + " expectation");
+    }
+    bool same = true, zeros = true, mass = true;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto [y, x] = pixel(i);
+      const double wq = s.p[size_t(i)] * (q[size_t(i)] - mean), got = grad_heatmap.value(map, y, x);
+      dbeta += (beta < 0 ? -1 : 1) * s.distance[size_t(i)] * wq;
+      same = same && near(got, beta * wq, step * std::fabs(beta * wq) + unit * size + least);
+      zeros = zeros && ((pixels.at(map, y, x) && !empty) || got == 0);
+      const double want = empty ? -5 : s.p[size_t(i)];
+      mass = mass && near(softmax_map.value(map, y, x), want, step * std::fabs(want) + unit + least);
+    }
+    check(same, name + " gradient of the heatmap");
+    check(zeros, name + " gradient of pixels that do not count");
+    check(mass, name + " softmax");
+    check(near(grad_beta[map], dbeta, 40 * unit * size), name + " gradient of beta");
+  }
+  bool same = true;
+  for (int64_t map = 0; map < maps; ++map) {
+    for (int64_t i = 0; i < n * channels; ++i) {
+      const auto [y, x] = pixel(i % n);
+      const double want = wanted_values[size_t(values.offset(map, i / n, y, x))];
+      same = same && near(grad_values.value(map, i / n, y, x), want, step * std::fabs(want) + unit * double(maps) + least);
+    }
+  }
+  check(same, name + " gradient of the values");
+  check(gaps_untouched(grad_heatmap) && gaps_untouched(softmax_map), name + " gaps");
+}
+
+// Coordinates of maps that are probabilities already, and their gradient; the mass within a window, and its.
+void run_coordinates_and_window(const Case& c, Counted counted, int64_t radius) {
+  Buffer h(c.dtype, make_view(c.layout, c.outer, c.inner, c.height, c.width), 0xff), grad_heatmap(c.dtype, h.view, 0x5a);
+  fill(h, false);
+  const Pixels pixels(c, counted);
+  const MapView& v = h.view;
+  const int64_t maps = v.maps(), n = c.height * c.width;
+  for (int64_t i = 0; i < maps * n; ++i) {
+    const int64_t map = i / n, y = i / c.width % c.height, x = i % c.width;
+    if (!pixels.at(map, y, x)) put(c.dtype, h.at(map, y, x), NAN);
+  }
+  const std::string name = c.name() + " counted " + std::to_string(int(counted)) + " radius " + std::to_string(radius);
+  const Units units = {0.5, 3, 2, -1};
+  const BetaView number = {nullptr, 1, 1, 1};
+  const double unit = c.dtype == Dtype::float64 ? 1e-14 : 1e-6, extent = double(c.height + c.width);
+  const double step = c.dtype == Dtype::float16 ? 1e-3 : c.dtype == Dtype::bfloat16 ? 8e-3 : 0;
+  const Values of_coordinates = {ValueKind::coordinates, nullptr, {2, 0, 0, 0, 0, 0}, units, 0, nullptr};
+  Accumulators mean(c.dtype, 2 * maps), grad(c.dtype, 2 * maps), stats(c.dtype, kStats * maps), mass(c.dtype, maps);
+  for (int64_t i = 0; i < 2 * maps; ++i) grad.set(i, uniform() - 0.5);
+  {
+    const SoftmaxParams itself = softmax_params(h, number, pixels, nullptr);
+    ExpectationParams e = {itself, of_coordinates, mean.bytes.get(), nullptr};
+    std::vector<char> workspace(size_t(cpu::expectation_workspace(e)));
+    e.workspace = workspace.data();
+    cpu::expectation({nullptr, &e, nullptr, nullptr});
+    const ExpectationHeatmapParams g = {itself, of_coordinates, nullptr, grad.bytes.get(), grad_heatmap.bytes.get(),
+                                        v, nullptr, nullptr};
+    cpu::expectation({nullptr, nullptr, &g, nullptr});
+  }
+  for (int64_t map = 0; map < maps; ++map) {
+    double x_mean = 0, y_mean = 0, sum = 0;
+    bool same = true;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t y = i / c.width, x = i % c.width;
+      const double at_x = 0.5 * (double(x) - 0.5 * double(c.width - 1)) + 3, at_y = 2 * (double(y) - 0.5 * double(c.height - 1)) - 1;
+      const bool counts = pixels.at(map, y, x);
+      const double p = counts ? h.value(map, y, x) : 0;
+      x_mean += p * at_x, y_mean += p * at_y, sum += std::fabs(p);
+      const double want = counts ? grad[2 * map] * at_x + grad[2 * map + 1] * at_y : 0;
+      same = same && near(grad_heatmap.value(map, y, x), want, step * std::fabs(want) + 4 * unit * extent);
+    }
+    check(near(mean[2 * map], x_mean, unit * sum * extent), name + " x of probabilities");
+    check(near(mean[2 * map + 1], y_mean, unit * sum * 2 * extent), name + " y of probabilities");
+    check(same, name + " gradient of probabilities");
+  }
+  std::unique_ptr<int64_t[]> centre(new int64_t[size_t(2 * maps)]);
+  for (int64_t i = 0; i < maps; ++i) {
+    centre[size_t(2 * i)] = int64_t(uniform() * double(c.width)), centre[size_t(2 * i + 1)] = int64_t(uniform() * double(c.height));
+  }
+  std::vector<char> workspace(size_t(cpu::soft_argmax2d_forward_workspace(v, c.dtype, false)));
+  ForwardParams f = forward_params(c.dtype, h.bytes.get(), v, number, units, mean.bytes.get(), stats.bytes.get(), workspace);
+  f.pixels = pixels.view;
+  const SoftmaxParams softmax = softmax_params(h, number, pixels, &stats);
+  const Values of_window = {ValueKind::window, nullptr, {1, 0, 0, 0, 0, 0}, {}, radius, centre.get()};
+  const ExpectationParams e = {softmax, of_window, mass.bytes.get(), nullptr};
+  cpu::expectation({&f, &e, nullptr, nullptr});
+  const ExpectationHeatmapParams g = {softmax, of_window, mass.bytes.get(), grad.bytes.get(), grad_heatmap.bytes.get(), v,
+                                      nullptr, nullptr};
+  cpu::expectation({nullptr, nullptr, &g, nullptr});
+  for (int64_t map = 0; map < maps; ++map) {
+    const Softmax s(h, map, 1, pixels);
+    const bool empty = s.weight == 0;
+    const auto inside = [&](int64_t i) {
+      return std::abs(i % c.width - centre[size_t(2 * map)]) <= radius && std::abs(i / c.width - centre[size_t(2 * map + 1)]) <= radius;
+    };
+    double want = 0;
+    bool same = true;
+    for (int64_t i = 0; i < n; ++i) want += inside(i) ? s.p[size_t(i)] : 0;
+    check(near(mass[map], empty ? -5 : want, 4 * unit), name + " mass");
+    for (int64_t i = 0; i < n; ++i) {
+      const double wq = empty ? 0 : s.p[size_t(i)] * grad[map] * ((inside(i) ? 1 : 0) - want);
+      same = same && near(grad_heatmap.value(map, i / c.width, i % c.width), wq, step * std::fabs(wq) + 4 * unit);
+    }
+    check(same, name + " gradient of the mass");
+  }
+  check(gaps_untouched(grad_heatmap), name + " gaps");
+}
+
+void test_expectations() {
+  const int64_t sizes[][4] = {{2, 3, 1, 1}, {1, 9, 3, 3}, {2, 17, 7, 9}, {1, 4, 16, 17}, {2, 8, 3, 71}};
+  const Lie kinds[] = {Lie::rows, Lie::pixels, Lie::shared_by_sample, Lie::shared_by_all};
+  int64_t turn = 0;
+  for (Dtype dtype : kDtypes) {
+    for (Layout layout : kLayouts) {
+      for (const auto& s : sizes) {
+        const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
+        for (Counted counted : {Counted::all, Counted::mask, Counted::shared_mask, Counted::sizes, Counted::both}) {
+          const int64_t channels[] = {1, 2, 3, 16, 19, 41};
+          run_expectation(c, turn % 3 ? 1 : -1.5, counted, kinds[turn % 4], channels[turn % 6]);
+          run_expectation(c, 1, counted, Lie::like_maps, 1);
+          run_coordinates_and_window(c, counted, turn % 5);
+          turn += 7;
+        }
+      }
+    }
+  }
+  for (Layout layout : {Layout::contiguous, Layout::channels_last}) {  // cut into parts
+    for (Lie kind : kinds) run_expectation({Dtype::float32, layout, 1, 2, 260, 300}, 1, Counted::both, kind, 3);
+    run_coordinates_and_window({Dtype::float32, layout, 1, 2, 260, 300}, Counted::all, 70);
+  }
+}
+
 }  // namespace
 
 // As many threads as `threads` says, whatever the grain: tests want the seams.
@@ -655,6 +918,7 @@ int main() {
   test_same_bits();
   test_nan_payloads();
   test_moments_and_masks();
+  test_expectations();
   std::printf("%s: %d passed, %d failed\n", cpu::capability(), passed, failed);
   return failed != 0;
 }
