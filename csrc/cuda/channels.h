@@ -124,7 +124,7 @@ KPFUSED_DEVICE void channels_states(const T* image, const ChannelsPart& part, co
 
 // A tree over the pixels of each channel, in shared memory: [pixel][group][V] states. Result in pixel 0.
 template <class S, int V, class Op>
-KPFUSED_DEVICE void reduce_pixels(S (&s)[V], const ChannelsPart& part, const Plan& plan, S* shared, const Op (&op)[V]) {
+KPFUSED_DEVICE void reduce_pixels(S (&s)[V], int pixel, const Plan& plan, S* shared, const Op (&op)[V]) {
   const int pixels = plan.tx * plan.ty;
   S* const mine = shared + static_cast<int>(threadIdx.x) * V;
   int half = 1;
@@ -133,7 +133,7 @@ KPFUSED_DEVICE void reduce_pixels(S (&s)[V], const ChannelsPart& part, const Pla
   for (int j = 0; j < V; ++j) mine[j] = s[j];
   __syncthreads();
   for (half /= 2; half > 0; half /= 2) {
-    if (part.pixel < half && part.pixel + half < pixels) {
+    if (pixel < half && pixel + half < pixels) {
 #pragma unroll
       for (int j = 0; j < V; ++j) mine[j] = s[j] = op[j](s[j], mine[half * plan.groups * V + j]);
     }
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kChannelBlocks<T
   State<A> state[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) state[j] = channel[j].all;
-  reduce_pixels(state, part, plan, shared, op);
+  reduce_pixels(state, part.pixel, plan, shared, op);
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kChannelBlocks<T
   if (!kBeta) return;
   KPFUSED_SHARED(A, shared);
   const Add op[V] = {};
-  reduce_pixels(dbeta, part, plan, shared, op);
+  reduce_pixels(dbeta, part.pixel, plan, shared, op);
   if (part.pixel != 0 || !part.active) return;
   A* const target = static_cast<A*>(plan.parts() > 1 ? p.workspace : p.grad_beta);
 #pragma unroll

@@ -58,7 +58,7 @@ struct Add {
   }
   template <class A>
   KPFUSED_DEVICE static void clear(A& a) {
-    a = 0;
+    a = A{};
   }
 };
 

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kMomentBlocks<T>
   Merge<A> op[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) op[j].scale = beta[j].scale;
-  reduce_pixels(state, part, plan, shared, op);
+  reduce_pixels(state, part.pixel, plan, shared, op);
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kMomentBlocks<T>
   if (!p.grad_beta) return;
   KPFUSED_SHARED(A, shared);
   const Add op[V] = {};
-  reduce_pixels(dbeta, part, plan, shared, op);
+  reduce_pixels(dbeta, part.pixel, plan, shared, op);
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {

@@ -32,6 +32,10 @@ KPFUSED_DEVICE const uint8_t* mask_at(const CountedPixels& c, int64_t y, int64_t
   return c.mask ? c.mask + y * c.stride_y + x * c.stride_x : nullptr;
 }
 
+KPFUSED_DEVICE bool counts_at(const CountedPixels& c, int64_t y, int64_t x) {
+  return y < c.height && x < c.width && (!c.mask || c.mask[y * c.stride_y + x * c.stride_x]);
+}
+
 // One bit for each of N rows, ty apart, of V pixels side by side: whether it lies within the first `rows` and `columns`
 // and the mask, which begins at the first of them, has it.
 template <int N, int V>
