@@ -96,8 +96,8 @@ def build(kind: str, csrc: Path = CSRC, only: Sequence[str] | None = None, jobs:
     """The harness around the kernels in ``csrc``; or around the sources ``only`` of it and the project's own others."""
     flags = KINDS[kind]
     host = [*EMULATOR, *sorted((SIMT / "harness").glob("*.cpp"))]
-    public = [CSRC / name for name in ("params.h", "layout.h", "units.h", "cuda/soft_argmax2d.h")]
-    host_reads = [*headers(SIMT, SIMT / "harness"), *public]
+    public = ["params.h", "layout.h", "units.h", "cuda/soft_argmax2d.h", "cuda/expectation2d.h"]
+    host_reads = [*headers(SIMT, SIMT / "harness"), *(CSRC / name for name in public)]
     kernels = sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in {".cu", ".cpp"})
 
     def host_object(source: Path) -> Path:

@@ -119,18 +119,21 @@ class Fixture {
     return g;
   }
 
+  // As it lies in memory.
+  Real logit(int64_t map, int64_t i) const {
+    const Strides strides = c_.strides();
+    return load(c_.dtype, heatmap_.data(),
+                map / c_.inner * strides[0] + map % c_.inner * strides[1] + i / c_.width * strides[2] + i % c_.width * strides[3]);
+  }
+
   Reference expected(int64_t map) const {
     const auto pixels = static_cast<size_t>(c_.height * c_.width);
     std::vector<Real> logits(pixels);
     std::vector<uint8_t> counts(pixels);
-    const Strides strides = c_.strides();
-    const int64_t base = map / c_.inner * strides[0] + map % c_.inner * strides[1];
-    for (int64_t y = 0; y < c_.height; ++y)
-      for (int64_t x = 0; x < c_.width; ++x) {
-        const auto i = static_cast<size_t>(y * c_.width + x);
-        logits[i] = load(c_.dtype, heatmap_.data(), base + y * strides[2] + x * strides[3]);
-        counts[i] = c_.counted(map, y, x);
-      }
+    for (int64_t i = 0; i < c_.height * c_.width; ++i) {
+      logits[static_cast<size_t>(i)] = logit(map, i);
+      counts[static_cast<size_t>(i)] = c_.counted(map, i / c_.width, i % c_.width);
+    }
     return reference({logits, counts, c_.height, c_.width, c_.beta(map), upstream(map)});
   }
 

@@ -6,10 +6,12 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "access.h"
+#include "expectation.h"
 #include "run.h"
 
 #if defined(KPFUSED_SIMT_ASAN)
@@ -74,8 +76,26 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
-bool matches(const harness::Case& c, const std::vector<std::string>& filters) {
-  const std::string name = c.name();
+// A case, of whatever steps.
+struct Test {
+  std::string group, name;
+  int orders;
+  std::function<harness::Outcome(const std::vector<simt::Order>&, uint64_t)> run;
+};
+
+std::vector<Test> all_tests() {
+  std::vector<Test> tests;
+  const auto add = [&](const harness::Case& maps, std::string name, auto run) {
+    tests.push_back({maps.group, std::move(name), maps.orders, std::move(run)});
+  };
+  for (const harness::Case& c : harness::all_cases())
+    add(c, c.name(), [c](const auto& orders, uint64_t seed) { return harness::run_case(c, orders, seed); });
+  for (const harness::ExpectationCase& c : harness::expectation_cases())
+    add(c.maps, c.name(), [c](const auto& orders, uint64_t seed) { return harness::run_expectation(c, orders, seed); });
+  return tests;
+}
+
+bool matches(const std::string& name, const std::vector<std::string>& filters) {
   for (const std::string& filter : filters)
     if (name.find(filter) == std::string::npos) return false;
   return true;
@@ -105,24 +125,24 @@ int main(int argc, char** argv) {
 #endif
   Group group;
   int passed = 0, failed = 0, number = 0;
-  for (const harness::Case& c : harness::all_cases()) {
-    if (!matches(c, options.filters) || number++ % options.shards != options.shard) continue;
+  for (const Test& test : all_tests()) {
+    if (!matches(test.name, options.filters) || number++ % options.shards != options.shard) continue;
     if (options.list) {
-      std::printf("%s\n", c.name().c_str());
+      std::printf("%s\n", test.name.c_str());
       continue;
     }
-    if (group.name != c.group) {
+    if (group.name != test.group) {
       group.report();
       group = Group{};
-      group.name = c.group;
+      group.name = test.group;
     }
     std::vector<simt::Order> orders = options.orders;
-    if (static_cast<int>(orders.size()) > c.orders) orders.erase(orders.begin(), orders.end() - c.orders);
+    if (static_cast<int>(orders.size()) > test.orders) orders.erase(orders.begin(), orders.end() - test.orders);
     const double started = seconds();
-    const harness::Outcome outcome = harness::run_case(c, orders, options.seed);
-    if (options.verbose) std::printf("%6.2f s  %s\n", seconds() - started, c.name().c_str());
+    const harness::Outcome outcome = test.run(orders, options.seed);
+    if (options.verbose) std::printf("%6.2f s  %s\n", seconds() - started, test.name.c_str());
     for (const std::string& failure : outcome.failures)
-      std::printf("FAILED %s: %s\n", c.name().c_str(), failure.c_str());
+      std::printf("FAILED %s: %s\n", test.name.c_str(), failure.c_str());
     ++(outcome.failures.empty() ? group.passed : group.failed);
     ++(outcome.failures.empty() ? passed : failed);
     if (outcome.worst > group.worst) group.worst = outcome.worst;
