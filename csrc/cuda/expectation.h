@@ -107,16 +107,23 @@ KPFUSED_DEVICE A softmax_beta(const BetaView& beta, int64_t n) {
 }
 
 template <class A>
-KPFUSED_DEVICE const Stats<A>& stats_of(const SoftmaxParams& p, int64_t n) {
+KPFUSED_DEVICE Stats<A> stats_of(const SoftmaxParams& p, int64_t n) {
   return *reinterpret_cast<const Stats<A>*>(static_cast<const A*>(p.stats) + n * p.stats_stride);
+}
+
+template <class A>
+KPFUSED_DEVICE Softmax<A> softmax_of(const Stats<A>& stats, A beta) {
+  const Sharpness<A> sharp = sharpness(beta);
+  return {sharp.sign, sharp.scale, stats.peak, A(1) / stats.sum, false, false};
 }
 
 template <class A>
 KPFUSED_DEVICE Softmax<A> softmax_of(const SoftmaxParams& p, int64_t n) {
   if (p.is_probability) return {A(1), A(1), A(0), A(1), true, false};
-  const Stats<A>& stats = stats_of<A>(p, n);
-  const Sharpness<A> sharp = sharpness(softmax_beta<A>(p.beta, n));
-  return {sharp.sign, sharp.scale, stats.peak, A(1) / stats.sum, false, is_empty(p.pixels, stats.sum)};
+  const Stats<A> stats = stats_of<A>(p, n);
+  Softmax<A> softmax = softmax_of(stats, softmax_beta<A>(p.beta, n));
+  softmax.empty = is_empty(p.pixels, stats.sum);
+  return softmax;
 }
 
 // N rows, ty apart, of which the first `rows` are read.
@@ -128,55 +135,79 @@ KPFUSED_DEVICE void load_logits(const T* p, int64_t step, int rows, int ty, Acc<
 
 // ---- Values -----------------------------------------------------------------------------------------------------------
 
-// Those of one map.
+// Those of one map, of which a thread's first row is row 0.
 template <class T>
 struct MapValues {
   using A = Acc<T>;
   const kpfused::Values& of;
   const MapView& view;
-  const T* data;  // of the map's first pixel
-  Box box;        // outside it, values that are not in memory are zero
+  const T* data;        // of row 0; all strides are zero where there is none
+  A y;                 // row 0, centred
+  int64_t left, right;  // columns and rows outside which values that are not in memory are zero
+  int top, bottom;
 
-  KPFUSED_DEVICE MapValues(const kpfused::Values& values, const SoftmaxParams& softmax, int64_t n)
-      : of(values), view(softmax.view), data(nullptr), box{0, view.width, 0, view.height} {
-    if (of.kind == ValueKind::window) box = window_of(of, view, stats_of<A>(softmax, n), n);
-    if (of.kind != ValueKind::tensor) return;
-    const int64_t outer = n / view.inner, inner = n % view.inner;
-    data = static_cast<const T*>(of.data) + outer * of.view.stride_outer + inner * of.view.stride_inner;
+  KPFUSED_DEVICE MapValues(const kpfused::Values& values, const SoftmaxParams& softmax, int64_t n, const Box& box,
+                           int64_t first)
+      : of(values), view(softmax.view), y(centred<A>(first, view.height)), left(box.left), right(box.right) {
+    const auto row = [&](int64_t at) { return at > first ? static_cast<int>(at - first) : 0; };
+    top = row(box.top);
+    bottom = row(box.bottom);
+    data = static_cast<const T*>(of.data) + n / view.inner * of.view.stride_outer +
+           n % view.inner * of.view.stride_inner + first * of.view.stride_y;
   }
 
-  // `channels` from `channel` on, at kStepRows rows, ty apart, of which the first `rows` are read. The others, and
-  // channels beyond, are zero.
-  KPFUSED_DEVICE void load(int64_t channel, int64_t channels, int64_t y, int64_t x, int rows, int ty,
-                           A (&v)[kStepRows][kStepChannels]) const {
-    if (of.kind != ValueKind::tensor) return place(y, x, ty, v);
-    const T* p = data + channel * of.view.stride_channel + y * of.view.stride_y + x * of.view.stride_x;
+  // Channel `channel` and those after it, of one column.
+  struct Column {
+    const T* p;  // where row 0 lies in memory
+    A x;         // or its value: the coordinate, or 1 within the window
+  };
+
+  KPFUSED_DEVICE Column column(int64_t channel, int64_t x) const {
+    Column column{data + channel * of.view.stride_channel + x * of.view.stride_x, A(0)};
+    if (of.kind == ValueKind::window) {
+      column.x = left <= x && x < right ? A(1) : A(0);
+    } else if (of.kind == ValueKind::coordinates) {
+      column.x = static_cast<A>(of.units.scale_x) * centred<A>(x, view.width) + static_cast<A>(of.units.offset_x);
+    }
+    return column;
+  }
+
+  // `channels` of them, one at least, at N rows from `row` on, ty apart, of which `rows` are read. The others, and channels
+  // beyond, are zero. Of a tensor, p: where they lie.
+  template <int N, int C>
+  KPFUSED_DEVICE void load(const Column& column, const T* p, int64_t channels, int row, int rows, int ty,
+                           A (&v)[N][C]) const {
+    if (of.kind != ValueKind::tensor) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int at = row + i * ty;
+        v[i][0] = top <= at && at < bottom ? column.x : A(0);
+        v[i][1] = static_cast<A>(of.units.scale_y) * (y + static_cast<A>(at)) + static_cast<A>(of.units.offset_y);
+#pragma unroll
+        for (int j = 2; j < C; ++j) v[i][j] = 0;
+      }
+      return;
+    }
     const int64_t step = ty * of.view.stride_y;
 #pragma unroll
-    for (int j = 0; j < kStepChannels; ++j, p += of.view.stride_channel) {
+    for (int i = 0; i < N; ++i) v[i][0] = i * ty < rows ? widen(p[i * step]) : A(0);
+    // One channel is what most ask for.
+    if (channels == 1) return;
 #pragma unroll
-      for (int i = 0; i < kStepRows; ++i) {
-        v[i][j] = channel + j < channels && i * ty < rows ? widen(p[i * step]) : A(0);
-      }
-    }
-  }
-
- private:
-  // Coordinates, x and y; or 1 within the window, in the place of x.
-  KPFUSED_DEVICE void place(int64_t y, int64_t x, int ty, A (&v)[kStepRows][kStepChannels]) const {
-    const bool window = of.kind == ValueKind::window;
-    const A at_x = static_cast<A>(of.units.scale_x) * centred<A>(x, view.width) + static_cast<A>(of.units.offset_x);
-    const A first = centred<A>(y, view.height);
+    for (int j = 1; j < C; ++j) {
+      p += of.view.stride_channel;
 #pragma unroll
-    for (int i = 0; i < kStepRows; ++i) {
-      v[i][0] = !box.has(y + i * ty, x) ? A(0) : window ? A(1) : at_x;
-      v[i][1] = static_cast<A>(of.units.scale_y) * (first + static_cast<A>(i * ty)) +
-                static_cast<A>(of.units.offset_y);
-#pragma unroll
-      for (int j = 2; j < kStepChannels; ++j) v[i][j] = 0;
+      for (int i = 0; i < N; ++i) v[i][j] = j < channels && i * ty < rows ? widen(p[i * step]) : A(0);
     }
   }
 };
+
+// Where values other than a tensor's are not zero: within the window, or all of the map.
+template <class A>
+KPFUSED_DEVICE Box value_box(const kpfused::Values& values, const SoftmaxParams& softmax, int64_t n) {
+  if (values.kind != ValueKind::window) return {0, softmax.view.width, 0, softmax.view.height};
+  return window_of(values, softmax.view, stats_of<A>(softmax, n), n);
+}
 
 // ---- Kernels ----------------------------------------------------------------------------------------------------------
 
@@ -188,38 +219,50 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   const auto& [p, plan] = launch;
   using A = Acc<T>;
   using Sums = Values<A, kStepChannels>;
-  constexpr int N = kStepRows;
+  constexpr int N = kStepRows, C = kStepChannels;
   const SoftmaxParams& of = p.softmax;
   const int64_t channels = p.values.view.channels, passes = channel_passes(channels);
-  const int64_t channel = blockIdx.x % passes * kStepChannels;
+  const int64_t channel = blockIdx.x % passes * C, some = channels - channel;
   Area area = area_of(plan, of.view, blockIdx.x / passes);
   const int64_t n = area.active ? area.map : 0;
   const CountedPixels counted = counted_pixels(of.pixels, of.view, n);
   const Softmax<A> softmax = softmax_of<A>(of, n);
-  const MapValues<T> values(p.values, of, n);
+  const Box box = value_box<A>(p.values, of, n);
   area.clip({0, counted.width, 0, counted.height});
-  area.clip(values.box);
+  area.clip(box);
+  const MapValues<T> values(p.values, of, n, box, area.first_row());
   const int rows = area.rows_until(area.bottom);
-  const int64_t step = plan.ty * of.view.stride_y, first = area.first_row();
+  const int64_t step = plan.ty * of.view.stride_y, value_step = plan.ty * p.values.view.stride_y;
+  const int64_t first = area.first_row();
   const T* const map = static_cast<const T*>(of.heatmap) + map_offset(of.view, n);
   Sums sum = {};
   for (int64_t x = area.first_column(); x < area.right; x += plan.tx) {
     const T* h = map + first * of.view.stride_y + x * of.view.stride_x;
+    const auto column = values.column(channel, x);
+    const T* value = column.p;
     const uint8_t* mask = mask_at(counted, first, x);
-    for (int row = 0; row < rows; row += N * plan.ty, h += N * step) {
+    for (int row = 0; row < rows; row += N * plan.ty) {
       const int left = rows - row;
-      A logit[N], v[N][kStepChannels];
-      load_logits(h, step, left, plan.ty, logit);
-      values.load(channel, channels, first + row, x, left, plan.ty, v);
+      A w[N], v[N][C];
+      load_logits(h, step, left, plan.ty, w);
+      values.load(column, value, some, row, left, plan.ty, v);
       const unsigned bits = counted_bits<N, 1>(counted, mask, left, plan.ty, 1);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         // Selected: beside a pixel that does not count, the value may be NaN.
-        const A w = softmax(logit[i]);
-        if (!(bits >> i & 1)) continue;
-#pragma unroll
-        for (int j = 0; j < kStepChannels; ++j) sum.at[j] += w * v[i][j];
+        w[i] = softmax(w[i]);
+        if (bits >> i & 1) sum.at[0] += w[i] * v[i][0];
       }
+      if (some > 1) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          if (!(bits >> i & 1)) continue;
+#pragma unroll
+          for (int j = 1; j < C; ++j) sum.at[j] += w[i] * v[i][j];
+        }
+      }
+      h += N * step;
+      value += N * value_step;
       if (mask) mask += N * plan.ty * counted.stride_y;
     }
   }
@@ -230,8 +273,8 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   // The parts of an empty map add up to its value.
   const A value = static_cast<A>(area.part == 0 ? of.pixels.empty_value : 0);
 #pragma unroll
-  for (int j = 0; j < kStepChannels; ++j) {
-    if (channel + j >= channels) continue;
+  for (int j = 0; j < C; ++j) {
+    if (j >= some) continue;
     to[(n * channels + channel + j) * plan.parts() + area.part] = softmax.empty ? value : sum.at[j];
   }
 }
@@ -242,19 +285,21 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
     expectation_gradient(Launch<ExpectationHeatmapParams> launch) {
   const auto& [p, plan] = launch;
   using A = Acc<T>;
-  constexpr int N = kStepRows, C = kStepChannels;
+  constexpr int N = kStepRows, C = 2;  // more would not fit into registers
   const SoftmaxParams& of = p.softmax;
   const int64_t channels = p.values.view.channels;
   const Area area = area_of(plan, of.view, blockIdx.x);
   const int64_t n = area.active ? area.map : 0;
   const CountedPixels counted = counted_pixels(of.pixels, of.view, n);
   const Softmax<A> softmax = softmax_of<A>(of, n);
-  const MapValues<T> values(p.values, of, n);
+  const MapValues<T> values(p.values, of, n, value_box<A>(p.values, of, n), area.first_row());
   const A beta = of.is_probability ? A(1) : softmax_beta<A>(of.beta, n);
   const A* const grad = static_cast<const A*>(p.grad) + n * channels;
+  const bool ones = !p.grad;
   const A* const mean = static_cast<const A*>(p.expectation) + n * channels;
   const int rows = area.rows_until(area.bottom);
   const int64_t step = plan.ty * of.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
+  const int64_t value_step = plan.ty * p.values.view.stride_y;
   const int64_t first = area.first_row();
   const T* const map = static_cast<const T*>(of.heatmap) + map_offset(of.view, n);
   T* const out = static_cast<T*>(p.grad_heatmap) + map_offset(p.grad_view, n);
@@ -265,20 +310,27 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
     const uint8_t* mask = mask_at(counted, first, x);
     // Beyond the valid size nothing is read, in an empty map neither.
     const int valid = softmax.empty || x >= counted.width ? 0 : area.rows_until(counted.height);
-    for (int row = 0; row < rows; row += N * plan.ty, h += N * step, to += N * out_step) {
+    const auto column = values.column(0, x);
+    const T* row_values = column.p;
+    for (int row = 0; row < rows; row += N * plan.ty) {
       const int left = valid < rows ? valid - row : rows - row;
       A logit[N], q[N] = {};
       load_logits(h, step, left, plan.ty, logit);
-      for (int64_t c = 0; c < channels; c += C) {
+      const T* value = row_values;
+      for (int64_t c = 0; c < channels; c += C, value += C * p.values.view.stride_channel) {
         A v[N][C];
-        values.load(c, channels, first + row, x, left, plan.ty, v);
-#pragma unroll
-        for (int j = 0; j < C; ++j) {
-          const bool there = c + j < channels;
-          const A g = !there ? A(0) : p.grad ? grad[c + j] : A(1);
-          const A e = there && !of.is_probability ? mean[c + j] : A(0);
+        const int64_t some = channels - c;
+        values.load(column, value, some, row, left, plan.ty, v);
+        const auto add = [&](int j) {
+          const A g = ones ? A(1) : grad[c + j], e = softmax.is_probability ? A(0) : mean[c + j];
 #pragma unroll
           for (int i = 0; i < N; ++i) q[i] += g * (v[i][j] - e);
+        };
+        add(0);
+        if (some == 1) break;
+#pragma unroll
+        for (int j = 1; j < C; ++j) {
+          if (j < some) add(j);
         }
       }
       const unsigned bits = counted_bits<N, 1>(counted, mask, left, plan.ty, 1);
@@ -291,6 +343,9 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
         const A dh[1] = {counts ? beta * wq : A(0)};
         if (i * plan.ty < rows - row) store<T, 1>(to + i * out_step, narrow(dh, T{}));
       }
+      h += N * step;
+      to += N * out_step;
+      row_values += N * value_step;
       if (mask) mask += N * plan.ty * counted.stride_y;
     }
   }
@@ -336,27 +391,60 @@ struct Sharing {
 
   // sum[k] += P g of every kStepRows-th map at one pixel.
   KPFUSED_DEVICE void add(int64_t y, int64_t x, int64_t channel, A (&sum)[kStepRows][kStepChannels]) const {
+    const T* row = map + y * p.softmax.view.stride_y + x * p.softmax.view.stride_x;
+    for (int64_t o = 0; o < far; ++o, row += far_stride) {
+      const T* h = row;
+      for (int64_t i = 0; i < near; i += kStepRows, h += kStepRows * near_stride) {
+        add_maps(first + o * far_maps + i * near_maps, h, near - i, y, x, channel, sum);
+      }
+    }
+  }
+
+ private:
+  // Up to kStepRows maps from n on: all loads before the first use.
+  KPFUSED_DEVICE void add_maps(int64_t n, const T* h, int64_t maps, int64_t y, int64_t x, int64_t channel,
+                               A (&sum)[kStepRows][kStepChannels]) const {
+    constexpr int N = kStepRows;
     const SoftmaxParams& of = p.softmax;
+    A w[N];
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      w[k] = k < maps ? widen(h[k * near_stride]) : A(0);
+      if (k < maps) bits |= 1u << k;
+    }
+    const unsigned all = bits;
+    if (!of.pixels.all()) {
+      // Not unrolled: rare, and long.
+#pragma unroll 1
+      for (int k = 0; k < N; ++k) {
+        if (k < maps && !counts_at(counted_pixels(of.pixels, of.view, n + k * near_maps), y, x)) bits &= ~(1u << k);
+      }
+    }
+    if (!of.is_probability) {
+      Stats<A> stats[N];
+      A beta[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) stats[k] = stats_of<A>(of, k < maps ? n + k * near_maps : n);
+#pragma unroll
+      for (int k = 0; k < N; ++k) beta[k] = softmax_beta<A>(of.beta, k < maps ? n + k * near_maps : n);
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        w[k] = softmax_of(stats[k], beta[k])(w[k]);
+        if (!is_empty(of.pixels, stats[k].sum)) continue;
+        // The softmax map of an empty map is its value everywhere.
+        w[k] = static_cast<A>(of.pixels.empty_value);
+        bits = p.grad ? bits & ~(1u << k) : bits | (all & 1u << k);
+      }
+    }
     const int64_t channels = p.value_view.channels;
-    const T* const pixel = map + y * of.view.stride_y + x * of.view.stride_x;
-    for (int64_t o = 0; o < far; ++o) {
-      for (int64_t i = 0; i < near; i += kStepRows) {
+    const A* const grad = static_cast<const A*>(p.grad) + n * channels + channel;
 #pragma unroll
-        for (int k = 0; k < kStepRows; ++k) {
-          if (i + k >= near) continue;
-          const int64_t n = first + o * far_maps + (i + k) * near_maps;
-          const Softmax<A> softmax = softmax_of<A>(of, n);
-          bool counts = !softmax.empty;
-          if (counts && !of.pixels.all()) counts = counts_at(counted_pixels(of.pixels, of.view, n), y, x);
-          A w = counts ? softmax(widen(pixel[o * far_stride + (i + k) * near_stride])) : A(0);
-          if (softmax.empty && !p.grad) counts = true, w = static_cast<A>(of.pixels.empty_value);
-          if (!counts) continue;
-          const A* const grad = static_cast<const A*>(p.grad) + n * channels + channel;
+    for (int k = 0; k < N; ++k) {
+      if (!(bits >> k & 1)) continue;
 #pragma unroll
-          for (int j = 0; j < kStepChannels; ++j) {
-            if (channel + j < channels) sum[k][j] += p.grad ? w * grad[j] : w;
-          }
-        }
+      for (int j = 0; j < kStepChannels; ++j) {
+        if (channel + j < channels) sum[k][j] += p.grad ? w[k] * grad[k * near_maps * channels + j] : w[k];
       }
     }
   }
@@ -377,27 +465,31 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   const Area area = area_of(plan, own, blockIdx.x / passes);
   if (!area.active) return;
   const int64_t outer = area.map / own.inner, inner = area.map % own.inner;
-  T* const out = static_cast<T*>(p.grad_values) + outer * to.stride_outer + inner * to.stride_inner +
-                 channel * to.stride_channel;
   const int rows = area.rows_until(area.bottom);
-  const int64_t first = area.first_row();
-  const auto write = [&](int64_t y, int64_t x, const A(&v)[C]) {
-    T* q = out + y * to.stride_y + x * to.stride_x;
+  const int64_t first = area.first_row(), some = to.channels - channel, out_step = plan.ty * to.stride_y;
+  T* const out = static_cast<T*>(p.grad_values) + outer * to.stride_outer + inner * to.stride_inner +
+                 channel * to.stride_channel + first * to.stride_y;
+  const auto write = [&](T* q, const A(&v)[C]) {
+    const A one[1] = {v[0]};
+    store<T, 1>(q, narrow(one, T{}));
+    if (some == 1) return;
 #pragma unroll
-    for (int j = 0; j < C; ++j, q += to.stride_channel) {
-      const A one[1] = {v[j]};
-      if (channel + j < to.channels) store<T, 1>(q, narrow(one, T{}));
+    for (int j = 1; j < C; ++j) {
+      q += to.stride_channel;
+      const A another[1] = {v[j]};
+      if (j < some) store<T, 1>(q, narrow(another, T{}));
     }
   };
   if constexpr (kShared) {
     const Sharing<T> sharing(p, own, outer, inner);
     for (int64_t x = area.first_column(); x < area.right; x += plan.tx) {
-      for (int row = 0; row < rows; row += plan.ty) {
+      T* q = out + x * to.stride_x;
+      for (int row = 0; row < rows; row += plan.ty, q += out_step) {
         A sum[N][C] = {}, all[C];
         sharing.add(first + row, x, channel, sum);
 #pragma unroll
         for (int j = 0; j < C; ++j) all[j] = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
-        write(first + row, x, all);
+        write(q, all);
       }
     }
   } else {
@@ -410,12 +502,13 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
     const A otherwise = static_cast<A>(softmax.empty && !p.grad ? of.pixels.empty_value : 0);
     A g[C];
 #pragma unroll
-    for (int j = 0; j < C; ++j) g[j] = p.grad && channel + j < to.channels ? grad[j] : A(1);
+    for (int j = 0; j < C; ++j) g[j] = p.grad && j < some ? grad[j] : A(1);
     for (int64_t x = area.first_column(); x < area.right; x += plan.tx) {
+      T* q = out + x * to.stride_x;
       const T* h = map + first * of.view.stride_y + x * of.view.stride_x;
       const uint8_t* mask = mask_at(counted, first, x);
       const int valid = softmax.empty || x >= counted.width ? 0 : area.rows_until(counted.height);
-      for (int row = 0; row < rows; row += N * plan.ty, h += N * step) {
+      for (int row = 0; row < rows; row += N * plan.ty) {
         const int left = valid < rows ? valid - row : rows - row;
         A logit[N];
         load_logits(h, step, left, plan.ty, logit);
@@ -426,8 +519,10 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
           A v[C];
 #pragma unroll
           for (int j = 0; j < C; ++j) v[j] = bits >> i & 1 ? w * g[j] : otherwise;
-          if (i * plan.ty < rows - row) write(first + row + i * plan.ty, x, v);
+          if (i * plan.ty < rows - row) write(q + i * out_step, v);
         }
+        h += N * step;
+        q += N * out_step;
         if (mask) mask += N * plan.ty * counted.stride_y;
       }
     }
