@@ -60,7 +60,7 @@ class Kernel:
 
     @property
     def streams(self) -> bool:
-        """Whether it walks over maps; the others merge partial results."""
+        """Whether it walks over maps, as many elements at a time as fit; expectations do not, and the others merge."""
         return "rows" in self.name or "channels" in self.name
 
     @property

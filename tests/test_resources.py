@@ -34,8 +34,11 @@ def test_every_kernel_is_in(arch: str) -> None:
     assert len(means) == 4 * 2 * 3 * 2
     # Moments: float64 takes single elements alone, and dbeta is always summed.
     assert len(streaming(arch)) - len(means) == (3 * 2 + 1) * 2 * 2
-    # And the merges, for both accumulators: states of means, of moments, and dbeta.
-    assert len(all_kernels(arch)) == len(streaming(arch)) + 2 * 3
+    # Expectations, four kernels a type: E, and the gradients of the map and of values, shared and not.
+    expectations = [k for k in all_kernels(arch) if re.match("expectation_|values_gradient", k.short)]
+    assert len(expectations) == 4 * 4
+    # And the merges, for both accumulators: states of means, of moments, dbeta, and parts of expectations.
+    assert len(all_kernels(arch)) == len(streaming(arch)) + len(expectations) + 2 * 4
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

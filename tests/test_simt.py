@@ -91,7 +91,12 @@ def expected_kernels() -> set[str]:
             for v in {1, widest}:
                 launcher = f"launch_{kind}_moments<{dtype}, {v}>"
                 names |= {f"{kind}_moments<T, V> by {launcher}", f"{kind}_moments_backward<T, V> by {launcher}"}
+    # Those of expectations take single elements of either layout.
+    steps = ("expectation_sums<T>", "expectation_gradient<T>", "values_gradient<T, false>", "values_gradient<T, true>")
+    for dtype in ("float", "double", "Float16", "Bfloat16"):
+        names |= {f"{kernel} by expectation_step<{dtype}>" for kernel in steps}
     for dtype in ("float", "double"):
+        names.add(f"add_parts<A> by launch_add_parts<{dtype}>")
         names |= {f"{kernel} by launch_merge<{dtype}>" for kernel in ("merge_states<Moments<A>>", "add_grad_beta<A>")}
     return names
 
