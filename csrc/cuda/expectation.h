@@ -25,6 +25,8 @@ KPFUSED_HD bool in_channels(const Plan& plan) {
 // Passes over the map that the channels of its values take.
 KPFUSED_HD int64_t channel_passes(int64_t channels) { return (channels + kStepChannels - 1) / kStepChannels; }
 
+KPFUSED_DEVICE int some_channels(int64_t left, int most) { return left < most ? static_cast<int>(left) : most; }
+
 // ---- Places -----------------------------------------------------------------------------------------------------------
 
 // A part of a map, or what is left of it to walk, and the thread's place among the tx x ty that walk it.
@@ -175,7 +177,7 @@ struct MapValues {
   // `channels` of them, one at least, at N rows from `row` on, ty apart, of which `rows` are read. The others, and channels
   // beyond, are zero. Of a tensor, p: where they lie.
   template <int N, int C>
-  KPFUSED_DEVICE void load(const Column& column, const T* p, int64_t channels, int row, int rows, int ty,
+  KPFUSED_DEVICE void load(const Column& column, const T* p, int channels, int row, int rows, int ty,
                            A (&v)[N][C]) const {
     if (of.kind != ValueKind::tensor) {
 #pragma unroll
@@ -222,7 +224,8 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   constexpr int N = kStepRows, C = kStepChannels;
   const SoftmaxParams& of = p.softmax;
   const int64_t channels = p.values.view.channels, passes = channel_passes(channels);
-  const int64_t channel = blockIdx.x % passes * C, some = channels - channel;
+  const int64_t channel = blockIdx.x % passes * C;
+  const int some = some_channels(channels - channel, C);
   Area area = area_of(plan, of.view, blockIdx.x / passes);
   const int64_t n = area.active ? area.map : 0;
   const CountedPixels counted = counted_pixels(of.pixels, of.view, n);
@@ -246,24 +249,24 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
       A w[N], v[N][C];
       load_logits(h, step, left, plan.ty, w);
       values.load(column, value, some, row, left, plan.ty, v);
-      const unsigned bits = counted_bits<N, 1>(counted, mask, left, plan.ty, 1);
+      bool counts[N];
+      count_rows(counted, mask, left, plan.ty, counts);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         // Selected: beside a pixel that does not count, the value may be NaN.
         w[i] = softmax(w[i]);
-        if (bits >> i & 1) sum.at[0] += w[i] * v[i][0];
+        if (counts[i]) sum.at[0] += w[i] * v[i][0];
       }
       if (some > 1) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          if (!(bits >> i & 1)) continue;
+          if (!counts[i]) continue;
 #pragma unroll
           for (int j = 1; j < C; ++j) sum.at[j] += w[i] * v[i][j];
         }
       }
       h += N * step;
       value += N * value_step;
-      if (mask) mask += N * plan.ty * counted.stride_y;
     }
   }
   KPFUSED_SHARED(Sums, shared);
@@ -319,7 +322,7 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
       const T* value = row_values;
       for (int64_t c = 0; c < channels; c += C, value += C * p.values.view.stride_channel) {
         A v[N][C];
-        const int64_t some = channels - c;
+        const int some = some_channels(channels - c, C);
         values.load(column, value, some, row, left, plan.ty, v);
         const auto add = [&](int j) {
           const A g = ones ? A(1) : grad[c + j], e = softmax.is_probability ? A(0) : mean[c + j];
@@ -333,20 +336,19 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
           if (j < some) add(j);
         }
       }
-      const unsigned bits = counted_bits<N, 1>(counted, mask, left, plan.ty, 1);
+      bool counts[N];
+      count_rows(counted, mask, left, plan.ty, counts);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const A wq = of.is_probability ? q[i] : softmax(logit[i]) * q[i];
         // Selected: beside a pixel that does not count, values may be NaN.
-        const bool counts = bits >> i & 1;
-        if (counts && !of.is_probability) dbeta += finite_distance(softmax.distance(logit[i])) * wq;
-        const A dh[1] = {counts ? beta * wq : A(0)};
+        if (counts[i] && !of.is_probability) dbeta += finite_distance(softmax.distance(logit[i])) * wq;
+        const A dh[1] = {counts[i] ? beta * wq : A(0)};
         if (i * plan.ty < rows - row) store<T, 1>(to + i * out_step, narrow(dh, T{}));
       }
       h += N * step;
       to += N * out_step;
       row_values += N * value_step;
-      if (mask) mask += N * plan.ty * counted.stride_y;
     }
   }
   if (!p.grad_beta) return;
@@ -466,7 +468,8 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   if (!area.active) return;
   const int64_t outer = area.map / own.inner, inner = area.map % own.inner;
   const int rows = area.rows_until(area.bottom);
-  const int64_t first = area.first_row(), some = to.channels - channel, out_step = plan.ty * to.stride_y;
+  const int some = some_channels(to.channels - channel, C);
+  const int64_t first = area.first_row(), out_step = plan.ty * to.stride_y;
   T* const out = static_cast<T*>(p.grad_values) + outer * to.stride_outer + inner * to.stride_inner +
                  channel * to.stride_channel + first * to.stride_y;
   const auto write = [&](T* q, const A(&v)[C]) {
@@ -512,18 +515,18 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
         const int left = valid < rows ? valid - row : rows - row;
         A logit[N];
         load_logits(h, step, left, plan.ty, logit);
-        const unsigned bits = counted_bits<N, 1>(counted, mask, left, plan.ty, 1);
+        bool counts[N];
+        count_rows(counted, mask, left, plan.ty, counts);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const A w = softmax(logit[i]);
           A v[C];
 #pragma unroll
-          for (int j = 0; j < C; ++j) v[j] = bits >> i & 1 ? w * g[j] : otherwise;
+          for (int j = 0; j < C; ++j) v[j] = counts[i] ? w * g[j] : otherwise;
           if (i * plan.ty < rows - row) write(q + i * out_step, v);
         }
         h += N * step;
         q += N * out_step;
-        if (mask) mask += N * plan.ty * counted.stride_y;
       }
     }
   }

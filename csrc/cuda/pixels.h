@@ -36,6 +36,21 @@ KPFUSED_DEVICE bool counts_at(const CountedPixels& c, int64_t y, int64_t x) {
   return y < c.height && x < c.width && (!c.mask || c.mask[y * c.stride_y + x * c.stride_x]);
 }
 
+// Which of N rows, ty apart, lie within the first `rows` and the mask, which begins at the first of them and goes on to the
+// one after the last.
+template <int N>
+KPFUSED_DEVICE void count_rows(const CountedPixels& c, const uint8_t*& mask, int rows, int ty, bool (&counts)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) counts[i] = i * ty < rows;
+  if (!mask) return;
+  const int64_t step = ty * c.stride_y;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (counts[i]) counts[i] = mask[i * step] != 0;
+  }
+  mask += N * step;
+}
+
 // One bit for each of N rows, ty apart, of V pixels side by side: whether it lies within the first `rows` and `columns`
 // and the mask, which begins at the first of them, has it.
 template <int N, int V>

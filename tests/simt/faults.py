@@ -456,8 +456,8 @@ FAULTS = (
     Fault(
         name="value_beside_the_mask_multiplied_by_zero",
         file="cuda/expectation.h",
-        old="        w[i] = softmax(w[i]);\n        if (bits >> i & 1) sum",
-        new="        w[i] = bits >> i & 1 ? softmax(w[i]) : A(0);\n        sum",
+        old="        w[i] = softmax(w[i]);\n        if (counts[i]) sum",
+        new="        w[i] = counts[i] ? softmax(w[i]) : A(0);\n        sum",
         kind="access",
         report="FAILED .*expectation of channel .*nan",
         cases=f"{SHARED_VALUES}/3x5x7x9",
@@ -466,8 +466,8 @@ FAULTS = (
     Fault(
         name="gradient_beside_the_mask_multiplied_by_zero",
         file="cuda/expectation.h",
-        old="dh[1] = {counts ? beta * wq : A(0)}",
-        new="dh[1] = {beta * wq * A(counts)}",
+        old="dh[1] = {counts[i] ? beta * wq : A(0)}",
+        new="dh[1] = {beta * wq * A(counts[i])}",
         kind="access",
         report="FAILED .*grad_heatmap.* of map .*nan",
         cases=f"{SHARED_VALUES}/3x5x7x9",
