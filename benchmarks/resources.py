@@ -205,8 +205,10 @@ load, and for means whether the gradient with respect to beta is wanted. Instruc
 the elements it takes, all of its branches counted. The budget of means is what 4.3 TB/s leave to 132 multiprocessors of
 128 lanes at 1.75 GHz: 29 forward in float32 and 14 in half precision, twice that backward. Kernels of moments keep to
 it in float32; in half precision they exceed it, and their budget only holds them to what they take. Maps with a mask
-take these kernels too, but another loop, the one that also ends a column. Blocks are counted by registers and threads
-alone; shared memory is at most 4 KB for rows and 48 KB for channels, by launch.
+take these kernels too, but another loop, the one that also ends a column. Kernels of expectations take single elements
+of either layout, and values_gradient's second argument is whether maps share the values; their loops have branches for
+all that values may be, and no count. Blocks are counted by registers and threads alone; shared memory is at most 4 KB
+for rows and 48 KB for channels, by launch.
 
 """
 

@@ -27,7 +27,7 @@ KPFUSED_HD int64_t channel_passes(int64_t channels) { return (channels + kStepCh
 
 KPFUSED_DEVICE int some_channels(int64_t left, int most) { return left < most ? static_cast<int>(left) : most; }
 
-// ---- Places -----------------------------------------------------------------------------------------------------------
+// ---- Places ---------------------------------------------------------------------------------------------------------
 
 // A part of a map, or what is left of it to walk, and the thread's place among the tx x ty that walk it.
 struct Area {
@@ -88,7 +88,7 @@ KPFUSED_DEVICE S reduce_area(const S& s, const Area& area, const Plan& plan, S* 
   return of_pixel[0];
 }
 
-// ---- P ----------------------------------------------------------------------------------------------------------------
+// ---- P --------------------------------------------------------------------------------------------------------------
 
 // What P needs of one map; of a probability map nothing.
 template <class A>
@@ -135,7 +135,7 @@ KPFUSED_DEVICE void load_logits(const T* p, int64_t step, int rows, int ty, Acc<
   for (int i = 0; i < N; ++i) logit[i] = i * ty < rows ? widen(p[i * step]) : Acc<T>(0);
 }
 
-// ---- Values -----------------------------------------------------------------------------------------------------------
+// ---- Values ---------------------------------------------------------------------------------------------------------
 
 // Those of one map, of which a thread's first row is row 0.
 template <class T>
@@ -211,7 +211,7 @@ KPFUSED_DEVICE Box value_box(const kpfused::Values& values, const SoftmaxParams&
   return window_of(values, softmax.view, stats_of<A>(softmax, n), n);
 }
 
-// ---- Kernels ----------------------------------------------------------------------------------------------------------
+// ---- Kernels --------------------------------------------------------------------------------------------------------
 
 // Bytes: reads the map and, where they are in memory, the values. More than a few channels are taken by several blocks,
 // each of which makes P again: an exp2 costs less than to bring P from elsewhere.
@@ -379,7 +379,8 @@ struct Sharing {
   KPFUSED_DEVICE Sharing(const ExpectationValuesParams& params, const MapView& own, int64_t outer, int64_t inner)
       : p(params) {
     const MapView& view = p.softmax.view;
-    const int64_t of_outer = own.outer == view.outer ? 1 : view.outer, of_inner = own.inner == view.inner ? 1 : view.inner;
+    const int64_t of_outer = own.outer == view.outer ? 1 : view.outer;
+    const int64_t of_inner = own.inner == view.inner ? 1 : view.inner;
     const bool along_inner = of_inner > 1;
     first = outer * view.inner + inner;
     map = static_cast<const T*>(p.softmax.heatmap) + outer * view.stride_outer + inner * view.stride_inner;
@@ -459,7 +460,8 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
     values_gradient(Launch<ExpectationValuesParams> launch) {
   const auto& [p, plan] = launch;
   using A = Acc<T>;
-  constexpr int N = kStepRows, C = kStepChannels;
+  // Of one map there is less to keep, which leaves registers for more loads.
+  constexpr int N = kShared ? kStepRows : 2 * kStepRows, C = kStepChannels;
   const SoftmaxParams& of = p.softmax;
   const ValueView& to = p.value_view;
   const int64_t passes = channel_passes(to.channels), channel = blockIdx.x % passes * C;

@@ -129,7 +129,8 @@ class ExpectationRun {
     p.beta = problem_.beta;
     p.units = problem_.units;
     Buffer coordinates(maps_ * 2, size_of(wide_)), peak(maps_ * 2, 8);
-    Buffer fields[] = {{maps_ * 4, size_of(wide_)}, {maps_, size_of(wide_)}, {maps_, size_of(wide_)}, {maps_, size_of(wide_)}};
+    const size_t wide = size_of(wide_);
+    Buffer fields[] = {{maps_ * 4, wide}, {maps_, wide}, {maps_, wide}, {maps_, wide}};
     p.coordinates = coordinates.data();
     p.stats = stats_.data();
     p.with_moments = c_.maps.moments;
@@ -307,7 +308,9 @@ class ExpectationRun {
 
   // Coordinates are differences of the size of the map.
   Real coarse(Real v) const {
-    return std::fabs(v) + (c_.kind == ValueKind::coordinates ? std::fabs(problem_.units.offset_x) + std::fabs(problem_.units.offset_y) + 1e-3L : 0);
+    const kpfused::Units& u = problem_.units;
+    const Real terms = std::fabs(u.offset_x) + std::fabs(u.offset_y) + 1e-3L;
+    return std::fabs(v) + (c_.kind == ValueKind::coordinates ? terms : 0);
   }
 
   template <class Probability>

@@ -34,17 +34,18 @@ MapView ExpectationCase::grad_view() const { return unfolded(maps, maps.grad_str
 
 kpfused::ValueView ExpectationCase::value_view() const {
   if (kind != ValueKind::tensor) return {channels, 0, 0, 0, 0, 0};
-  const int64_t outer = share_outer ? 1 : maps.outer, inner = share_inner ? 1 : maps.inner, h = maps.height, w = maps.width;
+  const int64_t inner = share_inner ? 1 : maps.inner, h = maps.height, w = maps.width;
   kpfused::ValueView v{};
-  v.channels = channels;
-  switch (layout) {
-    case ValueLayout::dense: v = {channels, inner * channels * h * w, channels * h * w, h * w, w, 1}; break;
-    case ValueLayout::pixels: v = {channels, h * w * inner * channels, channels, 1, w * inner * channels, inner * channels}; break;
-    case ValueLayout::gaps: v = {channels, inner * channels * (h * (w + 3) + 5), channels * (h * (w + 3) + 5), h * (w + 3) + 5, w + 3, 1}; break;
+  if (layout == ValueLayout::pixels) {
+    const int64_t pixel = inner * channels;
+    v = {channels, h * w * pixel, channels, 1, w * pixel, pixel};
+  } else {
+    const int64_t row = w + (layout == ValueLayout::gaps ? 3 : 0), plane = h * row + (layout == ValueLayout::gaps ? 5 : 0);
+    v = {channels, inner * channels * plane, channels * plane, plane, row, 1};
   }
   if (far) v.stride_channel = (int64_t{1} << 31) + 3;
-  if (outer == 1 && share_outer) v.stride_outer = 0;
-  if (inner == 1 && share_inner) v.stride_inner = 0;
+  if (share_outer) v.stride_outer = 0;
+  if (share_inner) v.stride_inner = 0;
   return v;
 }
 
