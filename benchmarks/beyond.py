@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What moments, masks, valid sizes, 1D and 3D cost: as multiples of the plain function, and beside compositions.
+"""What lies beyond the mean costs: as multiples of the plain function, and beside compositions.
 
     python -m benchmarks.beyond                   # CPU: a table, and JSON with --json PATH
     python -m benchmarks.beyond --device cuda
@@ -60,16 +60,37 @@ def expectation1d(heatmap: Tensor) -> Tensor:
     return (torch.softmax(heatmap, -1) * steps).sum(-1, keepdim=True)
 
 
-def forward_backward(function: Callable[[Tensor], Any], heatmap: Tensor) -> Thunk:
+def softmax_map(heatmap: Tensor) -> Tensor:
+    return torch.softmax(heatmap.flatten(-2), -1).view(heatmap.shape)
+
+
+def expectation_of_values(heatmap: Tensor, values: Tensor) -> Tensor:
+    """Values (B, K, C, H, W), or (B, 1, C, H, W) for all keypoints: a batched product of matrices."""
+    maps = softmax_map(heatmap).flatten(-2)
+    if values.shape[1] == 1:
+        return torch.bmm(maps, values[:, 0].flatten(-2).mT)
+    return (values.flatten(-2) @ maps[..., None])[..., 0]
+
+
+def window_composition(heatmap: Tensor, size: int) -> Tensor:
+    """The window as a mask of the whole map."""
+    maps = softmax_map(heatmap)
+    rows, columns = (torch.arange(n, device=heatmap.device) for n in heatmap.shape[-2:])
+    x, y = (maps.sum(-2) * columns).sum(-1), (maps.sum(-1) * rows).sum(-1)
+    near = [(steps - mean.detach().round()[..., None]).abs() <= size // 2 for steps, mean in ((rows, y), (columns, x))]
+    return (maps * (near[0][..., None] & near[1][..., None, :])).sum((-2, -1))
+
+
+def forward_backward(function: Callable[..., Any], *inputs: Tensor) -> Thunk:
     """Gradients of all real-valued results at once."""
-    leaf = heatmap.detach().requires_grad_()
+    leaves = [t.detach().requires_grad_() for t in inputs]
 
     def results() -> list[Tensor]:
-        found = function(leaf)
+        found = function(*leaves)
         return [t for t in ([found] if isinstance(found, Tensor) else found) if t.requires_grad]
 
     upstream = [torch.randn_like(t) for t in results()]
-    return lambda: torch.autograd.grad(results(), leaf, upstream)
+    return lambda: torch.autograd.grad(results(), leaves, upstream)
 
 
 @dataclass(frozen=True)
@@ -135,6 +156,7 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
                     forward_backward(kpfused.soft_argmax2d, h) if both else lambda h=h: kpfused.soft_argmax2d(h),
                     True,
                 )
+    yield from expectations(device, shrink)
     for function, composition, shape in [
         (kpfused.soft_argmax1d, expectation1d, (256, 17, 384)),
         (kpfused.soft_argmax3d, expectation3d, (32, 18, 64, 64, 64)),
@@ -156,6 +178,46 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
             forward_backward(composition, h),
             False,
         )
+
+
+def expectations(device: str, shrink: Callable[..., tuple[int, ...]]) -> Iterator[Comparison]:
+    """The softmax map, expectations of values under it, and the mass of a window, beside compositions."""
+    window, window_peer = (lambda h: kpfused.window_mass(h, 11)), (lambda h: window_composition(h, 11))
+    asked: list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[int, ...], tuple[int, int] | None]] = [
+        ("spatial_softmax2d", kpfused.spatial_softmax2d, softmax_map, (64, 17, 64, 48), None),
+        ("spatial_softmax2d", kpfused.spatial_softmax2d, softmax_map, (64, 512, 10, 12), None),
+        ("spatial_softmax2d", kpfused.spatial_softmax2d, softmax_map, (16, 17, 256, 256), None),
+        ("offsets of each keypoint", kpfused.spatial_expectation2d, expectation_of_values, (64, 17, 64, 48), (17, 2)),
+        ("256 shared features", kpfused.spatial_expectation2d, expectation_of_values, (8, 17, 64, 64), (1, 256)),
+        ("depth of each keypoint", kpfused.spatial_expectation2d, expectation_of_values, (16, 17, 256, 256), (17, 1)),
+        ("window_mass of 11 x 11", window, window_peer, (64, 17, 64, 48), None),
+        ("window_mass of 11 x 11", window, window_peer, (16, 17, 256, 256), None),
+    ]
+    for name, ours, composition, shape, of_values in asked:
+        for layout in ("contiguous", "channels_last"):
+            case = Case(shrink(*shape), layout=layout)
+            inputs = [heatmaps(case, device)]
+            if of_values is not None:
+                keypoints, channels = min(of_values[0], case.shape[1]), of_values[1]
+                values = torch.randn(case.shape[0] * keypoints, channels, *case.shape[2:], device=device)
+                if layout == "channels_last":
+                    values = values.contiguous(memory_format=torch.channels_last)
+                inputs.append(values.unflatten(0, (case.shape[0], keypoints)))
+            torch.testing.assert_close(ours(*inputs).float(), composition(*inputs).float(), rtol=1e-3, atol=1e-3)
+            yield Comparison(
+                f"composition over {name}, forward",
+                case.label,
+                lambda i=inputs, f=ours: f(*i),
+                lambda i=inputs, f=composition: f(*i),
+                False,
+            )
+            yield Comparison(
+                f"composition over {name}, forward+backward",
+                case.label,
+                forward_backward(ours, *inputs),
+                forward_backward(composition, *inputs),
+                False,
+            )
 
 
 def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> tuple[float, float]:
