@@ -71,23 +71,34 @@ KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
   return __builtin_convertvector(bytes, BitsVector<T>);
 }
 
-// to[i] = mask[i] ? from[i] : otherwise. Also reads what is not taken. `from` and `to` may be the same.
-template <class T>
-KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n, T otherwise) {
+// to[i] = mask[i] ? from[i] : otherwise, vectors of which `seen` sees. Also reads what is not taken. `from` and `to` may be
+// the same.
+template <class T, class Seen>
+KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n, T otherwise, const Seen& seen) {
   constexpr int L = kElements<T>;
   using V = BitsVector<T>;
   Bits<T> bits;
   __builtin_memcpy(&bits, &otherwise, sizeof(bits));
   const V other = bits - V{};
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
+  const auto vector = [&](int64_t i) __attribute__((always_inline)) {
     V v;
     __builtin_memcpy(&v, from + i, sizeof(v));
-    prefetch(from + i, kReadAhead);
     v = load_bytes<T>(mask + i) != 0 ? v : other;
     __builtin_memcpy(to + i, &v, sizeof(v));
+    seen(v);
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    prefetch(from + i, kReadAhead);
+    vector(i);
   }
-  for (; i < n; ++i) to[i] = mask[i] ? from[i] : otherwise;
+  // The last vector overlaps the one before it.
+  if (i < n && n >= L) return vector(n - L);
+  for (; i < n; ++i) {
+    to[i] = mask[i] ? from[i] : otherwise;
+    __builtin_memcpy(&bits, &to[i], sizeof(bits));
+    seen(bits - V{});
+  }
 }
 
 // The channels of one pixel: the last vector overlaps the one before it. With a mask, whose
@@ -129,11 +140,25 @@ KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, 
   if (!mask) {
     if (from != to) __builtin_memcpy(to, from, valid * sizeof(T));
   } else if (counting.stride_x == 1) {
-    select(mask, from, to, valid, otherwise);
+    select(mask, from, to, valid, otherwise, [](const auto&) {});
   } else {
     for (int64_t i = 0; i < valid; ++i) to[i] = mask[i * counting.stride_x] ? from[i] : otherwise;
   }
   for (int64_t i = valid; i < n; ++i) to[i] = otherwise;
+}
+
+// Likewise for rows of a mask whose columns are side by side; returns the greatest key, a logit times sign.
+template <class A>
+KPFUSED_INLINE A copy_counting_with_peak(const A* from, int64_t stride_y, int64_t rows, int64_t cols, A* to, A otherwise,
+                                         const Counting& counting, int64_t row, int64_t col, A sign) {
+  const int64_t valid = at_most(at_least(counting.cols - col, 0), cols);
+  Vec<A> peak = splat(Limits<A>::lowest);
+  const auto seen = [&](const BitsVector<A>& v) __attribute__((always_inline)) { peak = maximum((Vec<A>)v * sign, peak); };
+  for (int64_t r = 0; r < rows; ++r, from += stride_y, to += cols) {
+    select(counting.mask + (row + r) * counting.stride_y + col, from, to, valid, otherwise, seen);
+    for (int64_t i = valid; i < cols; ++i) to[i] = otherwise;
+  }
+  return reduce_max<A>(peak);
 }
 
 // Likewise for rows; those of `to` are dense.

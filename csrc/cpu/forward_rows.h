@@ -93,11 +93,8 @@ class ForwardRows {
     const int64_t row = part.row + y.begin(i), col = part.col + x.begin(j);
     const T* p = part.p + y.begin(i) * view_.stride_y + x.begin(j);
     if (plan_.flat) return flat_chunk(p, view_.stride_y, y.size(i), row, sharp, so_far);
-    const T* next = j + 1 < x.count   ? p + x.size(j)
-                    : i + 1 < y.count ? part.p + y.begin(i + 1) * view_.stride_y
-                                      : part.next;
     return rows_chunk({p, view_.stride_y, y.size(i), x.size(j), centred<A>(col, view_.width),
-                       centred<A>(row, view_.height), (next - p) * int64_t(sizeof(T))},
+                       centred<A>(row, view_.height), (after(part, i, j) - p) * int64_t(sizeof(T))},
                       sharp, so_far);
   }
 
@@ -133,29 +130,55 @@ class ForwardRows {
     return flat_span(p, stride_y, rows, row, sharp, so_far);
   }
 
+  // Where reading goes on after a chunk.
+  const T* after(const Part& part, int64_t i, int64_t j) const {
+    const Cut &y = part.chunks.y, &x = part.chunks.x;
+    if (j + 1 < x.count) return part.p + y.begin(i) * view_.stride_y + x.begin(j + 1);
+    return i + 1 < y.count ? part.p + y.begin(i + 1) * view_.stride_y : part.next;
+  }
+
   // A part of which not all pixels count.
   S of_counting(const Part& part) const {
     const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
     const Counting counting = counting_of(params_.pixels, view_, part.map);
-    const T otherwise = weightless<T>(sharp.sign);
     // Where rows are cut, pieces may be longer than their average, by which rows are counted; there are two at most.
     T buffer[kChunkBytes / sizeof(T) + 2 * kRowMultiple];
     S state = nothing();
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
       for (int64_t j = 0; j < part.chunks.x.count; ++j) {
-        const int64_t y = part.chunks.y.begin(i), x = part.chunks.x.begin(j), cols = part.chunks.x.size(j);
-        const int64_t row = part.row + y, col = part.col + x;
+        const int64_t row = part.row + part.chunks.y.begin(i), col = part.col + part.chunks.x.begin(j);
         const int64_t rows = at_most(part.chunks.y.size(i), counting.rows - row);
         if (rows <= 0 || col >= counting.cols) continue;
-        copy_counting_rows(part.p + y * view_.stride_y + x, view_.stride_y, rows, cols, buffer, otherwise, counting,
-                           row, col);
-        const RowsChunk<T> chunk = {buffer, cols, rows, cols, centred<A>(col, view_.width),
-                                    centred<A>(row, view_.height), 0};
-        state = merge(state, plan_.flat ? flat_chunk(buffer, cols, rows, row, sharp, state) : rows_chunk(chunk, sharp, state),
-                      sharp.scale, ScalarExp2{});
+        state = merge(state, counting_chunk(part, i, j, rows, counting, sharp, state, buffer), sharp.scale, ScalarExp2{});
       }
     }
     return state;
+  }
+
+  // Its first `rows` rows, in place where what counts is a rectangle, otherwise from a buffer.
+  KPFUSED_INLINE S counting_chunk(const Part& part, int64_t i, int64_t j, int64_t rows, const Counting& counting,
+                                  const Sharpness<A>& sharp, const S& so_far, T* buffer) const {
+    const int64_t y = part.chunks.y.begin(i), x = part.chunks.x.begin(j), cols = part.chunks.x.size(j);
+    const int64_t row = part.row + y, col = part.col + x, valid = at_most(cols, counting.cols - col);
+    const T* const p = part.p + y * view_.stride_y + x;
+    const A x0 = centred<A>(col, view_.width), y0 = centred<A>(row, view_.height);
+    const auto bytes_to_next = [&](const T* from) {
+      return int64_t(reinterpret_cast<intptr_t>(after(part, i, j)) - reinterpret_cast<intptr_t>(from));
+    };
+    if (!plan_.flat && !counting.mask && valid >= kLanes<A>) {
+      return rows_chunk({p, view_.stride_y, rows, valid, x0, y0, bytes_to_next(p)}, sharp, so_far);
+    }
+    RowsChunk<T> chunk = {buffer, cols, rows, cols, x0, y0, bytes_to_next(buffer)};
+    const T otherwise = weightless<T>(sharp.sign);
+    A peak;
+    if constexpr (std::is_same_v<T, A>) {
+      if (counting.mask && counting.stride_x == 1) {
+        peak = copy_counting_with_peak(p, view_.stride_y, rows, cols, buffer, otherwise, counting, row, col, sharp.sign);
+        chunk.peak = &peak;
+      }
+    }
+    if (!chunk.peak) copy_counting_rows(p, view_.stride_y, rows, cols, buffer, otherwise, counting, row, col);
+    return plan_.flat ? flat_chunk(buffer, cols, rows, row, sharp, so_far) : rows_chunk(chunk, sharp, so_far);
   }
 
   const ForwardParams& params_;

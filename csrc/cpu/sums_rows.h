@@ -25,6 +25,7 @@ struct RowsChunk {
   int64_t stride_y, rows, cols;
   A x0, y0;       // centred coordinates of the first pixel
   int64_t ahead;  // bytes from here to the chunk that comes next, fetched meanwhile
+  const A* peak = nullptr;  // where it is known
 };
 
 // The greatest key of n >= lanes elements, lane by lane. The last vector overlaps the one before it.
@@ -59,6 +60,7 @@ KPFUSED_INLINE Acc<T> peak_of_rows(const RowsChunk<T>& chunk) {
 
 template <class T>
 KPFUSED_INLINE Acc<T> peak_of(const RowsChunk<T>& chunk, Acc<T> sign) {
+  if (chunk.peak) return *chunk.peak;
   return sign < 0 ? peak_of_rows<T, true>(chunk) : peak_of_rows<T, false>(chunk);
 }
 
