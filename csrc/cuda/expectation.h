@@ -29,6 +29,12 @@ KPFUSED_DEVICE int some_channels(int64_t left, int most) { return left < most ? 
 
 // ---- Places ---------------------------------------------------------------------------------------------------------
 
+// Row y, counted from `first`, as far as 32 bits go: a part has fewer rows.
+KPFUSED_DEVICE int row_of(int64_t y, int64_t first) {
+  const int64_t row = y - first, most = 0x7fffffff;
+  return row < 0 ? 0 : static_cast<int>(row < most ? row : most);
+}
+
 // A part of a map, or what is left of it to walk, and the thread's place among the tx x ty that walk it.
 struct Area {
   int64_t map, part;
@@ -46,9 +52,7 @@ struct Area {
   // The thread's first row and column, and rows from there on.
   KPFUSED_DEVICE int64_t first_row() const { return top + ry; }
   KPFUSED_DEVICE int64_t first_column() const { return left + rx; }
-  KPFUSED_DEVICE int rows_until(int64_t end) const {
-    return active && end > first_row() ? static_cast<int>(end - first_row()) : 0;
-  }
+  KPFUSED_DEVICE int rows_until(int64_t end) const { return active ? row_of(end, first_row()) : 0; }
 };
 
 KPFUSED_DEVICE Area area_of(const Plan& plan, const MapView& view, int64_t block) {
@@ -144,16 +148,15 @@ struct MapValues {
   const kpfused::Values& of;
   const MapView& view;
   const T* data;        // of row 0; all strides are zero where there is none
-  A y;                 // row 0, centred
+  A y;                  // row 0, centred
   int64_t left, right;  // columns and rows outside which values that are not in memory are zero
   int top, bottom;
 
   KPFUSED_DEVICE MapValues(const kpfused::Values& values, const SoftmaxParams& softmax, int64_t n, const Box& box,
                            int64_t first)
       : of(values), view(softmax.view), y(centred<A>(first, view.height)), left(box.left), right(box.right) {
-    const auto row = [&](int64_t at) { return at > first ? static_cast<int>(at - first) : 0; };
-    top = row(box.top);
-    bottom = row(box.bottom);
+    top = row_of(box.top, first);
+    bottom = row_of(box.bottom, first);
     data = static_cast<const T*>(of.data) + n / view.inner * of.view.stride_outer +
            n % view.inner * of.view.stride_inner + first * of.view.stride_y;
   }
@@ -366,7 +369,8 @@ KPFUSED_HD MapView own_values(const MapView& maps, const ValueView& values) {
   return own;
 }
 
-// The maps that share values with map `first`, kStepRows of them at a time along the longer way.
+// The maps that share values with map `first`, kStepRows of them at a time: of one sample where they share there, else of
+// neighbouring samples.
 template <class T>
 struct Sharing {
   using A = Acc<T>;
@@ -443,12 +447,17 @@ struct Sharing {
     const int64_t channels = p.value_view.channels;
     const A* const grad = static_cast<const A*>(p.grad) + n * channels + channel;
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (!(bits >> k & 1)) continue;
+    for (int k = 0; k < N; ++k) w[k] = bits >> k & 1 ? w[k] : A(0);
 #pragma unroll
-      for (int j = 0; j < kStepChannels; ++j) {
-        if (channel + j < channels) sum[k][j] += p.grad ? w[k] * grad[k * near_maps * channels + j] : w[k];
+    for (int j = 0; j < kStepChannels; ++j) {
+      if (channel + j >= channels) break;
+      A g[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        g[k] = !(bits >> k & 1) ? A(0) : p.grad ? grad[k * near_maps * channels + j] : A(1);
       }
+#pragma unroll
+      for (int k = 0; k < N; ++k) sum[k][j] += w[k] * g[k];
     }
   }
 };
