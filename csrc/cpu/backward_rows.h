@@ -54,6 +54,17 @@ KPFUSED_INLINE A along_distance(const Polynomial<A>& q) {
   return q.distance;
 }
 
+// Whether all is so finite that a logit of no weight has a gradient of zero.
+template <class A>
+KPFUSED_INLINE bool is_tame(const MapGradient<A, Slope<A>>& map) {
+  const auto small = [](A value) { return std::fabs(value) < A(1e15); };
+  return small(map.q.x) && small(map.q.y) && small(map.q.mean_x) && small(map.q.mean_y) && small(map.of.peak);
+}
+template <class A>
+KPFUSED_INLINE bool is_tame(const MapGradient<A, Polynomial<A>>&) {
+  return false;
+}
+
 // N vectors: h in, dh out, and dbeta's terms without their sign. A distance raised to `lowest` has weight zero.
 template <class A, bool kBeta, bool kMoments, int N>
 KPFUSED_INLINE void gradient(Vec<A> (&h)[N], const Vec<A> (&q)[N], const Falloff<Vec<A>>& of, Vec<A> along_distance,
@@ -250,7 +261,12 @@ class BackwardRows {
     };
     for (int64_t i = 0; i + L <= cols; i += L) fill(i);
     fill(cols - L);
+    const bool clear = counting && !is_tame(map);
     for (int64_t r = range.row; r < range.row + range.rows; ++r) {
+      if (counting && r >= counting->rows) {
+        __builtin_memset(out + r * params_.grad_view.stride_y + col, 0, size_t(cols) * sizeof(T));
+        continue;
+      }
       const A y = centred<A>(r, view_.height);
       const Vec<A> of_row = splat(map.q.along_y(y)), dy = splat(y - map.q.mean_y);
       const T* from = h + r * view_.stride_y + col;
@@ -266,7 +282,7 @@ class BackwardRows {
             return kMoments ? q + load_vector(cross + (kMoments ? i : 0)) * dy : q;
           },
           dbeta);
-      if (counting) copy_counting(to, to, cols, T{}, *counting, r, col);
+      if (clear) copy_counting(to, to, cols, T{}, *counting, r, col);
     }
   }
 
