@@ -158,6 +158,11 @@ struct SoftmaxMap {
 };
 
 template <class A>
+KPFUSED_INLINE bool is_finite(A value) {
+  return value - value == A(0);
+}
+
+template <class A>
 KPFUSED_INLINE Stats<A> stats_of(const SoftmaxParams& params, int64_t map) {
   const A* const of_map = static_cast<const A*>(params.stats) + map * params.stats_stride;
   return {of_map[0], of_map[1], of_map[2], of_map[3]};
@@ -192,7 +197,7 @@ class SoftmaxTiles {
 
   // Whether whole maps can be kept, of which the stats are not known yet: they are found on the way to P, and written, but
   // for the mean.
-  bool start_with_stats(int64_t first_map, int count, Stats<A>* stats) {
+  __attribute__((noinline)) bool start_with_stats(int64_t first_map, int count, Stats<A>* stats) {
     if (!can_keep_) return false;
     place(first_map, count, true);
     ahead_ = room_ * int64_t(sizeof(T));  // this map has been read
@@ -235,7 +240,8 @@ class SoftmaxTiles {
   }
 
   // P of the maps at pixels [first, first + count), with zeros up to a whole vector. With `keys`, for distance_at() too.
-  void load(int64_t first, int64_t count, bool keys = false) {
+  __attribute__((noinline)) void load(int64_t first, int64_t count, bool keys = false) {
+    first_ = first, pixels_ = count;
     const bool kept = first + count <= kept_;
     if (!kept || keys) read(first, count);
     // Room for the last vector of the last tile of every map.
@@ -247,6 +253,9 @@ class SoftmaxTiles {
     }
     if (room_ && first == kept_) kept_ = first + count;
   }
+
+  // Zero in place of what does not count, in a tile of the pixels at hand.
+  void clear(int m, A* tile) const { clear_uncounted(tile, maps_[m].counting, planes_.width, first_, pixels_); }
 
   // How far the keys of the tile at hand lie below the peak.
   KPFUSED_INLINE Vec<A> distance_at(int m, int64_t i) const {
@@ -289,8 +298,13 @@ class SoftmaxTiles {
   }
 
   void read(int64_t first, int64_t count) {
-    const auto otherwise = [&](int m) { return params_.is_probability ? T{} : weightless<T>(maps_[m].of.sign); };
-    read_planes<T>(planes_, count_, first, count, [&](int m) { return counting(m); }, otherwise, buffer_[0], run_);
+    T otherwise[kTileMaps];
+    const Counting* of_maps[kTileMaps];
+    for (int m = 0; m < count_; ++m) {
+      of_maps[m] = counting(m);
+      otherwise[m] = params_.is_probability || !of_maps[m] ? T{} : weightless<T>(maps_[m].of.sign);
+    }
+    read_planes<T>(planes_, count_, first, count, of_maps, otherwise, buffer_[0], run_);
   }
 
   void load_map(const SoftmaxMap<A>& map, const Counting* counting, const T* run, int64_t first, int64_t count, A* p) const {
@@ -327,6 +341,7 @@ class SoftmaxTiles {
   const bool can_keep_;
   Planes<const T> planes_;
   int count_ = 0;
+  int64_t first_ = 0, pixels_ = 0;  // of the tile at hand
   int64_t room_ = 0, kept_ = 0;  // pixels of a map
   int64_t ahead_ = 0;            // bytes from what is read to what is fetched meanwhile
   SoftmaxMap<A> maps_[kTileMaps];
@@ -367,12 +382,13 @@ class ValueTiles {
       for (int64_t c = first_channel; c < channels; c += most) {
         const int some = int(at_most(channels - c, most));
         if (adjacent && maps > 1) {
-          load(first_map, maps, values_.view.stride_inner, c, [&](int i) { return tiles.counting(i); }, first, pixels);
+          for (int i = 0; i < maps; ++i) counting_[i] = tiles.counting(i);
+          load(first_map, maps, values_.view.stride_inner, c, first, pixels);
           for (int i = 0; i < maps; ++i) of(i, 1, c, 1, run_ + i);
           continue;
         }
-        const Counting* const counting = tiles.counting(m);
-        load(first_map + m, some, values_.view.stride_channel, c, [&](int) { return counting; }, first, pixels);
+        for (int i = 0; i < some; ++i) counting_[i] = tiles.counting(m);
+        load(first_map + m, some, values_.view.stride_channel, c, first, pixels);
         of(m, maps, c, some, run_);
       }
     }
@@ -405,9 +421,7 @@ class ValueTiles {
   }
 
   // `count` planes, from `channel` of map n on.
-  template <class CountingOf>
-  void load(int64_t n, int count, int64_t stride, int64_t channel, const CountingOf& counting, int64_t first,
-            int64_t pixels) {
+  void load(int64_t n, int count, int64_t stride, int64_t channel, int64_t first, int64_t pixels) {
     const int64_t whole = whole_vectors<A>(pixels);
     for (int i = 0; i < count; ++i) run_[i] = buffer_[i];
     if (values_.kind != ValueKind::tensor) {
@@ -419,13 +433,13 @@ class ValueTiles {
       return;
     }
     const Planes<const T> planes = planes_of(n, channel, stride);
-    const auto none = [](int) { return T{}; };
+    const T none[kTileChannels] = {};
     if constexpr (std::is_same_v<T, A>) {
-      read_planes<T>(planes, count, first, pixels, counting, none, buffer_[0], run_);
+      read_planes<T>(planes, count, first, pixels, counting_, none, buffer_[0], run_);
     } else {
       T narrow[kTileChannels][kTile<A>];
       const T* run[kTileChannels];
-      read_planes<T>(planes, count, first, pixels, counting, none, narrow[0], run);
+      read_planes<T>(planes, count, first, pixels, counting_, none, narrow[0], run);
       for (int i = 0; i < count; ++i) {
         for (int64_t k = 0; k < whole; k += kLanes<A>) {
           store_vector(buffer_[i] + k, kpfused::cpu::KPFUSED_ISA::load(run[i] + k));
@@ -455,6 +469,7 @@ class ValueTiles {
   const Values& values_;
   const SoftmaxParams& softmax_;
   const bool shared_;
+  const Counting* counting_[kTileChannels];
   const A* run_[kTileChannels];
   A buffer_[kTileChannels][kTile<A>];
 };
@@ -613,7 +628,7 @@ struct ExpectationHeatmapKernel {
       for (int m = 0; m < count; ++m) {
         const SoftmaxMap<A>& of = tiles.map(m);
         if (params.grad_beta && !of.empty) {
-          if (tiles.counting(m)) clear_uncounted(tile[m], of.counting, view.width, first, pixels);
+          if (tiles.counting(m)) tiles.clear(m, tile[m]);
           sum[m] += add_distances(tiles, m, whole, tile[m]);
         }
         if (of.empty) {
@@ -705,8 +720,6 @@ struct ExpectationValuesKernel {
     shares() ? of_shared(tiles, map, part) : of_maps(tiles, map, count, part);
   }
 
-  void finish() const {}
-
  private:
   // Channels of values (outer, inner), `stride` from plane to plane.
   Planes<T> planes(int64_t outer, int64_t inner, int64_t channel, int64_t stride) const {
@@ -720,7 +733,7 @@ struct ExpectationValuesKernel {
   }
 
   // Maps side by side, each with values of its own.
-  void of_maps(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
+  __attribute__((noinline)) void of_maps(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
     const ValueView& to = params.value_view;
     const MapView& view = params.softmax.view;
     const int64_t outer = map / view.inner, inner = map - outer * view.inner;
@@ -755,13 +768,14 @@ struct ExpectationValuesKernel {
       return buffer;
     }
     if (!params.grad) return p;
-    const Vec<A> g = splat(upstream(n, c));
+    const A g = upstream(n, c);
     for (int64_t i = 0; i < whole; i += kLanes<A>) store_vector(buffer + i, g * load_vector(p + i));
+    if (tiles.counting(m) && !is_finite(g)) tiles.clear(m, buffer);
     return buffer;
   }
 
   // Values that several maps share.
-  void of_shared(SoftmaxTiles<T>& tiles, int64_t value, int64_t part) const {
+  __attribute__((noinline)) void of_shared(SoftmaxTiles<T>& tiles, int64_t value, int64_t part) const {
     const MapView& view = params.softmax.view;
     const MapView own = this->own();
     const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
@@ -790,6 +804,18 @@ struct ExpectationValuesKernel {
     }
   }
 
+  // Beside a gradient that is not finite, a P of zero does not make zero of pixels that do not count.
+  void add_one_by_one(const SoftmaxTiles<T>& tiles, int64_t map, int maps, int64_t c, bool begun, int64_t whole,
+                      A* sum) const {
+    for (int64_t i = 0; i < whole && !begun; ++i) sum[i] = A(0);
+    A buffer[kTile<A>];
+    for (int m = 0; m < maps; ++m) {
+      if (tiles.map(m).empty) continue;
+      const A* const plane = plane_of(tiles, m, map + m, c, whole, buffer);
+      for (int64_t i = 0; i < whole; ++i) sum[i] += plane[i];
+    }
+  }
+
   // sums[c] += P g_c of some maps side by side, or = where nothing is begun. Empty maps add nothing.
   void add_maps(const SoftmaxTiles<T>& tiles, int64_t map, int maps, bool begun, int64_t whole, A* sums) const {
     const A* p[kTileMaps];
@@ -800,6 +826,14 @@ struct ExpectationValuesKernel {
     }
     for (int64_t c = 0; c < channels(); ++c) {
       A* const sum = sums + c * kTile<A>;
+      if (tiles.counting(0)) {
+        bool finite = true;
+        for (int j = 0; j < some; ++j) finite = finite && is_finite(upstream(index[j], c));
+        if (!finite) {
+          add_one_by_one(tiles, map, maps, c, begun, whole, sum);
+          continue;
+        }
+      }
       const auto start = [&](int64_t i) { return begun ? load_vector(sum + i) : Vec<A>{}; };
       const auto finish = [&](int64_t i, Vec<A> v) { store_vector(sum + i, v); };
       weighted_sums(p, some, [&](int j) { return upstream(index[j], c); }, whole, start, finish);

@@ -22,7 +22,7 @@ class ForwardRows {
     if (plan_.flat) table_.fill(view_.height, view_.width);
   }
 
-  void run(int64_t begin, int64_t end) const {
+  __attribute__((noinline)) void run(int64_t begin, int64_t end) const {
     const T* base = static_cast<const T*>(params_.heatmap);
     const bool split = plan_.parts.count() > 1, all = params_.pixels.all();
     const Tiling chunks = plan_.chunks(view_.height, view_.width);

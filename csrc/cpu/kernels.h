@@ -104,7 +104,7 @@ const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
                            : steps.values->softmax;
 }
 
-// The steps of one op, for maps that are one part each.
+// Some steps of one op, for a block of maps and one part of their pixels; several steps where maps are one part each.
 template <class T>
 class MapByMap {
  public:
@@ -136,17 +136,11 @@ class MapByMap {
   bool several_;  // steps that ask for P
 };
 
-// One step of all maps.
-template <class T, class Kernel>
-void run_all(const Kernel& kernel, const MapView& items) {
-  const SoftmaxParams& softmax = kernel.params.softmax;
-  for_blocks(items, kernel.maps_at_once(), pixel_parts(softmax.view).count, kernel.channels(), [&] {
-    return [&kernel, tiles = SoftmaxTiles<T>(softmax)](int64_t map, int count, int64_t part) mutable {
-      tiles.start(map, count);
-      kernel(tiles, map, count, part);
-    };
-  });
-  kernel.finish();
+// Steps on blocks of `items`, which are maps, or the values of several.
+template <class T>
+void run_blocks(const ExpectationSteps& steps, const MapView& items, int64_t at_once, int64_t channels) {
+  const int64_t parts = pixel_parts(softmax_of(steps).view).count;
+  for_blocks(items, at_once, parts, channels, [&] { return MapByMap<T>(steps, at_once > 1); });
 }
 
 // One map after the other where that can be: it is then still in a near cache when it is read again.
@@ -171,13 +165,21 @@ void expectation_of(const ExpectationSteps& steps) {
     see(ExpectationValuesKernel<T>{*steps.values});
     same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
-  if (same) return for_blocks(view, at_once, 1, channels, [&] { return MapByMap<T>(steps, at_once > 1); });
+  if (same) return run_blocks<T>(steps, view, at_once, channels);
   if (steps.stats) forward_of<T>(*steps.stats);
-  if (steps.expectation) run_all<T>(ExpectationKernel<T>{*steps.expectation}, view);
-  if (steps.heatmap) run_all<T>(ExpectationHeatmapKernel<T>{*steps.heatmap}, view);
+  if (steps.expectation) {
+    const ExpectationKernel<T> kernel{*steps.expectation};
+    run_blocks<T>({nullptr, steps.expectation, nullptr, nullptr}, view, kernel.maps_at_once(), kernel.channels());
+    kernel.finish();
+  }
+  if (steps.heatmap) {
+    const ExpectationHeatmapKernel<T> kernel{*steps.heatmap};
+    run_blocks<T>({nullptr, nullptr, steps.heatmap, nullptr}, view, kernel.maps_at_once(), kernel.channels());
+    kernel.finish();
+  }
   if (steps.values) {
-    const ExpectationValuesKernel<T> values{*steps.values};
-    run_all<T>(values, values.own());
+    const ExpectationValuesKernel<T> kernel{*steps.values};
+    run_blocks<T>({nullptr, nullptr, nullptr, steps.values}, kernel.own(), kernel.maps_at_once(), kernel.channels());
   }
 }
 

@@ -105,21 +105,22 @@ KPFUSED_INLINE void transpose(int64_t rows, int64_t cols, const From& from, cons
 // ---- In and out -----------------------------------------------------------------------------------------------------
 
 // Points run[i], for each of `count` planes, to pixels [first, first + pixels) as whole vectors: in place, or copied to
-// buffer + i * kTile. counting(i), null where all of a plane's pixels count, tells which do: the others are `otherwise(i)`
-// there, and those beyond a valid size are not read.
-template <class T, class CountingOf, class Otherwise>
-KPFUSED_INLINE void read_planes(const Planes<const T>& from, int count, int64_t first, int64_t pixels,
-                                const CountingOf& counting, const Otherwise& otherwise, T* buffer, const T** run) {
+// buffer + i * kTile. counting[i], null where all pixels of all planes count, tells which of a plane do: the others are
+// otherwise[i] there, and those beyond a valid size are not read.
+template <class T>
+__attribute__((noinline)) void read_planes(const Planes<const T>& from, int count, int64_t first, int64_t pixels,
+                                           const Counting* const* counting, const T* otherwise, T* buffer,
+                                           const T** run) {
   constexpr int64_t kRun = kTile<Acc<T>>;
   const bool in_place = from.dense() && pixels % kLanes<Acc<T>> == 0;
   const auto valid = [&](int i, int64_t row, int64_t col, int64_t n) {
-    const Counting* const c = counting(i);
+    const Counting* const c = counting[i];
     return !c ? n : row < c->rows ? at_most(at_least(c->cols - col, 0), n) : 0;
   };
   const bool together = from.side_by_side(count);
-  for (int i = 0; i < count; ++i) run[i] = in_place && !counting(i) ? from.at(i, 0, 0) + first : buffer + i * kRun;
-  if (in_place && !counting(0)) return;
-  const int64_t width = counting(0) ? from.width : from.row_length(first + pixels);
+  for (int i = 0; i < count; ++i) run[i] = in_place && !counting[i] ? from.at(i, 0, 0) + first : buffer + i * kRun;
+  if (in_place && !counting[0]) return;
+  const int64_t width = counting[0] ? from.width : from.row_length(first + pixels);
   for_pieces(first, pixels, width, [&](int64_t at, int64_t row, int64_t col, int64_t n) {
     if (together) {
       int64_t most = 0;
@@ -135,8 +136,8 @@ KPFUSED_INLINE void read_planes(const Planes<const T>& from, int count, int64_t 
         for (int64_t k = 0, some = together ? 0 : valid(i, row, col, n); k < some; ++k) to[k] = source[k * from.stride_x];
         source = to;
       }
-      if (counting(i)) {
-        copy_counting(source, to, n, otherwise(i), *counting(i), row, col);
+      if (counting[i]) {
+        copy_counting(source, to, n, otherwise[i], *counting[i], row, col);
       } else if (source != to) {
         __builtin_memcpy(to, source, size_t(n) * sizeof(T));
       }
@@ -149,7 +150,7 @@ KPFUSED_INLINE void read_planes(const Planes<const T>& from, int count, int64_t 
 
 // And back: tile[i] holds pixels [first, first + pixels) of plane i, whole vectors of them.
 template <class T>
-KPFUSED_INLINE void write_planes(const Acc<T>* const* tile, const Planes<T>& to, int count, int64_t first, int64_t pixels) {
+__attribute__((noinline)) void write_planes(const Acc<T>* const* tile, const Planes<T>& to, int count, int64_t first, int64_t pixels) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>, kMost = 8;
   const bool in_place = to.dense() && pixels % L == 0;
@@ -192,7 +193,7 @@ KPFUSED_INLINE void write_planes(const Acc<T>* const* tile, const Planes<T>& to,
 
 // Zero in place of what does not count.
 template <class A>
-KPFUSED_INLINE void clear_uncounted(A* tile, const Counting& counting, int64_t width, int64_t first, int64_t count) {
+__attribute__((noinline)) void clear_uncounted(A* tile, const Counting& counting, int64_t width, int64_t first, int64_t count) {
   for_pieces(first, count, width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
     copy_counting(tile + i, tile + i, n, A(0), counting, row, col);
   });

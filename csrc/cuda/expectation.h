@@ -145,14 +145,14 @@ KPFUSED_DEVICE void load_logits(const T* p, int64_t step, int rows, int ty, Acc<
 template <class T>
 struct MapValues {
   using A = Acc<T>;
-  const kpfused::Values& of;
+  const Values& of;
   const MapView& view;
   const T* data;        // of row 0; all strides are zero where there is none
   A y;                  // row 0, centred
   int64_t left, right;  // columns and rows outside which values that are not in memory are zero
   int top, bottom;
 
-  KPFUSED_DEVICE MapValues(const kpfused::Values& values, const SoftmaxParams& softmax, int64_t n, const Box& box,
+  KPFUSED_DEVICE MapValues(const Values& values, const SoftmaxParams& softmax, int64_t n, const Box& box,
                            int64_t first)
       : of(values), view(softmax.view), y(centred<A>(first, view.height)), left(box.left), right(box.right) {
     top = row_of(box.top, first);
@@ -209,7 +209,7 @@ struct MapValues {
 
 // Where values other than a tensor's are not zero: within the window, or all of the map.
 template <class A>
-KPFUSED_DEVICE Box value_box(const kpfused::Values& values, const SoftmaxParams& softmax, int64_t n) {
+KPFUSED_DEVICE Box value_box(const Values& values, const SoftmaxParams& softmax, int64_t n) {
   if (values.kind != ValueKind::window) return {0, softmax.view.width, 0, softmax.view.height};
   return window_of(values, softmax.view, stats_of<A>(softmax, n), n);
 }
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
     expectation_sums(Launch<ExpectationParams> launch) {
   const auto& [p, plan] = launch;
   using A = Acc<T>;
-  using Sums = Values<A, kStepChannels>;
+  using Sums = Tuple<A, kStepChannels>;
   constexpr int N = kStepRows, C = kStepChannels;
   const SoftmaxParams& of = p.softmax;
   const int64_t channels = p.values.view.channels, passes = channel_passes(channels);

@@ -43,7 +43,7 @@ int expectation_step(const ExpectationParams& p, Stream stream) {
   using A = Acc<T>;
   const Plan plan = plan_of(p.softmax);
   const int64_t channels = p.values.view.channels;
-  const size_t shared = shared_bytes<Values<A, kStepChannels>>(plan, in_channels(plan));
+  const size_t shared = shared_bytes<Tuple<A, kStepChannels>>(plan, in_channels(plan));
   const dim3 grid = expectation_grid(plan, p.softmax.view, channel_passes(channels));
   const Launch<ExpectationParams> launch{p, plan};
   KPFUSED_LAUNCH((expectation_sums<T>), grid, plan.threads, shared, stream, launch);

@@ -18,7 +18,7 @@ struct Launch {
 
 // Numbers that are added each on its own.
 template <class A, int n>
-struct Values {
+struct Tuple {
   A at[n];
 };
 
@@ -31,8 +31,8 @@ struct Place {
 KPFUSED_DEVICE float from_lane(float x, int lane_mask) { return __shfl_xor_sync(kAllLanes, x, lane_mask); }
 KPFUSED_DEVICE double from_lane(double x, int lane_mask) { return __shfl_xor_sync(kAllLanes, x, lane_mask); }
 template <class A, int n>
-KPFUSED_DEVICE Values<A, n> from_lane(const Values<A, n>& x, int lane_mask) {
-  Values<A, n> other;
+KPFUSED_DEVICE Tuple<A, n> from_lane(const Tuple<A, n>& x, int lane_mask) {
+  Tuple<A, n> other;
 #pragma unroll
   for (int i = 0; i < n; ++i) other.at[i] = from_lane(x.at[i], lane_mask);
   return other;
@@ -50,8 +50,8 @@ struct Add {
     return a + b;
   }
   template <class A, int n>
-  KPFUSED_DEVICE Values<A, n> operator()(const Values<A, n>& a, const Values<A, n>& b) const {
-    Values<A, n> sum;
+  KPFUSED_DEVICE Tuple<A, n> operator()(const Tuple<A, n>& a, const Tuple<A, n>& b) const {
+    Tuple<A, n> sum;
 #pragma unroll
     for (int i = 0; i < n; ++i) sum.at[i] = a.at[i] + b.at[i];
     return sum;
@@ -98,14 +98,14 @@ KPFUSED_DEVICE A reduce_lanes(A sum, int lanes, const Add& op) {
 template <class A>
 KPFUSED_DEVICE State<A> reduce_lanes(const State<A>& s, int lanes, const Merge<A>& op) {
   const State<A> m = rebase(s, butterfly(s.peak, lanes, Higher{}), op.scale, Exp2{});
-  const auto [sum] = butterfly(Values<A, 3>{{m.sum, m.sum_x, m.sum_y}}, lanes, Add{});
+  const auto [sum] = butterfly(Tuple<A, 3>{{m.sum, m.sum_x, m.sum_y}}, lanes, Add{});
   return {m.peak, sum[0], sum[1], sum[2]};
 }
 template <class A>
 KPFUSED_DEVICE Moments<A> reduce_lanes(const Moments<A>& s, int lanes, const Merge<A>& op) {
   const Place<A> place = butterfly(Place<A>{s.peak, s.at_x, s.at_y}, lanes, Higher{});
   const Moments<A> m = moved(s, place.peak, place.at_x, place.at_y, op.scale, Exp2{});
-  const auto [sum] = butterfly(Values<A, 7>{{m.sum, m.x, m.y, m.xx, m.xy, m.yy, m.distance}}, lanes, Add{});
+  const auto [sum] = butterfly(Tuple<A, 7>{{m.sum, m.x, m.y, m.xx, m.xy, m.yy, m.distance}}, lanes, Add{});
   return {place.peak, sum[0], place.at_x, place.at_y, sum[1], sum[2], sum[3], sum[4], sum[5], sum[6]};
 }
 

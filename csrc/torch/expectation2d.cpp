@@ -91,7 +91,7 @@ class Steps {
     Tensor result = empty(input_, leading_sizes(input_, {p.values.view.channels}), accumulator_of(p.softmax.dtype));
     p.expectation = result.mutable_data_ptr();
     p.workspace = workspace(p);
-    steps_.expectation = &p;
+    if (p.values.view.channels > 0) steps_.expectation = &p;
     return result;
   }
 
@@ -110,6 +110,12 @@ class Steps {
     Tensor grad_beta = empty(input_, needs_grad_beta ? leading_sizes(input_) : std::vector<int64_t>{0},
                              accumulator_of(p.softmax.dtype));
     p.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
+    if (p.values.view.channels == 0) {
+      torch::stable::zero_(*result_);
+      torch::stable::zero_(grad_beta);
+      target_.reset();
+      return {*result_, grad_beta};
+    }
     p.workspace = workspace(p);
     Backend::prepare(*target_);
     steps_.heatmap = &p;
@@ -119,7 +125,7 @@ class Steps {
   // The gradient of values, or with `grad` null and values of the heatmap's own shape the softmax map.
   void add_values_gradient(Tensor& values, const Tensor* grad) {
     const Layout layout = layout_of(nullptr, &values);
-    if (layout.first.maps() == 0) {
+    if (layout.first.maps() == 0 || values.numel() == 0) {
       torch::stable::zero_(values);
       return;
     }
@@ -136,7 +142,11 @@ class Steps {
     bool some = false;
     for (int64_t d = 0; d < input_.dim() - 2; ++d) some |= input_.size(d) == 0;
     if (some) return;
-    Backend::run(steps_, input_);
+    if (steps_.expectation || steps_.heatmap || steps_.values) {
+      Backend::run(steps_, input_);
+    } else if (steps_.stats) {
+      Backend::run(forward_, input_);  // of values without a channel
+    }
     if (target_ && target_->get() != result_->get()) torch::stable::copy_(*result_, *target_);
   }
 
