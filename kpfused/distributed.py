@@ -55,6 +55,16 @@ def check_depth_is_whole(volume: Tensor) -> None:
         raise NotImplementedError(f"a volume cannot be sharded over depth; got placements {volume.placements}")
 
 
+def prepare_values(heatmap: Tensor, values: Tensor) -> DTensor:
+    """Values beside a heatmap that :func:`prepare` returned, placed as the rules can take them apart."""
+    if not isinstance(heatmap, DTensor):
+        raise TypeError("heatmap must be a DTensor where values are one")
+    values = _replicated(values, heatmap.device_mesh)
+    if values.device_mesh != heatmap.device_mesh:
+        raise ValueError(f"values must be on the mesh of heatmap, {heatmap.device_mesh}; got {values.device_mesh}")
+    return values.redistribute(placements=_Share(heatmap).beside_broadcast(values, trailing=3))
+
+
 def together(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors of which one is a ``DTensor``, as such: torch mixes no others."""
     mesh = next(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
@@ -96,15 +106,24 @@ class _Share:
 
     def take_broadcast(self, tensor: DTensor | None, trailing: int = 0) -> Tensor | None:
         """Likewise of what broadcasts against the leading dimensions; ``trailing``: dimensions it has behind those."""
-        if tensor is None:
-            return None
+        return None if tensor is None else self.take(tensor, self.beside_broadcast(tensor, trailing))
+
+    def beside_broadcast(self, tensor: DTensor, trailing: int) -> list[Placement]:
+        """Placements of such a tensor: sharded as the maps are, and whole where it is the same for several of them."""
         missing = len(self.leading) - (tensor.dim() - trailing)
         placements: list[Placement] = []
         for placement in self.beside():
             dim = placement.dim - missing if isinstance(placement, Shard) else -1
             is_split = dim >= 0 and tensor.shape[dim] == self.leading[dim + missing]
             placements.append(Shard(dim) if is_split else Replicate())
-        return self.take(tensor, placements)
+        return placements
+
+    def require_whole_maps(self) -> None:
+        """For ops that have no rule for parts of a map."""
+        if self.spread:
+            raise NotImplementedError(
+                f"only soft_argmax2d and spatial_moments2d take a heatmap sharded over H or W; got {self.placements}"
+            )
 
     def take_pixels(
         self, mask: DTensor | None = None, valid_size: DTensor | None = None, empty_value: float | None = None
@@ -441,6 +460,91 @@ def _gradients(
     return share.wrap_heatmap(grad_heatmap), share.wrap(grad_beta, share.beside(Partial()), share.leading)
 
 
+# ---- Ops of whole maps ----------------------------------------------------------------------------------------------
+
+
+def _whole_forward(
+    op: Callable[..., Any],
+    heatmap: DTensor,
+    beta: DTensor | None,
+    beta_value: float,
+    setting: int,
+    *pixels: Any,
+    **named_pixels: Any,
+) -> tuple[DTensor, ...]:
+    share = _Share(heatmap)
+    share.require_whole_maps()
+    settings = (share.take_broadcast(beta), beta_value, setting, *share.take_pixels(*pixels, **named_pixels))
+    results = op(share.local, *settings)
+    # A result of the heatmap's shape is a map, in its memory format.
+    return tuple((share.wrap_heatmap if r.shape == share.local.shape else share.wrap_result)(r) for r in results)
+
+
+def _whole_backward(
+    op: Callable[..., Any], grad: DTensor, heatmap: DTensor, *rest: Any, kept: int, **named_pixels: Any
+) -> tuple[DTensor, DTensor]:
+    """``kept``: how many results of forward follow the heatmap."""
+    share = _Share(heatmap)
+    own = [share.take(tensor) for tensor in rest[:kept]]
+    is_map = grad.shape == heatmap.shape
+    own_grad = grad.redistribute(placements=share.placements).to_local() if is_map else share.take(grad)
+    beta, beta_value, setting, needs_grad_beta, *pixels = rest[kept:]
+    settings = (share.take_broadcast(beta), beta_value, setting, needs_grad_beta)
+    return _gradients(op, share, (own_grad,), tuple(own), (*settings, *share.take_pixels(*pixels, **named_pixels)))
+
+
+def _expectation_forward(
+    op: Callable[..., Any],
+    heatmap: DTensor,
+    values: DTensor,
+    beta: DTensor | None,
+    beta_value: float,
+    *pixels: Any,
+    **named_pixels: Any,
+) -> tuple[DTensor, ...]:
+    share = _Share(heatmap)
+    share.require_whole_maps()
+    own_pixels = share.take_pixels(*pixels, **named_pixels)
+    results = op(share.local, values.to_local(), share.take_broadcast(beta), beta_value, *own_pixels)
+    return tuple(share.wrap_result(result) for result in results)
+
+
+def _expectation_backward(
+    op: Callable[..., Any],
+    grad: DTensor,
+    heatmap: DTensor,
+    values: DTensor,
+    expectation: DTensor,
+    stats: DTensor,
+    beta: DTensor | None,
+    beta_value: float,
+    *rest: Any,
+    **named_pixels: Any,
+) -> tuple[DTensor, DTensor, DTensor]:
+    share = _Share(heatmap)
+    (needs_grad_heatmap, needs_grad_values, needs_grad_beta), pixels = rest[:3], rest[3:]
+    of_maps = [share.take(tensor) for tensor in (expectation, stats)]
+    settings = (share.take_broadcast(beta), beta_value, *rest[:3], *share.take_pixels(*pixels, **named_pixels))
+    gradients = op(share.take(grad), share.local, values.to_local(), *of_maps, *settings)
+    nothing = [Replicate()] * share.mesh.ndim
+    # Ranks with different maps each have a part of what is summed over maps.
+    of_values = [
+        Partial() if own.is_replicate() and maps.is_shard() else own
+        for own, maps in zip(values.placements, share.placements, strict=True)
+    ]
+    return (
+        share.wrap_heatmap(gradients[0])
+        if needs_grad_heatmap or needs_grad_beta
+        else share.wrap(gradients[0], nothing, (0,)),
+        _from_local(gradients[1], share, of_values, values.shape, values.stride())
+        if needs_grad_values
+        else share.wrap(gradients[1], nothing, (0,)),
+        share.wrap(gradients[2], share.beside(Partial()), share.leading)
+        if needs_grad_beta
+        else share.wrap(gradients[2], nothing, (0,)),
+    )
+
+
 # ---- Registration ---------------------------------------------------------------------------------------------------
 
 
@@ -457,3 +561,8 @@ for _prefix in ("kpfused::", "kpfused::_"):
     _register(f"{_prefix}soft_argmax2d_backward", _backward)
     _register(f"{_prefix}spatial_moments2d", functools.partial(_forward, values=_MOMENT_STATS))
     _register(f"{_prefix}spatial_moments2d_backward", _moments_backward)
+    for _name, _kept in (("spatial_softmax2d", 1), ("expectation2d", 1), ("window_mass2d", 3)):
+        _register(f"{_prefix}{_name}", _whole_forward)
+        _register(f"{_prefix}{_name}_backward", functools.partial(_whole_backward, kept=_kept))
+    _register(f"{_prefix}spatial_expectation2d", _expectation_forward)
+    _register(f"{_prefix}spatial_expectation2d_backward", _expectation_backward)

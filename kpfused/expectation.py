@@ -31,8 +31,11 @@ def spatial_expectation2d(
         return _compose(heatmap, values, beta, beta_value, *pixels)
     values = _foldable(values, heatmap.shape[:-2])
     settings = (heatmap, values, beta, beta_value, *pixels)
-    if torch.compiler.is_compiling() or not ops.is_plain(heatmap, beta, (values, *pixels[:2])):
-        result: Tensor = _FORWARD(*settings)[0]
+    plain = ops.is_plain(heatmap, beta, (values, *pixels[:2])) and ops.is_plain(values, None, pixels)
+    if torch.compiler.is_compiling() or not plain:
+        heatmap, beta, *pixels = ops.prepare_distributed(heatmap, beta, *pixels)
+        values = ops.prepare_distributed_values(heatmap, values)
+        result: Tensor = _FORWARD(heatmap, values, beta, beta_value, *pixels)[0]
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (heatmap, values, beta)):
         result = _Eager.apply(*settings)[0]  # type: ignore[no-untyped-call]
     else:

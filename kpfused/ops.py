@@ -254,8 +254,7 @@ def _call(
     if torch._C._are_functorch_transforms_active():
         result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, setting, *pixels)
     elif not is_plain(heatmap, beta, pixels):
-        if _is_distributed(heatmap, beta, *pixels[:2]):
-            heatmap, beta, *pixels = _distributed().prepare(heatmap, beta, *pixels)
+        heatmap, beta, *pixels = prepare_distributed(heatmap, beta, *pixels)
         result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
     elif compiling:
         result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
@@ -294,6 +293,17 @@ def is_plain(heatmap: Tensor, beta: Tensor | None, pixels: Sequence[Any]) -> boo
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def prepare_distributed(*tensors: Any) -> Any:
+    """heatmap, beta and pixels that are to meet in one op, all of them as ``DTensor`` where one is."""
+    return _distributed().prepare(*tensors) if _is_distributed(*tensors[:4]) else tensors
+
+
+def prepare_distributed_values(heatmap: Tensor, values: Tensor) -> Tensor:
+    """Values beside a heatmap of :func:`prepare_distributed`."""
+    prepared: Tensor = _distributed().prepare_values(heatmap, values) if _is_distributed(heatmap, values) else values
+    return prepared
 
 
 def _is_distributed(*tensors: Tensor | None) -> bool:

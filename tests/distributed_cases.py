@@ -351,6 +351,54 @@ def moments_sharded_over_leading_dimensions(world: World) -> None:
                 assert torch.equal(whole(a).nan_to_num(), e.nan_to_num())
 
 
+def whole_maps(world: World) -> None:
+    """The map, the mass of a window and expectations, sharded over leading dimensions: nothing is sent."""
+    mesh, shape = world.mesh(), (3, 5, 8, 6)
+    heatmap, mask = maps(world, *shape), (torch.rand(3, 1, 8, 6) < 0.7).to(world.device)
+    functions: dict[str, Function] = {
+        "softmax": lambda h, b, **k: kpfused.spatial_softmax2d(h, b, **k),
+        "window": lambda h, b, **k: kpfused.window_mass(h, 3, b, around="peak", **k),
+        "coordinates": lambda h, b, **k: kpfused.expectation2d(h, coordinates="unit", **k),
+    }
+    for function in functions.values():
+        for layout in ("contiguous", "channels_last"):
+            own = cases.LAYOUTS[layout](heatmap)
+            expected = everything(function, own.clone().requires_grad_(), 1.5, mask=mask)
+            for placement in (BATCH, KEYPOINT):
+                with Sent() as sent:
+                    actual = everything(function, shard(own, mesh, [placement]), 1.5, mask=mask)
+                assert sent.bytes == []
+                for a, e in zip(actual, expected, strict=True):
+                    torch.testing.assert_close(whole(a), e, equal_nan=True)
+
+
+def values_beside_sharded_maps(world: World) -> None:
+    """Values of each map, of each image and of all: a gradient that ranks share is summed over them."""
+    mesh = world.mesh()
+    heatmap, beta = maps(world, 4, 6, 8, 5, dtype=torch.float64), betas(world, 6).double()
+    for leading in ((4, 6), (4, 1), (6,), ()):
+        values = torch.randn(*leading, 3, 8, 5, dtype=torch.float64, device=world.device)
+        leaves = [t.clone().requires_grad_() for t in (heatmap, values, beta)]
+        mean = kpfused.spatial_expectation2d(*leaves)
+        upstream = torch.randn_like(mean)
+        expected = (mean, *torch.autograd.grad(mean, leaves, upstream))
+        for placement in (BATCH, KEYPOINT, ALL):
+            for plain in (False, True):
+                own = [
+                    shard(heatmap, mesh, [placement]),
+                    values.clone().requires_grad_(),
+                    beta.clone().requires_grad_(),
+                ]
+                if not plain:
+                    own[1:] = [shard(t, mesh, [ALL]) for t in own[1:]]
+                result = kpfused.spatial_expectation2d(*own)
+                assert isinstance(result, DTensor)
+                assert result.placements == (placement,)
+                gradients = torch.autograd.grad(result, own, shard(upstream, mesh, result.placements).detach())
+                for a, e in zip((result, *gradients), expected, strict=True):
+                    torch.testing.assert_close(whole(a), e)
+
+
 def one_field_alone(world: World) -> None:
     """The gradients of the others are absent. Of the log-sum-exp, beta's is the mean logit: it counts once."""
     heatmap = 1e3 + maps(world, 2, 3, 7, 6, dtype=torch.float64)
@@ -597,6 +645,10 @@ def bad_input(world: World) -> None:
         kpfused.spatial_moments2d(shard(heatmap, world.mesh(), [H]), mask=mask)
     with pytest.raises(NotImplementedError, match="a volume cannot be sharded over depth"):
         kpfused.soft_argmax3d(shard(heatmap, world.mesh(), [KEYPOINT]))
+    with pytest.raises(NotImplementedError, match="only soft_argmax2d and spatial_moments2d"):
+        kpfused.spatial_softmax2d(shard(heatmap, world.mesh(), [H]))
+    with pytest.raises(TypeError, match="heatmap must be a DTensor"):
+        kpfused.spatial_expectation2d(heatmap, shard(heatmap.unsqueeze(2), world.mesh(), [ALL]))
     with pytest.raises(ValueError, match="beta must be on the mesh of heatmap"):
         kpfused.soft_argmax2d(shard(heatmap, world.mesh(), [H]), shard(beta, world.mesh(2), [ALL, ALL]))
 
@@ -656,6 +708,8 @@ CASES: list[Callable[[World], None]] = [
     moments,
     moments_in_float32,
     moments_sharded_over_leading_dimensions,
+    whole_maps,
+    values_beside_sharded_maps,
     one_field_alone,
     the_peak_is_given_to_one_rank,
     the_first_of_equal_peaks,
