@@ -162,7 +162,7 @@ class ExpectationRun {
     return p;
   }
 
-  Values values() const {
+  kpfused::Values values() const {
     const bool tensor = c_.kind == ValueKind::tensor;
     return {c_.kind,   tensor ? values_.data() : nullptr, c_.value_view(), problem_.units,
             c_.radius, c_.centred ? static_cast<const int64_t*>(centres_.data()) : nullptr};
