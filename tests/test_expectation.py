@@ -521,3 +521,19 @@ def test_no_channels(device: str, keywords: dict[str, Any]) -> None:
     of_heatmap, of_values = torch.autograd.grad(result.sum(), (heatmap, values))
     assert of_values.shape == values.shape
     assert (of_heatmap == 0).all()
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_values_that_fold_otherwise_than_the_heatmap(device: str, layout: str) -> None:
+    """Three leading dimensions in another order in memory: copied, and the gradient comes back as values lie."""
+    heatmap = cases.LAYOUTS[layout](cases.random((2, 2, 5, 6, 7)).to(device)).requires_grad_()
+    for leading in ((2, 2, 5), (1, 1, 5), (2, 1, 1)):
+        values = cases.random((5, leading[1], leading[0], 3, 6, 7)).to(device)
+        values = values[: leading[2]].permute(2, 1, 0, 3, 4, 5).requires_grad_()
+        results = []
+        for function in (kpfused.spatial_expectation2d, reference.spatial_expectation2d):
+            result = function(heatmap, values, 1.5)
+            upstream = cases.upstream_of(result)
+            results.append((result.detach(), *torch.autograd.grad(result, (heatmap, values), upstream)))
+        torch.testing.assert_close(results[0], results[1])
+        assert results[0][2].stride() == torch.empty_like(values).stride()

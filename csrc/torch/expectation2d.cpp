@@ -16,13 +16,15 @@ using Pair = std::tuple<Tensor, Tensor>;
 // What an expectation is of, as Values has it.
 struct Averaged {
   ValueKind kind;
-  const Tensor* tensor = nullptr;
+  std::optional<Tensor> tensor = std::nullopt;
   int64_t radius = 0;
   const int64_t* centre = nullptr;
+
+  Tensor* values() { return tensor ? &*tensor : nullptr; }
 };
 
-Averaged of(const Tensor& values) { return {ValueKind::tensor, &values}; }
-constexpr Averaged kOfCoordinates{ValueKind::coordinates};
+Averaged of(const Tensor& values) { return {ValueKind::tensor, values}; }
+const Averaged kOfCoordinates{ValueKind::coordinates};
 
 // What an op asks for of one heatmap, step by step, and what it needs to be run.
 template <class Backend>
@@ -84,10 +86,11 @@ class Steps {
 
   // E, (..., channels).
   Tensor add_expectation(const Averaged& of) {
-    const Layout layout = layout_of(nullptr, of.tensor);
+    Averaged readable = of;
+    const Layout layout = layout_of(nullptr, readable.values());
     ExpectationParams& p = expectation_;
     set_common(p, layout);
-    p.values = values_of(of, layout);
+    p.values = values_of(readable, layout);
     Tensor result = empty(input_, leading_sizes(input_, {p.values.view.channels}), accumulator_of(p.softmax.dtype));
     p.expectation = result.mutable_data_ptr();
     p.workspace = workspace(p);
@@ -99,10 +102,11 @@ class Steps {
   Pair add_heatmap_gradient(const Averaged& of, const Tensor* expectation, const Tensor* grad, bool needs_grad_beta) {
     result_ = torch::stable::empty_like(input_);
     target_ = result_;
-    const Layout layout = layout_of(&*target_, of.tensor);
+    Averaged readable = of;
+    const Layout layout = layout_of(&*target_, readable.values());
     ExpectationHeatmapParams& p = heatmap_;
     set_common(p, layout);
-    p.values = values_of(of, layout);
+    p.values = values_of(readable, layout);
     p.expectation = expectation ? expectation->const_data_ptr() : nullptr;
     p.grad = grad ? grad->const_data_ptr() : nullptr;
     p.grad_heatmap = target_->mutable_data_ptr();
@@ -123,12 +127,15 @@ class Steps {
   }
 
   // The gradient of values, or with `grad` null and values of the heatmap's own shape the softmax map.
-  void add_values_gradient(Tensor& values, const Tensor* grad) {
+  void add_values_gradient(Tensor& result, const Tensor* grad) {
+    Tensor values = result;
     const Layout layout = layout_of(nullptr, &values);
     if (layout.first.maps() == 0 || values.numel() == 0) {
-      torch::stable::zero_(values);
+      torch::stable::zero_(result);
       return;
     }
+    values_result_ = result;
+    values_target_ = values;
     ExpectationValuesParams& p = values_;
     set_common(p, layout);
     p.value_view = value_view(layout, values);
@@ -147,13 +154,23 @@ class Steps {
     } else if (steps_.stats) {
       Backend::run(forward_, input_);  // of values without a channel
     }
-    if (target_ && target_->get() != result_->get()) torch::stable::copy_(*result_, *target_);
+    copy_back(result_, target_);
+    copy_back(values_result_, values_target_);
   }
 
  private:
-  // Of heatmap, mask, what is to be written and values; where they cannot be read together, of copies.
-  Layout layout_of(Tensor* target, const Tensor* values) {
-    const Layout layout = readable(readable_, settings_.mask, target, values);
+  static void copy_back(std::optional<Tensor>& result, const std::optional<Tensor>& target) {
+    if (target && target->data_ptr() != result->data_ptr()) torch::stable::copy_(*result, *target);
+  }
+
+  // Of heatmap, mask, what is to be written and values; where they cannot be read together, of copies, which replace them.
+  Layout layout_of(Tensor* target, Tensor* values) {
+    Layout layout = readable(readable_, settings_.mask, target, values);
+    if (!layout.in_place && values) {
+      *values = torch::stable::contiguous(*values);
+      layout = readable(readable_, settings_.mask, target, values);
+    }
+    if (values) kept_.push_back(*values);
     kept_.push_back(readable_);
     if (settings_.mask) kept_.push_back(*settings_.mask);
     STD_TORCH_CHECK(layout.in_place, "values broadcast along separate dimensions; expand them in memory");
@@ -191,7 +208,8 @@ class Steps {
   Settings settings_;
   bool is_probability_;
   int64_t stats_stride_ = kStats;
-  std::optional<Tensor> stats_, result_, target_;
+  // What kernels write, where it is not what the caller gets.
+  std::optional<Tensor> stats_, result_, target_, values_result_, values_target_;
   std::vector<Tensor> kept_;  // memory that the steps point to
   ForwardParams forward_{};
   ExpectationParams expectation_{};
@@ -302,7 +320,7 @@ Averaged window_of(int64_t window, const Tensor& heatmap, const Tensor& peak) {
   check_device(peak, heatmap, "peak");
   const bool around_peak = window < 0;
   const int64_t* const centre = static_cast<const int64_t*>(peak.const_data_ptr());
-  return {ValueKind::window, nullptr, (around_peak ? -(window + 1) : window - 1) / 2, around_peak ? centre : nullptr};
+  return {ValueKind::window, std::nullopt, (around_peak ? -(window + 1) : window - 1) / 2, around_peak ? centre : nullptr};
 }
 
 template <class Backend>
