@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -149,3 +150,21 @@ def test_info_says_which_kernels_are_in(cuda: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_C, "build_info", lambda: build)
     expected = "in, nvcc 13.0, architectures 9.0+PTX" if cuda else "this is a CPU package"
     assert expected in info.report()["CUDA kernels"]
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump to read machine code with")
+def test_element_loops_take_no_vector_apart() -> None:
+    """Vectors of 64 bytes once were, element by element, which cost half the speed of AVX-512."""
+    command = ["objdump", "-d", "--no-show-raw-insn", _C.__file__]
+    loops: dict[str, int] = {}
+    function = ""
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif re.search(r"sum_columns|lane_sums|lane_moments", function):
+            loops[function] = loops.get(function, 0) + bool(re.search(r"\bvalign", line))
+    if platform.machine() != "x86_64" or not loops:
+        pytest.skip("no loop to be seen: another processor, or a stripped module")
+    assert len(loops) > 50
+    # One vector takes six, and a loop has several; a single one may move an index.
+    assert {name: count for name, count in loops.items() if count > 4} == {}
