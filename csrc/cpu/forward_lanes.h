@@ -151,16 +151,11 @@ class ForwardLanes {
     }
   }
 
-  // Vectors side by side, as the registers hold.
-  static constexpr int kMost = kMoments ? 2 : 4;
-
   static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
     const int64_t groups = ceil_div(chunk.channels, kLanes<A>);
     int64_t g = 0;
-    for (; g + kMost <= groups; g += kMost) run_block<kMost>(chunk, g, lanes);
-    if constexpr (kMost > 3) {
-      if (groups - g == 3) run_block<3>(chunk, g, lanes);
-    }
+    for (; g + kLaneVectors <= groups; g += kLaneVectors) run_block<kLaneVectors>(chunk, g, lanes);
+    if (groups - g == 3) run_block<3>(chunk, g, lanes);
     if (groups - g == 2) run_block<2>(chunk, g, lanes);
     if (groups - g == 1) run_block<1>(chunk, g, lanes);
   }

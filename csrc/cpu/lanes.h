@@ -16,10 +16,14 @@ KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t channels) {
   return at_most(group * kLanes<A>, channels - kLanes<A>);
 }
 
-// Chunks of pixels, each with all channels of a block.
+// Vectors of channels that a chunk is read for at once.
+constexpr int kLaneVectors = 4;
+
+// Chunks of pixels, each with all channels of a block. What is read twice in a row has kChunkBytes at most.
 template <class T>
 KPFUSED_INLINE Tiling lane_chunks(int64_t rows, int64_t cols, int64_t channels) {
-  return tile(rows, cols, at_least(kChunkBytes / (channels * int64_t(sizeof(T))), 32), 1);
+  const int64_t at_once = at_most(channels, kLaneVectors * kLanes<Acc<T>>);
+  return tile(rows, cols, kChunkBytes / (at_once * int64_t(sizeof(T))), 1);
 }
 
 // Channels of a block as a buffer holds them: at least a vector.

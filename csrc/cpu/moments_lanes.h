@@ -1,58 +1,74 @@
 // SPDX-License-Identifier: MIT
 // Forward with moments where lanes are channels: the sums of moments_rows.h, every lane about the peak of its own map.
 //
-// Beside what sums_lanes.h spends on a vector: two additions, a multiplication and two multiply-adds; the search for the
-// peak is once a row.
+// Beside what sums_lanes.h spends on a vector: two additions, a multiplication and two multiply-adds; and a comparison
+// and two selections for eight of them, since the first reading keeps the segment of the peak, in which it is then found.
 #pragma once
 
 #include "sums_lanes.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// The peak of every lane, and the first row of the chunk that has it.
+// Pixels of a row that the search for the peak takes as one.
+constexpr int64_t kSegment = 8;
+
+// The peak of every lane, and the first segment of the chunk that has it.
 template <class A>
 struct LanePeak {
-  Vec<A> peak, row;
+  Vec<A> peak, segment;
 };
 
 template <class T, int N>
-KPFUSED_INLINE void peaks_and_rows(const LanesChunk<T>& chunk, const int64_t (&offset)[N], const Vec<Acc<T>> (&sign)[N],
-                                   LanePeak<Acc<T>> (&at)[N]) {
+KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t (&offset)[N],
+                                       const Mask<Acc<T>> (&flip)[N], LanePeak<Acc<T>> (&at)[N]) {
   using A = Acc<T>;
   for (int j = 0; j < N; ++j) at[j] = {splat(Limits<A>::lowest), splat(kNowhere<A>)};
-  Vec<A> row = {};
-  for (int64_t r = 0; r < chunk.rows; ++r, row += A(1)) {
+  Vec<A> segment = {};
+  for (int64_t r = 0; r < chunk.rows; ++r) {
     const T* p = chunk.p + r * chunk.stride_y;
-    Vec<A> top[N];
-    for (int j = 0; j < N; ++j) top[j] = splat(Limits<A>::lowest);
-    for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x) {
-      for (int j = 0; j < N; ++j) top[j] = maximum(load(p + offset[j]) * sign[j], top[j]);
-    }
-    for (int j = 0; j < N; ++j) {
-      const Mask<A> higher = top[j] > at[j].peak;
-      at[j] = {higher ? top[j] : at[j].peak, higher ? row : at[j].row};
+    for (int64_t c = 0; c < chunk.cols; c += kSegment, segment += A(1)) {
+      Vec<A> top[N];
+      for (int j = 0; j < N; ++j) top[j] = splat(Limits<A>::lowest);
+      for (const T* const end = p + at_most(kSegment, chunk.cols - c) * chunk.stride_x; p != end; p += chunk.stride_x) {
+        for (int j = 0; j < N; ++j) top[j] = maximum(key<A>(load(p + offset[j]), flip[j]), top[j]);
+      }
+      for (int j = 0; j < N; ++j) {
+        const Mask<A> higher = top[j] > at[j].peak;
+        at[j] = {higher ? top[j] : at[j].peak, higher ? segment : at[j].segment};
+      }
     }
   }
 }
 
 // Makes the pixels of the peaks what the sums are about, except where an earlier chunk has a higher one.
 template <class T>
-KPFUSED_INLINE void place_peaks(const LanesChunk<T>& chunk, int64_t offset, Vec<Acc<T>> sign,
+KPFUSED_INLINE void place_peaks(const LanesChunk<T>& chunk, int64_t offset, const Mask<Acc<T>>& flip,
                                 const LanePeak<Acc<T>>& peak, const Mask<Acc<T>>& earlier,
                                 Moments<Acc<T>, Vec<Acc<T>>>& m) {
   using A = Acc<T>;
-  for (int i = 0; i < kLanes<A>; ++i) {
+  constexpr int L = kLanes<A>;
+  const uint32_t segments = uint32_t(ceil_div(chunk.cols, kSegment));
+  A x[L], y[L];
+  store_vector(x, m.at_x), store_vector(y, m.at_y);
+  for (int i = 0; i < L; ++i) {
     if (earlier[i]) continue;
-    m.at_x[i] = m.at_y[i] = kNowhere<A>;
-    if (!(peak.row[i] < kNowhere<A>)) continue;
-    Mask<A> lane = {};
-    lane[i] = -1;
-    const T* p = chunk.p + int64_t(peak.row[i]) * chunk.stride_y + offset;
-    int64_t c = 0;
-    while (!any<A>((load(p + c * chunk.stride_x) * sign == peak.peak) & lane)) ++c;
-    m.at_x[i] = chunk.x0 + A(c);
-    m.at_y[i] = chunk.y0 + peak.row[i];
+    x[i] = y[i] = kNowhere<A>;
+    if (!(peak.segment[i] < kNowhere<A>)) continue;
+    const uint32_t segment = uint32_t(peak.segment[i]), row = segment / segments;
+    const int64_t first = (segment - row * segments) * kSegment, count = at_most(kSegment, chunk.cols - first);
+    // All columns, the first last: how far it is to the peak could not be predicted.
+    const T* p = chunk.p + row * chunk.stride_y + (first + count) * chunk.stride_x + offset;
+    Vec<A> col = {}, back = splat(A(count));
+    for (int64_t c = 0; c < count; ++c) {
+      p -= chunk.stride_x, back -= A(1);
+      col = key<A>(load(p), flip) == peak.peak ? back : col;
+    }
+    A cols[L];
+    store_vector(cols, col);
+    x[i] = chunk.x0 + (A(first) + cols[i]);
+    y[i] = chunk.y0 + A(row);
   }
+  m.at_x = load_vector(x), m.at_y = load_vector(y);
 }
 
 // N vectors of channels over all pixels of a chunk.
@@ -60,15 +76,18 @@ template <class T, int N>
 void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Moments<Acc<T>, Vec<Acc<T>>>>& lanes) {
   using A = Acc<T>;
   int64_t offset[N];
-  Vec<A> sign[N];
+  Mask<A> flip[N];
   LanePeak<A> at[N];
-  for (int j = 0; j < N; ++j) offset[j] = group_begin<A>(group + j, chunk.channels), sign[j] = lanes.sign[group + j];
-  peaks_and_rows<T, N>(chunk, offset, sign, at);
+  for (int j = 0; j < N; ++j) {
+    offset[j] = group_begin<A>(group + j, chunk.channels);
+    flip[j] = flip_of<A>(lanes.sign[group + j]);
+  }
+  peaks_and_segments<T, N>(chunk, offset, flip, at);
   Falloff<Vec<A>> of[N];
   Moments<A, Vec<A>> more[N];
   for (int j = 0; j < N; ++j) {
     const Vec<A> scale = lanes.scale[group + j];
-    of[j] = {sign[j], at[j].peak, scale, Exp2Constants<A>::kLowest / scale};
+    of[j] = {lanes.sign[group + j], at[j].peak, scale, Exp2Constants<A>::kLowest / scale};
     Mask<A> earlier = {};
     more[j] = empty_moments<A, Vec<A>>();
     more[j].peak = at[j].peak;
@@ -77,7 +96,7 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, 
       earlier = at[j].peak < state.peak;
       more[j].at_x = state.at_x, more[j].at_y = state.at_y;
     }
-    place_peaks(chunk, offset[j], sign[j], at[j], earlier, more[j]);
+    place_peaks(chunk, offset[j], flip[j], at[j], earlier, more[j]);
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {

@@ -30,6 +30,16 @@ struct LaneStates {
   S state[kGroups<A>];
 };
 
+// The sign of beta as bits: a logit's key is the logit with them changed.
+template <class A>
+KPFUSED_INLINE Mask<A> flip_of(Vec<A> sign) {
+  return (Mask<A>)sign & (Mask<A>)splat(A(-0.0));
+}
+template <class A>
+KPFUSED_INLINE Vec<A> key(Vec<A> logit, Mask<A> flip) {
+  return (Vec<A>)((Mask<A>)logit ^ flip);
+}
+
 template <class T, int N>
 KPFUSED_INLINE void peaks_of_lanes(const LanesChunk<T>& chunk, const int64_t (&offset)[N],
                                    const Mask<Acc<T>> (&flip)[N], Vec<Acc<T>> (&peak)[N]) {
@@ -41,7 +51,7 @@ KPFUSED_INLINE void peaks_of_lanes(const LanesChunk<T>& chunk, const int64_t (&o
     for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x) {
       if (!chunk.mask.at(mask, c)) continue;
       for (int j = 0; j < N; ++j) {
-        peak[j] = maximum((Vec<A>)((Mask<A>)load(p + offset[j]) ^ flip[j]), peak[j]);
+        peak[j] = maximum(key<A>(load(p + offset[j]), flip[j]), peak[j]);
       }
     }
   }
@@ -57,7 +67,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   Falloff<Vec<A>> of[N];
   for (int j = 0; j < N; ++j) {
     offset[j] = group_begin<A>(group + j, chunk.channels);
-    flip[j] = (Mask<A>)lanes.sign[group + j] & (Mask<A>)splat(A(-0.0));
+    flip[j] = flip_of<A>(lanes.sign[group + j]);
   }
   peaks_of_lanes<T, N>(chunk, offset, flip, peak);
   for (int j = 0; j < N; ++j) {
