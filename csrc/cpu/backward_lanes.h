@@ -24,13 +24,23 @@ struct LaneGradients {
   std::conditional_t<kMoments, MomentGroup, Group> group[kGroups<A>];
 };
 
+// A mask from the first pixel of a chunk on, for all channels; null: all count.
+struct PixelMask {
+  const uint8_t* p;
+  int64_t stride_y, stride_x;
+
+  KPFUSED_INLINE const uint8_t* row(int64_t r) const { return p ? p + r * stride_y : nullptr; }
+  KPFUSED_INLINE bool at(const uint8_t* of_row, int64_t c) const { return !of_row || of_row[c * stride_x] != 0; }
+};
+
 template <class T>
 struct GradientChunk {
   const T* h;
   T* out;
   int64_t stride_y, stride_x, out_y, out_x, rows, cols, row, col;
   int64_t channels;  // at least one vector of them
-  PixelMask mask;
+  PixelMask mask;           // where all channels count alike
+  const uint8_t* excluded;  // where each counts by itself: `channels` bytes a pixel, dense
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -68,11 +78,15 @@ class BackwardLanes {
                                     row,
                                     col,
                                     channels,
-                                    {}};
-      if (channels < L || !counts_by_pixel(params_.pixels, view_)) {
-        buffered(all, outer * view_.inner + first, lanes);
+                                    {},
+                                    nullptr};
+      const int64_t first_map = outer * view_.inner + first;
+      if (channels < L) {
+        buffered(all, first_map, lanes);
+      } else if (counts_of(params_.pixels, view_) == Counts::by_bytes) {
+        counted_by_bytes(all, first_map, lanes);
       } else {
-        counted(all, counting_of(params_.pixels, view_, outer * view_.inner + first), lanes);
+        counted(all, counting_of(params_.pixels, view_, first_map), lanes);
       }
       for (int64_t c = 0; (kBeta || kMoments) && c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c, count = parts_.count();
@@ -117,11 +131,29 @@ class BackwardLanes {
     GradientChunk<T> chunk = all;
     chunk.rows = at_most(at_least(counting.rows - all.row, 0), all.rows);
     chunk.cols = at_most(at_least(counting.cols - all.col, 0), all.cols);
-    chunk.mask = mask_from(counting, all.row, all.col);
-    pixels(chunk, lanes);
+    if (counting.mask) {
+      chunk.mask = {counting.mask + all.row * counting.stride_y + all.col * counting.stride_x, counting.stride_y,
+                    counting.stride_x};
+    }
+    pixels<false>(chunk, lanes);
     for (int64_t r = 0; r < all.rows; ++r) {
       for (int64_t c = r < chunk.rows ? chunk.cols : 0; c < all.cols; ++c) {
         clear(all.out + r * all.out_y + c * all.out_x, all.channels);
+      }
+    }
+  }
+
+  void counted_by_bytes(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
+    const Tiling chunks = lane_chunks<T>(Counts::by_bytes, all.rows, all.cols, all.channels);
+    ExcludedBytes bytes(params_.pixels, view_, first_map, all.channels);
+    for (int64_t i = 0; i < chunks.y.count; ++i) {
+      for (int64_t j = 0; j < chunks.x.count; ++j) {
+        const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
+        GradientChunk<T> chunk = all;
+        chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
+        chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x, chunk.cols = chunks.x.size(j);
+        chunk.excluded = bytes.of({chunk.row, chunk.rows, chunk.col, chunk.cols}, all.channels);
+        pixels<true>(chunk, lanes);
       }
     }
   }
@@ -130,6 +162,7 @@ class BackwardLanes {
     for (int64_t g = 0; g < ceil_div(channels, L); ++g) store(out + group_begin<A>(g, channels), Vec<A>{});
   }
 
+  template <bool kBytes>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
     const int64_t groups = ceil_div(chunk.channels, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -147,6 +180,7 @@ class BackwardLanes {
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       const uint8_t* const mask = chunk.mask.row(r);
+      const uint8_t* excluded = kBytes ? chunk.excluded + r * chunk.cols * chunk.channels : nullptr;
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
       for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += A(1)) {
         if (!chunk.mask.at(mask, c)) {
@@ -165,31 +199,43 @@ class BackwardLanes {
             q[0] = m.x * dx + m.of_row;
           }
           gradient<A, kBeta, kMoments, 1>(v, q, m.of, by_distance, m.beta, dbeta);
+          if constexpr (kBytes) {
+            const Mask<A> counts = ~(Mask<A>)load_bytes<A>(excluded + k);
+            v[0] = keep<A>(v[0], counts);
+            if (kBeta) dbeta[0] = keep<A>(dbeta[0], counts);
+          }
           store(out + k, v[0]);
           if (kBeta) m.dbeta += dbeta[0];
         }
+        if constexpr (kBytes) excluded += chunk.channels;
       }
     }
   }
 
-  // Fewer channels than lanes, or pixels of which some channels count: through buffers.
+  // Fewer channels than lanes: through buffers.
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
     const int64_t padded = padded_channels<A>(all.channels);
     const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.channels);
-    const LanesCounting<T> counting(params_.pixels, view_, params_.beta, first_map, all.channels);
-    T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)], zeros[2 * kChannelBlock];
+    ExcludedBytes bytes(params_.pixels, view_, first_map, all.channels);
+    T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
     __builtin_memset(from, 0, sizeof(from));
-    __builtin_memset(zeros, 0, sizeof(zeros));
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
         const PixelRange range = {all.row + y, chunks.y.size(i), all.col + x, chunks.x.size(j)};
         const int64_t stride_y = range.cols * padded;
-        counting.copy(all.h + y * all.stride_y + x * all.stride_x, all.stride_y, all.stride_x, from, stride_y, padded,
-                      range, counting.weightless);
-        pixels({from, to, stride_y, padded, stride_y, padded, range.rows, range.cols, range.row, range.col, padded, {}},
-               lanes);
-        counting.copy(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range, zeros);
+        copy_pixels(all.h + y * all.stride_y + x * all.stride_x, all.stride_y, all.stride_x, from, stride_y, padded,
+                    range.rows, range.cols, all.channels);
+        GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
+                                  range.cols, range.row, range.col, padded, {},       nullptr};
+        if (params_.pixels.all()) {
+          pixels<false>(chunk, lanes);
+        } else {
+          chunk.excluded = bytes.of(range, padded);
+          pixels<true>(chunk, lanes);
+        }
+        copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
+                    range.cols, all.channels);
       }
     }
   }

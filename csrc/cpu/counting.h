@@ -52,23 +52,36 @@ template <class T>
 constexpr int kElements = kVectorBytes / int(sizeof(T));
 template <class T>
 using BitsVector = typename VectorOf<Bits<T>>::type;
+template <class T>
+using SignedVector = typename VectorOf<std::make_signed_t<Bits<T>>>::type;
 
-// As many bytes as a vector has elements, each as wide as an element. GCC takes __builtin_convertvector apart.
+// As many bytes as a vector has elements, each as wide as an element, its first bit repeated. GCC takes
+// __builtin_convertvector apart.
 template <class T>
 KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
 #if KPFUSED_AVX512
-  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
-  if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
 #elif KPFUSED_AVX2
-  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm256_cvtepu8_epi64(_mm_loadu_si32(p));
-  if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
-#endif
-  typedef uint8_t Bytes __attribute__((vector_size(kElements<T>)));
+  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm256_cvtepi8_epi64(_mm_loadu_si32(p));
+  if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#elif KPFUSED_SSE2
+  // Doubling a byte fills what is above it with it; masks are all zeros or ones, and elsewhere only zero matters.
+  int64_t bits = 0;
+  __builtin_memcpy(&bits, p, kElements<T>);
+  __m128i v = _mm_cvtsi64_si128(bits);
+  v = _mm_unpacklo_epi8(v, v);
+  if constexpr (sizeof(T) >= 4) v = _mm_unpacklo_epi16(v, v);
+  if constexpr (sizeof(T) == 8) v = _mm_unpacklo_epi32(v, v);
+  return (BitsVector<T>)v;
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kElements<T>)));
   Bytes bytes;
   __builtin_memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(bytes, BitsVector<T>);
+  return (BitsVector<T>)__builtin_convertvector(bytes, SignedVector<T>);
+#endif
 }
 
 // to[i] = mask[i] ? from[i] : otherwise, vectors of which `seen` sees. Also reads what is not taken. `from` and `to` may be
@@ -101,35 +114,6 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
   }
 }
 
-// The channels of one pixel: the last vector overlaps the one before it. With a mask, whose
-// bytes are those of the channels in turn, `otherwise` stands where it is zero.
-template <bool kMask, class T>
-KPFUSED_INLINE void copy_channels(const T* from, T* to, int64_t n, const uint8_t* mask, const T* otherwise) {
-  constexpr int L = kElements<T>;
-  for (int64_t k = 0; k < n && n < L; ++k) to[k] = !kMask || mask[k] ? from[k] : otherwise[k];
-  for (int64_t k = 0; k < n && n >= L; k += L) {
-    const int64_t at = at_most(k, n - L);
-    BitsVector<T> v, other;
-    __builtin_memcpy(&v, from + at, sizeof(v));
-    if constexpr (kMask) {
-      __builtin_memcpy(&other, otherwise + at, sizeof(other));
-      v = load_bytes<T>(mask + at) != 0 ? v : other;
-    }
-    __builtin_memcpy(to + at, &v, sizeof(v));
-  }
-}
-
-// Transposes 8 x 8 bytes: rows are words, their first byte the lowest.
-KPFUSED_INLINE void transpose_bytes(uint64_t (&rows)[8]) {
-  const auto swap = [&](int a, int b, int bits, uint64_t low) __attribute__((always_inline)) {
-    const uint64_t changed = ((rows[a] >> bits) ^ rows[b]) & low;
-    rows[a] ^= changed << bits, rows[b] ^= changed;
-  };
-  for (int i = 0; i < 4; ++i) swap(i, i + 4, 32, 0x00000000ffffffff);
-  for (int i = 0; i < 4; ++i) swap(i + (i & 2), i + (i & 2) + 2, 16, 0x0000ffff0000ffff);
-  for (int i = 0; i < 8; i += 2) swap(i, i + 1, 8, 0x00ff00ff00ff00ff);
-}
-
 // `to` gets the n elements of a row from (row, col) on that count, and `otherwise` in place of the others. `from` and
 // `to` may be the same.
 template <class T>
@@ -142,7 +126,13 @@ KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, 
   } else if (counting.stride_x == 1) {
     select(mask, from, to, valid, otherwise, [](const auto&) {});
   } else {
-    for (int64_t i = 0; i < valid; ++i) to[i] = mask[i * counting.stride_x] ? from[i] : otherwise;
+    constexpr int64_t kBytes = 64;
+    uint8_t bytes[kBytes];
+    for (int64_t first = 0; first < valid; first += kBytes) {
+      const int64_t count = at_most(kBytes, valid - first);
+      for (int64_t i = 0; i < count; ++i) bytes[i] = mask[(first + i) * counting.stride_x];
+      select(bytes, from + first, to + first, count, otherwise, [](const auto&) {});
+    }
   }
   for (int64_t i = valid; i < n; ++i) to[i] = otherwise;
 }

@@ -364,7 +364,7 @@ class ValueTiles {
   // Whether maps side by side have the same values, and the same of them count.
   static bool share_values(const Values& values, const SoftmaxParams& softmax) {
     return values.view.stride_inner == 0 && values.kind != ValueKind::window &&
-           (softmax.pixels.all() || counts_by_pixel(softmax.pixels, softmax.view));
+           counts_of(softmax.pixels, softmax.view) != Counts::by_bytes;
   }
 
   bool shared() const { return shared_; }

@@ -31,14 +31,17 @@ class ForwardLanes {
       load_beta(outer * view_.inner + first, channels, lanes);
       const int64_t then = at_most(item + 1, end - 1);
       const T* const base = origin(outer, part, first);
-      // Moments visit a pixel so often that branches on a random mask cost more than a copy.
-      const bool direct = counts_by_pixel(params_.pixels, view_) && !(kMoments && params_.pixels.mask);
-      if (channels < kLanes<A> || !direct) {
-        run_buffered(base, part, outer * view_.inner + first, channels, lanes);
+      const T* const next =
+          origin(then / blocks_.count / parts, then / blocks_.count % parts, blocks_.begin(then % blocks_.count));
+      const int64_t first_map = outer * view_.inner + first;
+      if (channels < kLanes<A>) {
+        run_buffered(base, part, first_map, channels, lanes);
       } else {
-        run_part(base,
-                 origin(then / blocks_.count / parts, then / blocks_.count % parts, blocks_.begin(then % blocks_.count)),
-                 part, outer * view_.inner + first, channels, lanes);
+        switch (counts_of(params_.pixels, view_)) {
+          case Counts::all: run_part<Counts::all>(base, next, part, first_map, channels, lanes); break;
+          case Counts::listed: run_part<Counts::listed>(base, next, part, first_map, channels, lanes); break;
+          case Counts::by_bytes: run_part<Counts::by_bytes>(base, next, part, first_map, channels, lanes); break;
+        }
       }
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c;
@@ -49,6 +52,12 @@ class ForwardLanes {
   }
 
  private:
+  // In place of what a kind of counting needs none of.
+  struct Nothing {
+    Nothing() = default;
+    Nothing(const PixelView&, const MapView&, int64_t, int64_t) {}
+  };
+
   // Lanes beyond the channels of a padded buffer get a beta of one.
   void load_beta(int64_t map, int64_t channels, Lanes& lanes) const {
     constexpr int L = kLanes<A>;
@@ -83,33 +92,33 @@ class ForwardLanes {
   }
 
   // `next` is where the item after this one begins.
+  template <Counts kCounts>
   void run_part(const T* base, const T* next, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
-    const Counting counting = counting_of(params_.pixels, view_, first_map);
+    Counting counting = counting_of(params_.pixels, view_, first_map);
+    // Sizes of their own are in the bytes.
+    if (!one_size(params_.pixels, view_)) counting.rows = view_.height, counting.cols = view_.width;
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
     const int64_t row = parts_.y.begin(i), col = parts_.x.begin(j);
     const int64_t rows = at_most(parts_.y.size(i), counting.rows - row);
     const int64_t cols = at_most(parts_.x.size(j), counting.cols - col);
     if (rows <= 0 || cols <= 0) return clear(channels, lanes);
-    const Tiling chunks = lane_chunks<T>(rows, cols, channels);
+    const Tiling chunks = lane_chunks<T>(kCounts, rows, cols, channels);
     const auto begin = [&](int64_t n) {
       return n == chunks.count() ? next
                                  : base + chunks.y.begin(n / chunks.x.count) * view_.stride_y +
                                        chunks.x.begin(n % chunks.x.count) * view_.stride_x;
     };
+    std::conditional_t<kCounts == Counts::listed, ColumnList, Nothing> list;
+    std::conditional_t<kCounts == Counts::by_bytes, ExcludedBytes, Nothing> bytes(params_.pixels, view_, first_map, channels);
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
-      const LanesChunk<T> chunk = {begin(n),
-                             view_.stride_y,
-                             view_.stride_x,
-                             chunks.y.size(ci),
-                             chunks.x.size(cj),
-                             centred<A>(col + chunks.x.begin(cj), view_.width),
-                             centred<A>(row + chunks.y.begin(ci), view_.height),
-                             (begin(n + 1) - begin(n)) * int64_t(sizeof(T)),
-                             channels,
-                             n == 0,
-                             mask_from(counting, row + chunks.y.begin(ci), col + chunks.x.begin(cj))};
-      run_chunk(chunk, lanes);
+      const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj), chunks.x.size(cj)};
+      LanesChunk<T> chunk = {begin(n), view_.stride_y, view_.stride_x, range.rows, range.cols,
+                             centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
+                             (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), channels, n == 0, nullptr, nullptr};
+      if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
+      if constexpr (kCounts == Counts::by_bytes) chunk.excluded = bytes.of(range, channels);
+      run_chunk<kCounts>(chunk, lanes);
     }
   }
 
@@ -123,41 +132,48 @@ class ForwardLanes {
     }
   }
 
-  // Fewer channels than lanes, or channels that count by themselves: through a buffer.
+  // Fewer channels than lanes: through a buffer.
   void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
     const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
-    const LanesCounting<T> counting(params_.pixels, view_, params_.beta, first_map, channels);
+    ExcludedBytes bytes(params_.pixels, view_, first_map, channels);
     T buffer[kGatherBytes / sizeof(T)];
     __builtin_memset(buffer, 0, sizeof(buffer));
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);
       const PixelRange range = {parts_.y.begin(i) + y, chunks.y.size(n / chunks.x.count), parts_.x.begin(j) + x,
                                 chunks.x.size(n % chunks.x.count)};
-      counting.copy(base + y * view_.stride_y + x * view_.stride_x, view_.stride_y, view_.stride_x, buffer,
-                    range.cols * padded, padded, range, counting.weightless);
-      run_chunk({buffer, range.cols * padded, padded, range.rows, range.cols, centred<A>(range.col, view_.width),
-                 centred<A>(range.row, view_.height), 0, padded, n == 0, {}},
-                lanes);
+      copy_pixels(base + y * view_.stride_y + x * view_.stride_x, view_.stride_y, view_.stride_x, buffer,
+                  range.cols * padded, padded, range.rows, range.cols, channels);
+      LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
+                             centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, n == 0,
+                             nullptr, nullptr};
+      if (params_.pixels.all()) {
+        run_chunk<Counts::all>(chunk, lanes);
+      } else {
+        chunk.excluded = bytes.of(range, padded);
+        run_chunk<Counts::by_bytes>(chunk, lanes);
+      }
     }
   }
 
-  template <int N>
+  template <int N, Counts kCounts>
   static void run_block(const LanesChunk<T>& chunk, int64_t group, Lanes& lanes) {
     if constexpr (kMoments) {
-      lane_moments<T, N>(chunk, group, lanes);
+      lane_moments<T, N, kCounts>(chunk, group, lanes);
     } else {
-      lane_sums<T, N>(chunk, group, lanes);
+      lane_sums<T, N, kCounts>(chunk, group, lanes);
     }
   }
 
+  template <Counts kCounts>
   static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
     const int64_t groups = ceil_div(chunk.channels, kLanes<A>);
     int64_t g = 0;
-    for (; g + kLaneVectors <= groups; g += kLaneVectors) run_block<kLaneVectors>(chunk, g, lanes);
-    if (groups - g == 3) run_block<3>(chunk, g, lanes);
-    if (groups - g == 2) run_block<2>(chunk, g, lanes);
-    if (groups - g == 1) run_block<1>(chunk, g, lanes);
+    for (; g + kLaneVectors <= groups; g += kLaneVectors) run_block<kLaneVectors, kCounts>(chunk, g, lanes);
+    if (groups - g == 3) run_block<3, kCounts>(chunk, g, lanes);
+    if (groups - g == 2) run_block<2, kCounts>(chunk, g, lanes);
+    if (groups - g == 1) run_block<1, kCounts>(chunk, g, lanes);
   }
 
   const ForwardParams& params_;

@@ -19,11 +19,34 @@ KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t channels) {
 // Vectors of channels that a chunk is read for at once.
 constexpr int kLaneVectors = 4;
 
+// What counts among the pixels of a chunk.
+enum class Counts {
+  all,
+  listed,    // the same for all channels: a list of columns
+  by_bytes,  // for each channel by itself: a byte of ones where it does not
+};
+
+// Whether all channels of a pixel count, or none. Kernels then read none that does not count.
+KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner == 0; }
+KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
+  return !pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0;
+}
+KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
+  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bytes;
+  return pixels.mask ? Counts::listed : Counts::all;
+}
+
+// Pixels that a list has room for.
+constexpr int64_t kListed = 2048;
+
 // Chunks of pixels, each with all channels of a block. What is read twice in a row has kChunkBytes at most.
 template <class T>
-KPFUSED_INLINE Tiling lane_chunks(int64_t rows, int64_t cols, int64_t channels) {
+KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t channels) {
   const int64_t at_once = at_most(channels, kLaneVectors * kLanes<Acc<T>>);
-  return tile(rows, cols, kChunkBytes / (at_once * int64_t(sizeof(T))), 1);
+  int64_t pixels = kChunkBytes / (at_once * int64_t(sizeof(T)));
+  if (counts == Counts::listed) pixels = at_most(pixels, kListed);
+  if (counts == Counts::by_bytes) pixels = at_most(pixels, kGatherBytes / channels);
+  return tile(rows, cols, pixels, 1);
 }
 
 // Channels of a block as a buffer holds them: at least a vector.
@@ -32,97 +55,136 @@ KPFUSED_INLINE int64_t padded_channels(int64_t channels) {
   return at_least(channels, kLanes<A>);
 }
 
-// Pixels that a buffer of `bytes` takes.
+// Pixels that a buffer takes.
 template <class T>
 KPFUSED_INLINE Tiling buffer_chunks(int64_t rows, int64_t cols, int64_t channels) {
   return tile(rows, cols, kGatherBytes / (padded_channels<Acc<T>>(channels) * int64_t(sizeof(T))), 1);
 }
 
-// Whether all channels of a pixel count, or none. Kernels then ask once a pixel, and read none that does not count.
-KPFUSED_INLINE bool counts_by_pixel(const PixelView& pixels, const MapView& view) {
-  const bool one_mask = !pixels.mask || pixels.mask_view.stride_inner == 0;
-  return one_mask && (!pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0);
-}
+// The columns that count, row after row: those of row r are columns[begins[r]] .. columns[begins[r + 1]].
+struct ColumnList {
+  uint16_t columns[kListed];
+  uint32_t begins[kListed + 1];
 
-// A mask from the first pixel of a chunk on, for all channels; null: all count.
-struct PixelMask {
-  const uint8_t* p;
-  int64_t stride_y, stride_x;
-
-  KPFUSED_INLINE const uint8_t* row(int64_t r) const { return p ? p + r * stride_y : nullptr; }
-  KPFUSED_INLINE bool at(const uint8_t* of_row, int64_t c) const { return !of_row || of_row[c * stride_x] != 0; }
-};
-
-KPFUSED_INLINE PixelMask mask_from(const Counting& counting, int64_t row, int64_t col) {
-  const int64_t y = counting.stride_y, x = counting.stride_x;
-  return {counting.mask ? counting.mask + row * y + col * x : nullptr, y, x};
-}
-
-// Which pixels count, for every channel of a block, and what stands in place of the others.
-template <class T>
-struct LanesCounting {
-  int64_t channels;
-  bool one_mask, one_size;  // for all channels
-  int64_t between;  // the masks of two channels
-  Counting each[2 * kChannelBlock];
-  T weightless[2 * kChannelBlock];
-
-  LanesCounting(const PixelView& pixels, const MapView& view, const BetaView& beta, int64_t first_map, int64_t count)
-      : channels(count), one_mask(!pixels.mask || pixels.mask_view.stride_inner == 0),
-        one_size(!pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0),
-        between(pixels.mask_view.stride_inner) {
-    for (int64_t k = 0; k < channels; ++k) {
-      each[k] = counting_of(pixels, view, first_map + k);
-      weightless[k] = KPFUSED_ISA::weightless<T>(sharpness(beta_of<Acc<T>>(beta, first_map + k)).sign);
+  // From one mask; without branches, which noise in it would mislead.
+  void fill(const Counting& counting, const PixelRange& range) {
+    uint32_t n = 0;
+    begins[0] = 0;
+    for (int64_t r = 0; r < range.rows; ++r) {
+      const uint8_t* const mask = counting.mask + (range.row + r) * counting.stride_y + range.col * counting.stride_x;
+      for (int64_t c = 0; c < range.cols; ++c) columns[n] = uint16_t(c), n += mask[c * counting.stride_x] != 0;
+      begins[r + 1] = n;
     }
   }
+};
 
-  // Copies pixels of `channels` elements each, from and to rows of pixels with the given strides. Channels of pixels that
-  // do not count get `otherwise`.
-  void copy(const T* from, int64_t from_y, int64_t from_x, T* to, int64_t to_y, int64_t to_x, const PixelRange& range,
-            const T* otherwise) const {
-    // Masks of some pixels, channel by channel; a stack of whole maps is turned over first.
-    constexpr int64_t kPixels = 8;
-    uint8_t turned[kPixels * 2 * kChannelBlock];
-    for (int64_t r = 0; r < range.rows; ++r) {
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+
+// Two bytes of each in turn, of their first or last eight.
+KPFUSED_INLINE Bytes16 interleave_first(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+KPFUSED_INLINE Bytes16 interleave_last(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// Which pixels count for each channel of a block.
+struct LanesCounting {
+  int64_t channels;
+  bool same_size;
+  int64_t between;  // the masks of two channels
+  Counting each[2 * kChannelBlock];
+
+  LanesCounting(const PixelView& pixels, const MapView& view, int64_t first_map, int64_t count)
+      : channels(count), same_size(one_size(pixels, view)), between(pixels.mask_view.stride_inner) {
+    for (int64_t k = 0; k < channels; ++k) each[k] = counting_of(pixels, view, first_map + k);
+  }
+
+  // A byte for each channel of each pixel, pixel after pixel, `to_next` bytes apart: ones where it does not count.
+  void exclude(const PixelRange& range, int64_t to_next, uint8_t* to) const {
+    for (int64_t r = 0; r < range.rows; ++r, to += range.cols * to_next) {
       const int64_t row = range.row + r;
-      for (int64_t first = 0; first < range.cols; first += kPixels) {
-        const int64_t col = range.col + first, pixels = at_most(kPixels, range.cols - first);
-        const T* p = from + r * from_y + first * from_x;
-        T* out = to + r * to_y + first * to_x;
-        const uint8_t* mask = nullptr;
-        int64_t to_next = 0;
-        if (one_size && !one_mask) {
-          mask = each[0].mask + row * each[0].stride_y + col * each[0].stride_x, to_next = each[0].stride_x;
-          if (between != 1) turn(mask, pixels, turned), mask = turned, to_next = channels;
-        }
-        for (int64_t c = 0; c < pixels; ++c, p += from_x, out += to_x) {
-          if (!one_size) {
-            for (int64_t k = 0; k < channels; ++k) out[k] = each[k].at(row, col + c) ? p[k] : otherwise[k];
-          } else if (mask && row < each[0].rows && col + c < each[0].cols) {
-            copy_channels<true>(p, out, channels, mask + c * to_next, otherwise);
-          } else {
-            copy_channels<false>(!mask && each[0].at(row, col + c) ? p : otherwise, out, channels, nullptr, otherwise);
-          }
-        }
+      if (each[0].mask) {
+        exclude_masked(each[0].mask + row * each[0].stride_y + range.col * each[0].stride_x, range.cols, to_next, to);
+      } else {
+        __builtin_memset(to, 0, range.cols * to_next);
+      }
+      if (row < each[0].rows && range.col + range.cols <= each[0].cols && same_size) continue;
+      uint16_t valid[2 * kChannelBlock];  // columns of this range
+      for (int64_t k = 0; k < channels; ++k) {
+        valid[k] = uint16_t(row < each[k].rows ? at_most(at_least(each[k].cols - range.col, 0), range.cols) : 0);
+      }
+      for (int64_t c = 0; c < range.cols; ++c) {
+        for (int64_t k = 0; k < channels; ++k) to[c * to_next + k] |= uint8_t(-(c >= valid[k]));
       }
     }
   }
 
  private:
-  // The masks of up to 8 pixels of all channels, from channel after channel to pixel after pixel.
-  KPFUSED_INLINE void turn(const uint8_t* mask, int64_t pixels, uint8_t* to) const {
-    int64_t k = 0;
-    for (; pixels == 8 && each[0].stride_x == 1 && k + 8 <= channels; k += 8) {
-      uint64_t rows[8];
-      for (int i = 0; i < 8; ++i) __builtin_memcpy(&rows[i], mask + (k + i) * between, 8);
-      transpose_bytes(rows);
-      for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * channels + k, &rows[i], 8);
+  // One row.
+  KPFUSED_INLINE void exclude_masked(const uint8_t* mask, int64_t cols, int64_t to_next, uint8_t* to) const {
+    const int64_t stride_x = each[0].stride_x;
+    if (between == 1 && stride_x == to_next) return invert(mask, cols * to_next, to);
+    if (stride_x == 1 && cols >= 16 && channels >= 8) {
+      for (int64_t c = 0; c < cols; c += 16) {
+        for (int64_t k = 0; k < channels; k += 8) {
+          const int64_t col = at_most(c, cols - 16), channel = at_most(k, channels - 8);
+          turn(mask + channel * between + col, to_next, to + col * to_next + channel);
+        }
+      }
+      return;
     }
-    for (; k < channels; ++k) {
-      for (int64_t c = 0; c < pixels; ++c) to[c * channels + k] = mask[k * between + c * each[0].stride_x];
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t k = 0; k < channels; ++k) to[c * to_next + k] = uint8_t(-(mask[k * between + c * stride_x] == 0));
     }
   }
+
+  static void invert(const uint8_t* mask, int64_t n, uint8_t* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = uint8_t(-(mask[i] == 0));
+  }
+
+  // 8 channels of 16 pixels. The place of a byte, three bits of its channel and four of its pixel, goes around by one bit
+  // at each of three steps.
+  KPFUSED_INLINE void turn(const uint8_t* mask, int64_t to_next, uint8_t* to) const {
+    Bytes16 v[8], turned[8];
+    for (int i = 0; i < 8; ++i) {
+      __builtin_memcpy(&v[i], mask + i * between, 16);
+      v[i] = (Bytes16)(v[i] == 0);
+    }
+    for (int step = 0; step < 3; ++step) {
+      for (int i = 0; i < 4; ++i) {
+        turned[2 * i] = interleave_first(v[i], v[i + 4]);
+        turned[2 * i + 1] = interleave_last(v[i], v[i + 4]);
+      }
+      for (int i = 0; i < 8; ++i) v[i] = turned[i];
+    }
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(to + i * to_next, reinterpret_cast<const uint8_t*>(v) + i * 8, 8);
+  }
 };
+
+// The bytes of one chunk after the other.
+struct ExcludedBytes {
+  LanesCounting counting;
+  uint8_t bytes[kGatherBytes];
+
+  ExcludedBytes(const PixelView& pixels, const MapView& view, int64_t first_map, int64_t channels)
+      : counting(pixels, view, first_map, channels) {}
+
+  const uint8_t* of(const PixelRange& range, int64_t to_next) {
+    counting.exclude(range, to_next, bytes);
+    return bytes;
+  }
+};
+
+// Copies pixels of `channels` elements each between rows of them.
+template <class T>
+KPFUSED_INLINE void copy_pixels(const T* from, int64_t from_y, int64_t from_x, T* to, int64_t to_y, int64_t to_x,
+                                int64_t rows, int64_t cols, int64_t channels) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t k = 0; k < channels; ++k) to[r * to_y + c * to_x + k] = from[r * from_y + c * from_x + k];
+    }
+  }
+}
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -9,8 +9,13 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// Pixels of a row that the search for the peak takes as one.
+// Pixels of a row, of those that are read, which the search for the peak takes as one.
 constexpr int64_t kSegment = 8;
+
+template <class T>
+KPFUSED_INLINE int64_t segments_of_row(const LanesChunk<T>& chunk) {
+  return ceil_div(chunk.cols, kSegment);
+}
 
 // The peak of every lane, and the first segment of the chunk that has it.
 template <class A>
@@ -18,20 +23,23 @@ struct LanePeak {
   Vec<A> peak, segment;
 };
 
-template <class T, int N>
+template <Counts kCounts, class T, int N>
 KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t (&offset)[N],
                                        const Mask<Acc<T>> (&flip)[N], LanePeak<Acc<T>> (&at)[N]) {
   using A = Acc<T>;
   for (int j = 0; j < N; ++j) at[j] = {splat(Limits<A>::lowest), splat(kNowhere<A>)};
-  Vec<A> segment = {};
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    const T* p = chunk.p + r * chunk.stride_y;
-    for (int64_t c = 0; c < chunk.cols; c += kSegment, segment += A(1)) {
+    Vec<A> segment = splat(A(r * segments_of_row(chunk)));
+    const int64_t count = pixels_of_row<kCounts>(chunk, r);
+    for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = splat(Limits<A>::lowest);
-      for (const T* const end = p + at_most(kSegment, chunk.cols - c) * chunk.stride_x; p != end; p += chunk.stride_x) {
-        for (int j = 0; j < N; ++j) top[j] = maximum(key<A>(load(p + offset[j]), flip[j]), top[j]);
-      }
+      const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded) __attribute__((always_inline)) {
+        for (int j = 0; j < N; ++j) {
+          top[j] = maximum(key<kCounts>(p, offset[j], flip[j], excluded), top[j]);
+        }
+      };
+      for_pixels<kCounts>(chunk, r, i, at_most(i + kSegment, count), pixel);
       for (int j = 0; j < N; ++j) {
         const Mask<A> higher = top[j] > at[j].peak;
         at[j] = {higher ? top[j] : at[j].peak, higher ? segment : at[j].segment};
@@ -41,38 +49,37 @@ KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t
 }
 
 // Makes the pixels of the peaks what the sums are about, except where an earlier chunk has a higher one.
-template <class T>
+template <Counts kCounts, class T>
 KPFUSED_INLINE void place_peaks(const LanesChunk<T>& chunk, int64_t offset, const Mask<Acc<T>>& flip,
                                 const LanePeak<Acc<T>>& peak, const Mask<Acc<T>>& earlier,
                                 Moments<Acc<T>, Vec<Acc<T>>>& m) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  const uint32_t segments = uint32_t(ceil_div(chunk.cols, kSegment));
-  A x[L], y[L];
-  store_vector(x, m.at_x), store_vector(y, m.at_y);
-  for (int i = 0; i < L; ++i) {
-    if (earlier[i]) continue;
-    x[i] = y[i] = kNowhere<A>;
-    if (!(peak.segment[i] < kNowhere<A>)) continue;
-    const uint32_t segment = uint32_t(peak.segment[i]), row = segment / segments;
-    const int64_t first = (segment - row * segments) * kSegment, count = at_most(kSegment, chunk.cols - first);
-    // All columns, the first last: how far it is to the peak could not be predicted.
-    const T* p = chunk.p + row * chunk.stride_y + (first + count) * chunk.stride_x + offset;
-    Vec<A> col = {}, back = splat(A(count));
-    for (int64_t c = 0; c < count; ++c) {
-      p -= chunk.stride_x, back -= A(1);
-      col = key<A>(load(p), flip) == peak.peak ? back : col;
-    }
-    A cols[L];
-    store_vector(cols, col);
-    x[i] = chunk.x0 + (A(first) + cols[i]);
+  const uint32_t segments = uint32_t(segments_of_row(chunk));
+  m.at_x = earlier ? m.at_x : splat(kNowhere<A>);
+  m.at_y = earlier ? m.at_y : splat(kNowhere<A>);
+  A x[L], y[L], segment[L];
+  store_vector(x, m.at_x), store_vector(y, m.at_y), store_vector(segment, peak.segment);
+  // Which lanes, and how far it is to their peaks, could not be predicted: bit by bit, and through all of a segment.
+  for (uint32_t bits = lane_bits<A>(~earlier & (peak.segment < kNowhere<A>)); bits != 0; bits &= bits - 1) {
+    const int i = __builtin_ctz(bits);
+    const uint32_t index = uint32_t(segment[i]), row = index / segments;
+    const int64_t first = int64_t(index - row * segments) * kSegment;
+    Vec<A> left = splat(-kNowhere<A>);
+    const auto pixel = [&](const T* p, Vec<A> at, const uint8_t* excluded) __attribute__((always_inline)) {
+      left = maximum(key<kCounts>(p, offset, flip, excluded) == peak.peak ? -at : splat(-kNowhere<A>), left);
+    };
+    for_pixels<kCounts>(chunk, row, first, at_most(first + kSegment, pixels_of_row<kCounts>(chunk, row)), pixel);
+    A columns[L];
+    store_vector(columns, left);
+    x[i] = -columns[i];
     y[i] = chunk.y0 + A(row);
   }
   m.at_x = load_vector(x), m.at_y = load_vector(y);
 }
 
 // N vectors of channels over all pixels of a chunk.
-template <class T, int N>
+template <class T, int N, Counts kCounts>
 void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Moments<Acc<T>, Vec<Acc<T>>>>& lanes) {
   using A = Acc<T>;
   int64_t offset[N];
@@ -82,7 +89,7 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, 
     offset[j] = group_begin<A>(group + j, chunk.channels);
     flip[j] = flip_of<A>(lanes.sign[group + j]);
   }
-  peaks_and_segments<T, N>(chunk, offset, flip, at);
+  peaks_and_segments<kCounts, T, N>(chunk, offset, flip, at);
   Falloff<Vec<A>> of[N];
   Moments<A, Vec<A>> more[N];
   for (int j = 0; j < N; ++j) {
@@ -96,27 +103,27 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, 
       earlier = at[j].peak < state.peak;
       more[j].at_x = state.at_x, more[j].at_y = state.at_y;
     }
-    place_peaks(chunk, offset[j], flip[j], at[j], earlier, more[j]);
+    place_peaks<kCounts>(chunk, offset[j], flip[j], at[j], earlier, more[j]);
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
-    const T* p = chunk.p + r * chunk.stride_y;
-    Vec<A> row[N] = {}, row_x[N] = {}, row_xx[N] = {}, distances[N] = {}, dx[N];
-    for (int j = 0; j < N; ++j) dx[j] = chunk.x0 - more[j].at_x;
-    for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x) {
+    Vec<A> row[N] = {}, row_x[N] = {}, row_xx[N] = {}, distances[N] = {};
+    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
-        const Vec<A> d = distance(load(p + offset[j]), of[j]);
+        const Mask<A> counts = ~excluded_lanes<kCounts, A>(excluded, offset[j]);
+        const Vec<A> dx = x - more[j].at_x, d = keep<A>(distance(load(p + offset[j]), of[j]), counts);
         Vec<A> w[1] = {d};
         exp2<A, 1>(w, of[j].scale);
+        w[0] = keep<A>(w[0], counts);
         if (j * kLanes<A> * int(sizeof(T)) % 64 == 0) prefetch(p + offset[j], chunk.ahead);
-        const Vec<A> weighed = w[0] * dx[j];
+        const Vec<A> weighed = w[0] * dx;
         row[j] += w[0];
         row_x[j] += weighed;
-        row_xx[j] += weighed * dx[j];
+        row_xx[j] += weighed * dx;
         distances[j] += w[0] * d;
-        dx[j] += A(1);
       }
-    }
+    };
+    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
     for (int j = 0; j < N; ++j) {
       const Vec<A> dy = y - more[j].at_y, weighed = row[j] * dy;
       more[j].sum += row[j];

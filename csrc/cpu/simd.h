@@ -156,6 +156,20 @@ KPFUSED_INLINE bool any(Mask<A> mask) {
 #endif
 }
 
+// A bit for every lane whose mask is set, the first lane's the lowest.
+template <class A>
+KPFUSED_INLINE uint32_t lane_bits(Mask<A> mask) {
+#if KPFUSED_AVX512
+  return sizeof(A) == 8 ? _mm512_movepi64_mask((__m512i)mask) : _mm512_movepi32_mask((__m512i)mask);
+#elif KPFUSED_AVX2
+  return sizeof(A) == 8 ? _mm256_movemask_pd((__m256d)mask) : _mm256_movemask_ps((__m256)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<A>; ++i) bits |= uint32_t(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
 // ---- Elements to vectors of their accumulator, and back, at any alignment -------------------------------------------
 
 KPFUSED_INLINE Vec<float> load(const float* p) { return load_vector(p); }

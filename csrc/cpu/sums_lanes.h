@@ -20,8 +20,45 @@ struct LanesChunk {
   int64_t ahead;
   int64_t channels;  // at least one vector of them
   bool first;        // no state to merge with yet
-  PixelMask mask;
+  const ColumnList* list;   // Counts::listed
+  const uint8_t* excluded;  // Counts::by_bytes: `channels` bytes a pixel, dense
 };
+
+// Pixels of a row that are to be read.
+template <Counts kCounts, class T>
+KPFUSED_INLINE int64_t pixels_of_row(const LanesChunk<T>& chunk, int64_t row) {
+  if constexpr (kCounts == Counts::listed) return chunk.list->begins[row + 1] - chunk.list->begins[row];
+  return chunk.cols;
+}
+
+// Calls body(pixel, its x, the bytes of its channels) for these, from the one with number `begin` to `end`.
+template <Counts kCounts, class T, class Body>
+KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Body& body) {
+  using A = Acc<T>;
+  const T* p = chunk.p + row * chunk.stride_y;
+  if constexpr (kCounts == Counts::listed) {
+    const uint16_t* const columns = chunk.list->columns + chunk.list->begins[row];
+    for (int64_t i = begin; i < end; ++i) {
+      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), nullptr);
+    }
+  } else {
+    const uint8_t* excluded = nullptr;
+    if constexpr (kCounts == Counts::by_bytes) excluded = chunk.excluded + (row * chunk.cols + begin) * chunk.channels;
+    Vec<A> x = splat(chunk.x0 + A(begin));
+    p += begin * chunk.stride_x;
+    for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += A(1)) {
+      body(p, x, excluded);
+      if constexpr (kCounts == Counts::by_bytes) excluded += chunk.channels;
+    }
+  }
+}
+
+// Ones in the lanes whose channel does not count.
+template <Counts kCounts, class A>
+KPFUSED_INLINE Mask<A> excluded_lanes(const uint8_t* excluded, int64_t channel) {
+  if constexpr (kCounts == Counts::by_bytes) return (Mask<A>)load_bytes<A>(excluded + channel);
+  return Mask<A>{};
+}
 
 // S: State or Moments of vectors.
 template <class A, class S>
@@ -35,30 +72,15 @@ template <class A>
 KPFUSED_INLINE Mask<A> flip_of(Vec<A> sign) {
   return (Mask<A>)sign & (Mask<A>)splat(A(-0.0));
 }
-template <class A>
-KPFUSED_INLINE Vec<A> key(Vec<A> logit, Mask<A> flip) {
-  return (Vec<A>)((Mask<A>)logit ^ flip);
-}
-
-template <class T, int N>
-KPFUSED_INLINE void peaks_of_lanes(const LanesChunk<T>& chunk, const int64_t (&offset)[N],
-                                   const Mask<Acc<T>> (&flip)[N], Vec<Acc<T>> (&peak)[N]) {
+// The logit times the sign. Where the channel does not count it is a NaN, which is never a maximum.
+template <Counts kCounts, class T>
+KPFUSED_INLINE Vec<Acc<T>> key(const T* pixel, int64_t channel, Mask<Acc<T>> flip, const uint8_t* excluded) {
   using A = Acc<T>;
-  for (int j = 0; j < N; ++j) peak[j] = splat(Limits<A>::lowest);
-  for (int64_t r = 0; r < chunk.rows; ++r) {
-    const T* p = chunk.p + r * chunk.stride_y;
-    const uint8_t* const mask = chunk.mask.row(r);
-    for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x) {
-      if (!chunk.mask.at(mask, c)) continue;
-      for (int j = 0; j < N; ++j) {
-        peak[j] = maximum(key<A>(load(p + offset[j]), flip[j]), peak[j]);
-      }
-    }
-  }
+  return (Vec<A>)(((Mask<A>)load(pixel + channel) ^ flip) | excluded_lanes<kCounts, A>(excluded, channel));
 }
 
 // N vectors of channels over all pixels of a chunk.
-template <class T, int N>
+template <class T, int N, Counts kCounts>
 void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, State<Vec<Acc<T>>>>& lanes) {
   using A = Acc<T>;
   int64_t offset[N];
@@ -69,25 +91,32 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     offset[j] = group_begin<A>(group + j, chunk.channels);
     flip[j] = flip_of<A>(lanes.sign[group + j]);
   }
-  peaks_of_lanes<T, N>(chunk, offset, flip, peak);
+  for (int j = 0; j < N; ++j) peak[j] = splat(Limits<A>::lowest);
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded) __attribute__((always_inline)) {
+      for (int j = 0; j < N; ++j) {
+        peak[j] = maximum(key<kCounts>(p, offset[j], flip[j], excluded), peak[j]);
+      }
+    };
+    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
+  }
   for (int j = 0; j < N; ++j) {
     const Vec<A> scale = lanes.scale[group + j];
     of[j] = {lanes.sign[group + j], peak[j], scale, Exp2Constants<A>::kLowest / scale};
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
-    const T* p = chunk.p + r * chunk.stride_y;
-    const uint8_t* const mask = chunk.mask.row(r);
-    Vec<A> row[N] = {}, row_x[N] = {}, x = splat(chunk.x0);
-    for (int64_t c = 0; c < chunk.cols; ++c, p += chunk.stride_x, x += A(1)) {
-      if (!chunk.mask.at(mask, c)) continue;
+    Vec<A> row[N] = {}, row_x[N] = {};
+    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
-        const Vec<A> w = weight(p + offset[j], of[j]);
+        Vec<A> w = weight(p + offset[j], of[j]);
+        w = keep<A>(w, ~excluded_lanes<kCounts, A>(excluded, offset[j]));
         if (j * kLanes<A> * int(sizeof(T)) % 64 == 0) prefetch(p + offset[j], chunk.ahead);
         row[j] += w;
         row_x[j] += w * x;
       }
-    }
+    };
+    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
     for (int j = 0; j < N; ++j) {
       sum[j] += row[j];
       sum_x[j] += row_x[j];
