@@ -84,6 +84,26 @@ KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
 #endif
 }
 
+// v where the byte is not zero, else `otherwise`.
+template <class T>
+KPFUSED_INLINE BitsVector<T> choose(const uint8_t* mask, BitsVector<T> v, BitsVector<T> otherwise) {
+#if KPFUSED_AVX512
+  // From bytes to mask registers, without vectors in between.
+  const __m512i yes = (__m512i)v, no = (__m512i)otherwise;
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bytes = _mm256_loadu_si256((const __m256i*)mask);
+    return (BitsVector<T>)_mm512_mask_blend_epi16(_mm256_test_epi8_mask(bytes, bytes), no, yes);
+  } else {
+    const __m128i bytes = sizeof(T) == 4 ? _mm_loadu_si128((const __m128i*)mask) : _mm_loadl_epi64((const __m128i*)mask);
+    const __mmask16 chosen = _mm_test_epi8_mask(bytes, bytes);
+    return (BitsVector<T>)(sizeof(T) == 4 ? _mm512_mask_blend_epi32(chosen, no, yes)
+                                          : _mm512_mask_blend_epi64(__mmask8(chosen), no, yes));
+  }
+#else
+  return load_bytes<T>(mask) != 0 ? v : otherwise;
+#endif
+}
+
 // to[i] = mask[i] ? from[i] : otherwise, vectors of which `seen` sees. Also reads what is not taken. `from` and `to` may be
 // the same.
 template <class T, class Seen>
@@ -96,7 +116,7 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
   const auto vector = [&](int64_t i) __attribute__((always_inline)) {
     V v;
     __builtin_memcpy(&v, from + i, sizeof(v));
-    v = load_bytes<T>(mask + i) != 0 ? v : other;
+    v = choose<T>(mask + i, v, other);
     __builtin_memcpy(to + i, &v, sizeof(v));
     seen(v);
   };
@@ -112,6 +132,16 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
     __builtin_memcpy(&bits, &to[i], sizeof(bits));
     seen(bits - V{});
   }
+}
+
+// Whether all of a range of a mask is set, as most of one is beside its edges.
+KPFUSED_INLINE bool all_set(const Counting& counting, const PixelRange& range) {
+  if (counting.stride_x != 1) return false;
+  const uint8_t* mask = counting.mask + range.row * counting.stride_y + range.col;
+  for (int64_t r = 0; r < range.rows; ++r, mask += counting.stride_y) {
+    if (__builtin_memchr(mask, 0, size_t(range.cols))) return false;
+  }
+  return true;
 }
 
 // `to` gets the n elements of a row from (row, col) on that count, and `otherwise` in place of the others. `from` and

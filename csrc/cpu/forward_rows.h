@@ -165,7 +165,7 @@ class ForwardRows {
     const auto bytes_to_next = [&](const T* from) {
       return int64_t(reinterpret_cast<intptr_t>(after(part, i, j)) - reinterpret_cast<intptr_t>(from));
     };
-    if (!plan_.flat && !counting.mask && valid >= kLanes<A>) {
+    if (!plan_.flat && valid >= kLanes<A> && (!counting.mask || all_set(counting, {row, rows, col, valid}))) {
       return rows_chunk({p, view_.stride_y, rows, valid, x0, y0, bytes_to_next(p)}, sharp, so_far);
     }
     RowsChunk<T> chunk = {buffer, cols, rows, cols, x0, y0, bytes_to_next(buffer)};
