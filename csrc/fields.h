@@ -29,21 +29,23 @@ struct Box {
   KPFUSED_HD bool has(int64_t y, int64_t x) const { return top <= y && y < bottom && left <= x && x < right; }
 };
 
-// The window of map n, as far as it lies within the map. A mean that is no number is that of a map without a probability,
-// where any window will do.
+// The window of map n, as far as it lies within the map: none of one around a pixel far beside it. A mean that is no number
+// is that of a map without a probability, where any window will do.
 template <class A>
 KPFUSED_HD Box window_of(const Values& values, const MapView& view, const Stats<A>& stats, int64_t n) {
-  const auto within = [](int64_t i, int64_t most) { return i < 0 ? 0 : i < most ? i : most; };
+  const auto between = [](int64_t least, int64_t i, int64_t most) { return i < least ? least : i < most ? i : most; };
   const auto nearest = [](A mean, int64_t extent) {
     const A pixel = mean + A(0.5) * static_cast<A>(extent - 1);
     return pixel == pixel ? static_cast<int64_t>(std::rint(pixel)) : int64_t(0);
   };
-  const int64_t x = within(values.centre ? values.centre[2 * n] : nearest(stats.mean_x, view.width), view.width - 1);
-  const int64_t y =
-      within(values.centre ? values.centre[2 * n + 1] : nearest(stats.mean_y, view.height), view.height - 1);
-  const int64_t radius = within(values.radius, view.width + view.height);
-  return {within(x - radius, view.width), within(x + radius + 1, view.width), within(y - radius, view.height),
-          within(y + radius + 1, view.height)};
+  const int64_t radius = between(0, values.radius, view.width + view.height);
+  const auto pixel = [&](int axis, A mean, int64_t extent) {
+    return values.centre ? between(-radius - 1, values.centre[2 * n + axis], extent + radius)
+                         : between(0, nearest(mean, extent), extent - 1);
+  };
+  const int64_t x = pixel(0, stats.mean_x, view.width), y = pixel(1, stats.mean_y, view.height);
+  return {between(0, x - radius, view.width), between(0, x + radius + 1, view.width), between(0, y - radius, view.height),
+          between(0, y + radius + 1, view.height)};
 }
 
 // Results and stats of map n. Without moments, what soft_argmax2d gives.

@@ -103,10 +103,10 @@ def check_window(size: int, around: str) -> None:
         raise ValueError(f"around must be 'mean' or 'peak'; got {around!r}")
 
 
-def check_broadcast(name: str, tensor: Tensor, heatmap: Tensor) -> None:
-    """Accepts a tensor on the heatmap's device that broadcasts against its leading dimensions."""
+def check_broadcast(name: str, tensor: Tensor, heatmap: Tensor, dims: int = 2) -> None:
+    """Accepts a tensor on the heatmap's device that broadcasts against its dimensions before the last ``dims``."""
     _check_device(name, tensor, heatmap)
-    leading = heatmap.shape[:-2]
+    leading = heatmap.shape[:-dims]
     if not _broadcasts(tensor.shape, leading):
         raise ValueError(
             f"{name} must broadcast against the leading dimensions {tuple(leading)} of heatmap; "

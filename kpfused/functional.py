@@ -406,8 +406,7 @@ def spatial_moments3d(
     if depth is not None:
         checks.check_depth(heatmap, depth)
         heatmap = heatmap.reshape(*heatmap.shape[:-3], -1, depth, *heatmap.shape[-2:])
-    checks.check_heatmap(heatmap, "DHW")
-    _, tensor, number, index = _checked(heatmap.select(-3, 0), beta, temperature, coordinates)
+    _, tensor, number, index = _checked(heatmap, beta, temperature, coordinates, "DHW")
     if tensor is not None:
         tensor = ops.foldable(tensor.unsqueeze(-1), heatmap.shape[:-2]).contiguous()
     if mask is not None:
@@ -417,17 +416,17 @@ def spatial_moments3d(
 
 
 def _checked(
-    heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, coordinates: str
+    heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, coordinates: str, dims: str = "HW"
 ) -> tuple[Tensor, Tensor | None, float, int]:
     """The arguments of an op: heatmap, beta as a tensor or None, beta as a number, index of the units."""
-    checks.check_heatmap(heatmap)
+    checks.check_heatmap(heatmap, dims)
     checks.check_beta_or_temperature(beta, temperature)
     index = checks.coordinates_index(coordinates)
     if temperature is None and not isinstance(beta, Tensor):
         return heatmap, None, float(beta), index
     if temperature is not None and not isinstance(temperature, Tensor):
         return heatmap, None, 1.0 / float(temperature), index
-    return heatmap, _beta_tensor(heatmap, beta, temperature), 0.0, index
+    return heatmap, _beta_tensor(heatmap, beta, temperature, len(dims)), 0.0, index
 
 
 def _pixels(
@@ -459,12 +458,12 @@ def _pixels(
     return mask, size, empty_value
 
 
-def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None) -> Tensor:
+def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, dims: int) -> Tensor:
     """beta as the kernels read it: the accumulator dtype, contiguous, broadcast along one run of dimensions."""
     name, tensor = ("beta", beta) if temperature is None else ("temperature", temperature)
     assert isinstance(tensor, Tensor)
-    checks.check_broadcast(name, tensor, heatmap)
+    checks.check_broadcast(name, tensor, heatmap, dims)
     tensor = tensor.to(ops.accumulator_dtype(heatmap.dtype))
     if temperature is not None:
         tensor = tensor.reciprocal()
-    return ops.foldable(tensor, heatmap.shape[:-2]).contiguous()
+    return ops.foldable(tensor, heatmap.shape[:-dims]).contiguous()

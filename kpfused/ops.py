@@ -218,8 +218,6 @@ def spatial_moments3d(
     if takes_composition(heatmap):
         each = number[..., 0] if isinstance(number, Tensor) else number
         return reference.spatial_moments3d(heatmap, each, coordinates=names[coordinates], mask=mask)
-    if _is_distributed(heatmap):
-        _distributed().check_depth_is_whole(heatmap)
     # The dimension before depth goes behind it where it lies so in memory, as in channels_last_3d.
     swap = heatmap.dim() > 3 and heatmap.stride(-4) < heatmap.stride(-3)
     if swap:
@@ -230,11 +228,14 @@ def spatial_moments3d(
     if swap:
         depth_dim = heatmap.dim() - 4
         *fields, stats = (f.transpose(depth_dim, depth_dim + 1) for f in (*fields, stats))
+    slices = SpatialMoments(*fields)
+    if _is_distributed(stats):
+        slices, stats = _distributed().with_whole_depth(slices, stats)
     z = reference.coordinate_axis(stats.shape[-2], names[coordinates], dtype=stats.dtype, device=stats.device)
     stats, z = together(stats, z)
     if isinstance(number, Tensor):
         stats, number = together(stats, number)
-    return merge_slices(SpatialMoments(*fields), stats, number, z)
+    return merge_slices(slices, stats, number, z)
 
 
 def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
@@ -601,6 +602,16 @@ def _register(kernel: _Kernel) -> None:
 
 for _kernel in _KERNELS:
     _register(_kernel)
+
+
+def _fake_window_mass_at(heatmap: Tensor, stats: Tensor, *_: Any) -> Tensor:
+    return stats.new_empty(heatmap.shape[:-2])
+
+
+# What is left to do of window_mass2d where the stats and the pixel are known: for parts of a map.
+torch.library.register_fake("kpfused::_window_mass2d_at", _fake_window_mass_at)
+
+
 _TRANSFORMABLE = {kernel.name: _transformable(kernel) for kernel in _KERNELS}
 
 

@@ -315,9 +315,12 @@ Pair coordinates_backward(Tensor grad, Tensor heatmap, Tensor, std::optional<Ten
 // ---- Probability within a window ------------------------------------------------------------------------------------
 
 // `window`: pixels along its sides, around the mean; negative, around the peak. An odd number.
-Averaged window_of(int64_t window, const Tensor& heatmap, const Tensor& peak) {
+Averaged window_of(int64_t window, const Tensor& heatmap, const Tensor& stats, const Tensor& peak) {
   STD_TORCH_CHECK(window % 2 != 0, "window must be odd");
   check_device(peak, heatmap, "peak");
+  STD_TORCH_CHECK(peak.scalar_type() == ScalarType::Long && peak.is_contiguous() &&
+                      peak.numel() * kMomentStats == stats.numel() * 2,
+                  "peak must be what forward returned for this heatmap");
   const bool around_peak = window < 0;
   const int64_t* const centre = static_cast<const int64_t*>(peak.const_data_ptr());
   return {ValueKind::window, std::nullopt, (around_peak ? -(window + 1) : window - 1) / 2, around_peak ? centre : nullptr};
@@ -329,9 +332,21 @@ std::tuple<Tensor, Tensor, Tensor> window_forward(Tensor heatmap, std::optional<
                                                   std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
   const auto [stats, peak] = steps.add_moments();
-  const Tensor mass = steps.add_expectation(window_of(window, heatmap, peak));
+  const Tensor mass = steps.add_expectation(window_of(window, heatmap, stats, peak));
   steps.run();
   return {torch::stable::squeeze(mass, -1), stats, peak};
+}
+
+// With stats and a pixel that are known: of a larger map of which this is a part, for one, which may lie beside it.
+template <class Backend>
+Tensor window_mass_at(Tensor heatmap, Tensor stats, Tensor pixel, std::optional<Tensor> beta, double beta_value,
+                      int64_t window, std::optional<Tensor> mask, std::optional<Tensor> valid_size,
+                      std::optional<double> empty_value) {
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  steps.use_stats(stats, kMomentStats);
+  const Tensor mass = steps.add_expectation(window_of(window, heatmap, stats, pixel));
+  steps.run();
+  return torch::stable::squeeze(mass, -1);
 }
 
 template <class Backend>
@@ -344,9 +359,7 @@ Pair window_backward(Tensor grad, Tensor heatmap, Tensor mass, Tensor stats, Ten
   steps.check_of_maps(grad, 1, "grad_mass");
   grad = torch::stable::contiguous(grad);
   mass = torch::stable::contiguous(mass);
-  STD_TORCH_CHECK(peak.scalar_type() == ScalarType::Long && peak.is_contiguous() && peak.numel() == grad.numel() * 2,
-                  "peak must be what forward returned for this heatmap");
-  Pair result = steps.add_heatmap_gradient(window_of(window, heatmap, peak), &mass, &grad, needs_grad_beta);
+  Pair result = steps.add_heatmap_gradient(window_of(window, heatmap, stats, peak), &mass, &grad, needs_grad_beta);
   steps.run();
   return result;
 }
@@ -363,6 +376,9 @@ Pair window_backward(Tensor grad, Tensor heatmap, Tensor mass, Tensor stats, Ten
 #define KPFUSED_WINDOW                                                                                          \
   "(Tensor heatmap, Tensor? beta, float beta_value, int window, " KPFUSED_PIXELS ") -> (Tensor mass, Tensor stats, " \
   "Tensor peak)"
+#define KPFUSED_WINDOW_AT                                                                                           \
+  "(Tensor heatmap, Tensor stats, Tensor pixel, Tensor? beta, float beta_value, int window, " KPFUSED_PIXELS ") -> " \
+  "Tensor mass"
 #define KPFUSED_WINDOW_BACKWARD                                                                                     \
   "(Tensor grad_mass, Tensor heatmap, Tensor mass, Tensor stats, Tensor peak, Tensor? beta, float beta_value, int window, " \
   "bool needs_grad_beta, " KPFUSED_PIXELS ") -> (Tensor grad_heatmap, Tensor grad_beta)"
@@ -385,6 +401,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kpfused, m) {
   m.def("_expectation2d_backward" KPFUSED_MAP_BACKWARD("grad_coordinates"));
   m.def("window_mass2d" KPFUSED_WINDOW);
   m.def("_window_mass2d" KPFUSED_WINDOW);
+  m.def("_window_mass2d_at" KPFUSED_WINDOW_AT);
   m.def("window_mass2d_backward" KPFUSED_WINDOW_BACKWARD);
   m.def("_window_mass2d_backward" KPFUSED_WINDOW_BACKWARD);
   m.def("spatial_expectation2d" KPFUSED_EXPECTATION);
@@ -404,6 +421,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kpfused, m) {
   m.impl("_expectation2d_backward", TORCH_BOX(&coordinates_backward<Backend>));                  \
   m.impl("window_mass2d", TORCH_BOX(&window_forward<Backend>));                                  \
   m.impl("_window_mass2d", TORCH_BOX(&window_forward<Backend>));                                 \
+  m.impl("_window_mass2d_at", TORCH_BOX(&window_mass_at<Backend>));                              \
   m.impl("window_mass2d_backward", TORCH_BOX(&window_backward<Backend>));                        \
   m.impl("_window_mass2d_backward", TORCH_BOX(&window_backward<Backend>));                       \
   m.impl("spatial_expectation2d", TORCH_BOX(&expectation_forward<Backend>));                     \

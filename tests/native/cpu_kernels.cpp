@@ -842,7 +842,9 @@ void run_coordinates_and_window(const Case& c, Counted counted, int64_t radius) 
   }
   std::unique_ptr<int64_t[]> centre(new int64_t[size_t(2 * maps)]);
   for (int64_t i = 0; i < maps; ++i) {
-    centre[size_t(2 * i)] = int64_t(uniform() * double(c.width)), centre[size_t(2 * i + 1)] = int64_t(uniform() * double(c.height));
+    // Some beside the map.
+    centre[size_t(2 * i)] = int64_t((1.5 * uniform() - 0.25) * double(c.width));
+    centre[size_t(2 * i + 1)] = i % 5 == 4 ? -(int64_t(1) << 62) : int64_t(uniform() * double(c.height));
   }
   std::vector<char> workspace(size_t(cpu::soft_argmax2d_forward_workspace(v, c.dtype, false)));
   ForwardParams f = forward_params(c.dtype, h.bytes.get(), v, number, units, mean.bytes.get(), stats.bytes.get(), workspace);

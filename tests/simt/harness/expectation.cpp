@@ -111,10 +111,13 @@ class ExpectationRun {
       }
       const int64_t sizes[] = {c_.maps.width, c_.maps.height};
       for (int axis = 0; axis < 2; ++axis)
+        // Also on a border, and beside the map: as far as the window reaches in, and out of its reach.
         static_cast<int64_t*>(centres_.data())[2 * n + axis] =
-            n % 4 == 3 ? (axis ? 0 : sizes[axis] - 1)
-                       : static_cast<int64_t>(uniform(static_cast<uint64_t>(n) + 5, static_cast<uint64_t>(axis)) *
-                                              static_cast<Real>(sizes[axis]));
+            n % 4 == 3   ? (axis ? 0 : sizes[axis] - 1)
+            : n % 8 == 2 ? (axis ? -c_.radius : sizes[axis])
+            : n % 8 == 6 ? (axis ? int64_t{1} << 62 : 0)
+                         : static_cast<int64_t>(uniform(static_cast<uint64_t>(n) + 5, static_cast<uint64_t>(axis)) *
+                                                static_cast<Real>(sizes[axis]));
     }
   }
 
