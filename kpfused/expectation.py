@@ -110,6 +110,7 @@ def _keep_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _second_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second derivatives, through the composition: rare enough not to need a kernel."""
     grad, heatmap, values, beta, *pixels = ctx.saved_tensors
+    ops.refuse_distributed(heatmap)
     sources = (heatmap, values, *(() if beta is None else (beta.expand(heatmap.shape[:-2]),)))
 
     def first(grad: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:

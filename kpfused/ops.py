@@ -313,6 +313,12 @@ def _is_distributed(*tensors: Tensor | None) -> bool:
     return module is not None and module.DTensor in map(type, tensors)
 
 
+def refuse_distributed(heatmap: Tensor) -> None:
+    """Of second derivatives: function transforms of PyTorch's own operations give wrong numbers on a ``DTensor``."""
+    if _is_distributed(heatmap):
+        raise NotImplementedError("second derivatives of a heatmap that is a DTensor")
+
+
 def _distributed() -> ModuleType:
     """The sharding rules, which it registers: slow to import."""
     from kpfused import distributed
@@ -432,6 +438,7 @@ def _second_gradients(
 ) -> tuple[Any, ...]:
     """Second derivatives, through the composition: rare enough not to need a kernel."""
     heatmap, beta, *saved = ctx.saved_tensors
+    refuse_distributed(heatmap)
     grads, pixels = saved[: kernel.grads], (*saved[kernel.grads :], *ctx.empty_value)
     given = [i for i, grad in enumerate(grads) if grad is not None]
     inputs = (*(grads[i] for i in given), heatmap, *(() if beta is None else (beta,)))

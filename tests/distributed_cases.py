@@ -703,11 +703,17 @@ def compiled(world: World) -> None:
             assert a.placements == e.placements
             torch.testing.assert_close(whole(a), whole(e), rtol=0, atol=0)
     heatmap, mask = shard(maps(world, 2, 3, 7, 9), world.mesh(), [H]), maps(world, 2, 1, 7, 9) > -2
-    function = torch.compile(kpfused.spatial_moments2d, backend="aot_eager", fullgraph=True)
     beta, settings = betas(world, 3).requires_grad_(), {"mask": mask, "valid_size": (5, 9)}
-    pairs = (everything(f, heatmap, beta, **settings) for f in (function, kpfused.spatial_moments2d))
-    for a, e in zip(*pairs, strict=True):
-        torch.testing.assert_close(whole(a), whole(e), rtol=0, atol=0)
+    for eager in (
+        kpfused.spatial_moments2d,
+        kpfused.spatial_softmax2d,
+        lambda *args, **pixels: kpfused.window_mass(args[0], 3, args[1], **pixels),
+        lambda *args, **pixels: kpfused.spatial_expectation2d(args[0], mask.float().unsqueeze(2), args[1], **pixels),
+    ):
+        function = torch.compile(eager, backend="aot_eager", fullgraph=True)
+        pairs = (everything(f, heatmap, beta, **settings) for f in (function, eager))
+        for a, e in zip(*pairs, strict=True):
+            torch.testing.assert_close(whole(a), whole(e), rtol=0, atol=0)
 
 
 def bad_input(world: World) -> None:
@@ -719,6 +725,11 @@ def bad_input(world: World) -> None:
     mask = shard_bool(heatmap > 0, world.mesh(2), [ALL, ALL])
     with pytest.raises(ValueError, match="mask must be on the mesh of heatmap"):
         kpfused.spatial_moments2d(shard(heatmap, world.mesh(), [H]), mask=mask)
+    leaf = shard(heatmap, world.mesh(), [BATCH])
+    for function in (kpfused.soft_argmax2d, lambda h: kpfused.spatial_expectation2d(h, h.detach().unsqueeze(2))):
+        (gradient,) = torch.autograd.grad(function(leaf).sum(), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            gradient.square().sum().backward()
     with pytest.raises(TypeError, match="heatmap must be a DTensor"):
         kpfused.spatial_expectation2d(heatmap, shard(heatmap.unsqueeze(2), world.mesh(), [ALL]))
     with pytest.raises(ValueError, match="beta must be on the mesh of heatmap"):
