@@ -26,7 +26,7 @@ from kpfused.results import SpatialMoments
 from kpfused.volume import merge_slices
 
 _HAS_CUDA = bool(_C.build_info()["cuda"])
-_PEAK = SpatialMoments._fields.index("peak")
+_PEAK, _FIELDS = SpatialMoments._fields.index("peak"), len(SpatialMoments._fields)
 _STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
 
 
@@ -72,6 +72,7 @@ class _Kernel:
         ops = torch.ops.kpfused
         # Once, since every call pays for it: looking an overload up costs as much as a small kernel.
         object.__setattr__(self, "differentiable", tuple(i for i in range(len(self.sizes)) if i not in self.constant))
+        object.__setattr__(self, "has_one_result", self.differentiable == (0,))
         for name in ("forward", "backward"):
             op = self.name if name == "forward" else f"{self.name}_backward"
             object.__setattr__(self, name, getattr(ops, op).default)
@@ -83,6 +84,8 @@ class _Kernel:
     eager_backward: Any = dataclasses.field(init=False)
     differentiable: tuple[int, ...] = dataclasses.field(init=False)
     """Outputs with a gradient."""
+    has_one_result: bool = dataclasses.field(init=False)
+    """Of which a caller wants nothing else."""
 
     @property
     def grads(self) -> int:
@@ -189,7 +192,7 @@ def spatial_moments2d(
     heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
 ) -> SpatialMoments:
     """Moments of checked arguments, which are those of :func:`soft_argmax2d`."""
-    return SpatialMoments(*_call(_MOMENTS2D, heatmap, beta, beta_value, coordinates, *pixels)[: _MOMENT_STATS - 2])
+    return SpatialMoments(*_call(_MOMENTS2D, heatmap, beta, beta_value, coordinates, *pixels)[:_FIELDS])
 
 
 def spatial_softmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, *pixels: Any) -> Tensor:
@@ -247,7 +250,7 @@ def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
 def _call(
     kernel: _Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, setting: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
-    """The outputs of a kernel, of which the composition lacks the last, the stats."""
+    """The outputs of a kernel: all of them, or the results alone."""
     if takes_composition(heatmap):
         return kernel.composition(heatmap, beta, beta_value, setting, *pixels)
     compiling = torch.compiler.is_compiling()
@@ -260,10 +263,15 @@ def _call(
     elif compiling:
         result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
-        result = _Eager.apply(kernel, heatmap, beta, beta_value, setting, *pixels)  # type: ignore[no-untyped-call]
+        beta = None if beta is None else _unwrap_if_dead(beta)
+        output = _apply_eager(kernel, _unwrap_if_dead(heatmap), beta, beta_value, setting, *pixels)
+        result = (output,) if kernel.has_one_result else output
     else:
         result = kernel.eager_forward(heatmap, beta, beta_value, setting, *pixels)
     return result
+
+
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # of a tensor that outlived the transform it was made in
 
 
 def takes_composition(heatmap: Tensor) -> bool:
@@ -357,47 +365,56 @@ class _Eager(torch.autograd.Function):
         beta_value: float,
         setting: int,
         *pixels: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = kernel.eager_forward(heatmap, beta, beta_value, setting, *pixels)
-        _keep(kernel, ctx, (heatmap, beta, beta_value, setting, *pixels), output)
-        ctx.kernel = kernel
+        ctx.call = kernel, beta_value, setting, pixels[2:], (None,) * (2 + len(pixels))
+        ctx.save_for_backward(heatmap, beta, *[output[i] for i in kernel.kept], *pixels[:2])
+        if kernel.has_one_result:  # more of them cost twice: here, and where each is told of its gradient
+            return output[0]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel = ctx.kernel
+    def backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernel = ctx.call[0]
         op = kernel.backward if torch.is_grad_enabled() else kernel.eager_backward
-        return None, *_input_gradients(kernel, op, ctx, ctx.needs_input_grad[1:3], grads)
+        grads = all_grads if kernel.has_one_result else [all_grads[i] for i in kernel.differentiable]
+        return None, *_input_gradients(op, ctx, ctx.needs_input_grad[1:3], grads)
+
+
+# Without what Function.apply does first, which is to look for setup_context, and whether any argument at all outlived a
+# transform.
+_apply_eager: Any = super(torch.autograd.Function, _Eager).apply
 
 
 def _keep(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    heatmap, beta = inputs[:2]
-    ctx.settings = inputs[2:4]
-    ctx.empty_value = inputs[6:]
-    ctx.rest = (None,) * (len(inputs) - 2)
+    heatmap, beta, beta_value, setting, *pixels = inputs
+    ctx.call = kernel, beta_value, setting, pixels[2:], (None,) * (2 + len(pixels))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
-    ctx.save_for_backward(heatmap, beta, *[output[i] for i in kernel.kept], *inputs[4:6])
+    ctx.save_for_backward(heatmap, beta, *[output[i] for i in kernel.kept], *pixels[:2])
 
 
 def _input_gradients(
-    kernel: _Kernel, op: Any, ctx: Any, needs: tuple[bool, bool], all_grads: tuple[Tensor | None, ...]
+    op: Any, ctx: Any, needs: tuple[bool, bool], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments of forward from those of all its outputs."""
-    grads = [all_grads[i] for i in kernel.differentiable]
+    """Gradients of the arguments of forward from those of its differentiable outputs."""
+    kernel, beta_value, setting, empty_value, rest = ctx.call
     if all(grad is None for grad in grads):
-        return None, None, *ctx.rest
+        return None, None, *rest
     heatmap, beta, *saved = ctx.saved_tensors
-    count = len(kernel.kept)
-    pixels = (*saved[count:], *ctx.empty_value)
+    kept = len(kernel.kept)
     if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
-        gradients = _composed_gradients(kernel, tuple(grads), heatmap, beta, *ctx.settings, *pixels)
+        pixels = (*saved[kept:], *empty_value)
+        gradients = _composed_gradients(kernel, tuple(grads), heatmap, beta, beta_value, setting, *pixels)
     else:
-        gradients = op(*grads, heatmap, *saved[:count], beta, *ctx.settings, needs[1], *pixels)
+        settings = (beta, beta_value, setting, needs[1], *saved[kept:], *empty_value)
+        gradients = op(*grads, heatmap, *saved[:kept], *settings)
     return (
         gradients[0] if needs[0] else None,
         _sum_to(gradients[1], beta.shape) if needs[1] else None,
-        *ctx.rest,
+        *rest,
     )
 
 
@@ -478,7 +495,8 @@ def _transformable(kernel: _Kernel) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _input_gradients(kernel, Backward.apply, ctx, ctx.needs_input_grad[:2], grads)
+            given = [grads[i] for i in kernel.differentiable]
+            return _input_gradients(Backward.apply, ctx, ctx.needs_input_grad[:2], given)
 
     return Forward
 
@@ -591,7 +609,8 @@ def _fake_backward(kernel: _Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _register(kernel: _Kernel) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _input_gradients(kernel, kernel.backward, ctx, ctx.needs_input_grad[:2], grads)
+        given = [grads[i] for i in kernel.differentiable]
+        return _input_gradients(kernel.backward, ctx, ctx.needs_input_grad[:2], given)
 
     bind = functools.partial
     library = torch.library

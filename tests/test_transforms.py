@@ -228,3 +228,17 @@ def test_an_ensemble_of_layers(device: str) -> None:
 def test_checks_see_the_unbatched_shape() -> None:
     with pytest.raises(ValueError, match=r"leading dimensions \(3,\) of heatmap; got shape \(2, 3\)"):
         vmap(kpfused.soft_argmax2d, (0, None))(torch.zeros(2, 3, 4, 5), torch.ones(2, 3))
+
+
+def test_tensors_that_outlive_a_transform(device: str) -> None:
+    """They look like others, and lead to the gradient of what they were made from."""
+    leaf, kept = torch.randn(1, 2, 5, 4, device=device, requires_grad=True), []
+
+    def function(x: Tensor) -> Tensor:
+        kept.append(x * leaf)
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(1, 2, 5, 4, device=device))
+    kpfused.soft_argmax2d(kept[0], kept[0].mean()).sum().backward()
+    expected = torch.autograd.grad(kpfused.soft_argmax2d(leaf, leaf.mean()).sum(), leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected)

@@ -100,7 +100,7 @@ class Steps {
 
   // Gradients of heatmap and beta. `grad` null: 1 for every channel.
   Pair add_heatmap_gradient(const Averaged& of, const Tensor* expectation, const Tensor* grad, bool needs_grad_beta) {
-    result_ = torch::stable::empty_like(input_);
+    result_ = kpfused::empty_like(input_);
     target_ = result_;
     Averaged readable = of;
     const Layout layout = layout_of(&*target_, readable.values());
@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> expectation_backward(
         steps.add_heatmap_gradient(of(values), &expectation, &grad, needs_grad_beta);
   }
   if (needs_grad_values) {
-    Tensor& grad_values = std::get<1>(result) = torch::stable::empty_like(values);
+    Tensor& grad_values = std::get<1>(result) = kpfused::empty_like(values);
     steps.add_values_gradient(grad_values, &grad);
   }
   steps.run();
@@ -266,7 +266,7 @@ template <class Backend>
 Pair softmax_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
                      std::optional<Tensor> mask, std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
-  Tensor stats = steps.add_stats(), result = torch::stable::empty_like(heatmap), as_values = one_channel(result);
+  Tensor stats = steps.add_stats(), result = kpfused::empty_like(heatmap), as_values = one_channel(result);
   steps.add_values_gradient(as_values, nullptr);
   steps.run();
   return {result, stats};

@@ -69,7 +69,7 @@ struct Gradient {
   BackwardParams params;
 
   Gradient(Tensor input, const Tensor& stats, Settings given, bool needs_grad_beta, bool with_moments)
-      : heatmap(std::move(input)), result(torch::stable::empty_like(heatmap)), grad_heatmap(result),
+      : heatmap(std::move(input)), result(kpfused::empty_like(heatmap)), grad_heatmap(result),
         settings(std::move(given)) {
     STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
     const Layout layout = readable(heatmap, settings.mask, &grad_heatmap);

@@ -33,19 +33,28 @@ inline ScalarType accumulator_of(Dtype dtype) {
   return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// A contiguous uninitialised tensor on the device of `like`. Through the C shim: stable::new_empty goes through the
-// dispatcher with boxed arguments, which costs a multiple of the allocation.
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * (sizes[d] > 0 ? sizes[d] : 1);
+// An uninitialised tensor on the device of `like`. Through the C shim: stable::new_empty and stable::empty_like go through
+// the dispatcher with boxed arguments, which costs a multiple of the allocation.
+inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, like.get_device_index(),
-      &handle));
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * (sizes[d] > 0 ? sizes[d] : 1);
+  return empty_strided(like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+inline Tensor empty_like(const Tensor& tensor) {
+  // Other strides may have to be made dense, in the order that they have.
+  if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
+  return empty_strided(tensor, tensor.sizes().data(), tensor.strides().data(), tensor.dim(), tensor.scalar_type());
 }
 
 // The sizes of the leading dimensions of (..., H, W), followed by `last`.
