@@ -38,9 +38,10 @@ KPFUSED_HD Box window_of(const Values& values, const MapView& view, const Stats<
     const A pixel = mean + A(0.5) * static_cast<A>(extent - 1);
     return pixel == pixel ? static_cast<int64_t>(std::rint(pixel)) : int64_t(0);
   };
-  const int64_t radius = between(0, values.radius, view.width + view.height);
+  constexpr int64_t kFar = int64_t{1} << 61;  // so that no sum overflows
+  const int64_t radius = between(0, values.radius, kFar);
   const auto pixel = [&](int axis, A mean, int64_t extent) {
-    return values.centre ? between(-radius - 1, values.centre[2 * n + axis], extent + radius)
+    return values.centre ? between(-kFar, values.centre[2 * n + axis], kFar)
                          : between(0, nearest(mean, extent), extent - 1);
   };
   const int64_t x = pixel(0, stats.mean_x, view.width), y = pixel(1, stats.mean_y, view.height);

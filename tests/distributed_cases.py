@@ -377,7 +377,7 @@ def parts_of_the_map_itself(world: World) -> None:
     functions: list[Function] = [
         lambda h, b, **k: kpfused.spatial_softmax2d(h, b, **k),
         lambda h, b, **k: kpfused.window_mass(h, 3, b, **k),
-        lambda h, b, **k: kpfused.window_mass(h, 5, b, around="peak", **k),
+        lambda h, b, **k: kpfused.window_mass(h, 9, b, around="peak", **k),
         lambda h, b, **k: kpfused.expectation2d(h, coordinates="corners", **without(k, "empty_value")),
     ]
     for shape in [(2, 3, 8, 6), (3, 2, 7, 9), (2, 2, 1, 5), (1, 2, 5, 1)]:
