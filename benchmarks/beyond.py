@@ -4,7 +4,8 @@
     python -m benchmarks.beyond                   # CPU: a table, and JSON with --json PATH
     python -m benchmarks.beyond --device cuda
 
-Every line compares two calls on the same input, in interleaved rounds, by their medians. A composition is what one
+Every line compares two calls on the same input, in interleaved rounds: the figure is the median of the rounds' ratios,
+so that a machine that slows down for a while slows both. A composition is what one
 writes in PyTorch today: one softmax, and each field from the marginals it can come from.
 """
 
@@ -220,8 +221,8 @@ def expectations(device: str, shrink: Callable[..., tuple[int, ...]]) -> Iterato
             )
 
 
-def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> tuple[float, float]:
-    """Seconds of each. Calls last at least a millisecond."""
+def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> tuple[float, float, float]:
+    """Seconds of each, and the first as a multiple of the other. Calls last at least a millisecond."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def seconds(thunk: Thunk, calls: int) -> float:
@@ -237,7 +238,8 @@ def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> tuple[float, 
     for _ in range(rounds):
         for into, thunk, count in zip(found, (one, other), calls, strict=True):
             into.append(seconds(thunk, count))
-    return statistics.median(found[0]), statistics.median(found[1])
+    ratios = [a / b for a, b in zip(*found, strict=True)]
+    return statistics.median(found[0]), statistics.median(found[1]), statistics.median(ratios)
 
 
 def check(device: str) -> None:
@@ -256,8 +258,8 @@ def measure(device: str, rounds: int, tiny: bool) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     rows = []
     for each in comparisons(device, tiny):
-        ours, other = medians(each.thunk, each.other, rounds, device)
-        figure = ours / other if each.cost else other / ours
+        ours, other, ratio = medians(each.thunk, each.other, rounds, device)
+        figure = ratio if each.cost else 1 / ratio
         stats = {"median": ours, "other": other, "ratio": figure, "rounds": rounds}
         extra = {"question": each.question, "case": each.case, "cost": each.cost, "device": device, "threads": 1}
         rows.append(row(f"{each.question}[{each.case}]", each.question, stats, kind="beyond", **extra))
