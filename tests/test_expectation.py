@@ -305,18 +305,34 @@ def test_only_what_is_asked_for(device: str) -> None:
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kind", ["none", "own", "of_image", "of_all"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [(12, 10), (300, 310)], ids=str)
-def test_a_map_gives_the_same_bits_alone(device: str, layout: str, size: tuple[int, int]) -> None:
-    heatmap = cases.LAYOUTS[layout](cases.random((3, 19, *size)).float().to(device))
-    values = cases.random((3, 1, 7, *size)).float().to(device)
-    softmax, mean = kpfused.spatial_softmax2d(heatmap), kpfused.spatial_expectation2d(heatmap, values)
+@pytest.mark.parametrize("size", [(12, 10), (64, 64), (100, 100), (150, 150), (300, 310)], ids=str)
+def test_a_map_gives_the_same_bits_alone(device: str, layout: str, size: tuple[int, int], kind: str) -> None:
+    """Results and gradients, of the softmax where there are no values."""
+    heatmap = cases.LAYOUTS[layout](cases.random((2, 9, *size)).float().to(device))
+    leading = {"none": (), "own": (2, 9), "of_image": (2, 1), "of_all": ()}[kind]
+    values = cases.random((*leading, 4, *size)).float().to(device)
+
+    def results(heatmap: Tensor, values: Tensor) -> list[Tensor]:
+        leaf = heatmap.detach().requires_grad_()
+        if kind == "none":
+            result = kpfused.spatial_softmax2d(leaf)
+            result.backward(values.select(-3, 0).expand(leaf.shape))
+        else:
+            result = kpfused.spatial_expectation2d(leaf, values)
+            result.sum().backward()
+        return [result.detach(), leaf.grad]
+
+    together = results(heatmap, values)
     # How many channels stand side by side is part of the layout.
-    alone = (slice(1, 2), slice(13, 14) if layout == "contiguous" else slice(None))
-    assert torch.equal(kpfused.spatial_softmax2d(heatmap[alone]), softmax[alone])
-    assert torch.equal(kpfused.spatial_expectation2d(heatmap[alone], values[1:2]), mean[alone])
-    for _ in range(3):
-        assert torch.equal(kpfused.spatial_expectation2d(heatmap, values), mean)
+    picks = [(slice(1, 2), slice(None))] + ([(slice(1, 2), slice(k, k + 1)) for k in (0, 5)] * (layout == "contiguous"))
+    for pick in picks:
+        own = values[pick if kind == "own" else pick[:1]] if kind in ("own", "of_image") else values
+        for alone, of_all in zip(results(heatmap[pick], own), together, strict=True):
+            assert torch.equal(alone, of_all[pick])
+    for again, of_all in zip(results(heatmap, values), together, strict=True):
+        assert torch.equal(again, of_all)
 
 
 def test_any_number_of_threads(device: str) -> None:

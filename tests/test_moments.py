@@ -266,3 +266,21 @@ def test_layer(device: str) -> None:
     layer(heatmap).entropy.sum().backward()
     assert layer.log_beta.grad is not None
     assert set(layer.state_dict()) == {"log_beta"}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_lowest_number_may_be_the_peak(device: str, layout: str, dtype: torch.dtype, sign: int) -> None:
+    """Of all pixels, and of a few among -inf, which weigh nothing."""
+    heatmap = torch.full((2, 16, 6, 10), torch.finfo(dtype).min, dtype=dtype, device=device)
+    few = torch.zeros(6, 10, dtype=torch.bool, device=device)
+    few[[1, 1, 2, 4], [2, 3, 7, 6]] = True
+    heatmap[1, :, ~few] = -torch.inf
+    heatmap = cases.LAYOUTS[layout](sign * heatmap)
+    moments = kpfused.spatial_moments2d(heatmap, float(sign))
+    flat = kpfused.spatial_moments2d(
+        torch.zeros(2, 16, 6, 10, dtype=dtype, device=device), mask=torch.stack((few | True, few))[:, None]
+    )
+    for field in ("mean", "covariance", "entropy", "peak", "peak_probability"):
+        torch.testing.assert_close(getattr(moments, field), getattr(flat, field))

@@ -246,9 +246,9 @@ class BackwardRows {
                Vec<A>& dbeta) const {
     const int64_t col = range.col, cols = range.cols;
     const T otherwise = weightless<T>(map.of.sign);
-    T counted[kTable<A>];
+    alignas(64) T counted[kTable<A>];
     // What the column gives to q, and with moments what it gives times dy.
-    A table[kTable<A>], cross[kMoments ? kTable<A> : 1];
+    alignas(64) A table[kTable<A>], cross[kMoments ? kTable<A> : 1];
     const Vec<A> x = iota<A>() + centred<A>(col, view_.width);
     const auto fill = [&](int64_t i) {
       const Vec<A> dx = x + A(i) - map.q.mean_x;
@@ -301,7 +301,7 @@ class BackwardRows {
                   Vec<A>& dbeta) const {
     const int64_t width = view_.width, n = rows * width;
     const auto dense = [&](int64_t stride_y) { return n >= L && (stride_y == width || rows == 1); };
-    T from[kTable<A>], to[kTable<A>];
+    alignas(64) T from[kTable<A>], to[kTable<A>];
     if (counting || !dense(view_.stride_y)) {
       if (counting) {
         copy_counting_rows(h, view_.stride_y, rows, width, from, weightless<T>(map.of.sign), *counting, row, 0);

@@ -64,7 +64,11 @@ KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
   if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
   if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
 #elif KPFUSED_AVX2
-  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm256_cvtepi8_epi64(_mm_loadu_si32(p));
+  if constexpr (sizeof(T) == 8) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return (BitsVector<T>)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(bits));
+  }
   if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
   if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
 #elif KPFUSED_SSE2
@@ -104,8 +108,11 @@ KPFUSED_INLINE BitsVector<T> choose(const uint8_t* mask, BitsVector<T> v, BitsVe
 #endif
 }
 
-// to[i] = mask[i] ? from[i] : otherwise, vectors of which `seen` sees. Also reads what is not taken. `from` and `to` may be
-// the same.
+// Vectors that are selected at once.
+constexpr int kSelected = 4;
+
+// to[i] = mask[i] ? from[i] : otherwise, vectors of which seen(v, j) sees, j of kSelected in turn: what follows on each
+// other need not wait. Also reads what is not taken. `from` and `to` may be the same.
 template <class T, class Seen>
 KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n, T otherwise, const Seen& seen) {
   constexpr int L = kElements<T>;
@@ -113,35 +120,55 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
   Bits<T> bits;
   __builtin_memcpy(&bits, &otherwise, sizeof(bits));
   const V other = bits - V{};
-  const auto vector = [&](int64_t i) __attribute__((always_inline)) {
+  const auto vector = [&](int64_t i, int j) __attribute__((always_inline)) {
     V v;
     __builtin_memcpy(&v, from + i, sizeof(v));
     v = choose<T>(mask + i, v, other);
     __builtin_memcpy(to + i, &v, sizeof(v));
-    seen(v);
+    prefetch(from + i, kReadAhead);
+    seen(v, j);
   };
   int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    prefetch(from + i, kReadAhead);
-    vector(i);
+  for (; i + kSelected * L <= n; i += kSelected * L) {
+    for (int j = 0; j < kSelected; ++j) vector(i + j * L, j);
   }
+  for (; i + L <= n; i += L) vector(i, 0);
   // The last vector overlaps the one before it.
-  if (i < n && n >= L) return vector(n - L);
+  if (i < n && n >= L) return vector(n - L, 1);
   for (; i < n; ++i) {
     to[i] = mask[i] ? from[i] : otherwise;
     __builtin_memcpy(&bits, &to[i], sizeof(bits));
-    seen(bits - V{});
+    seen(bits - V{}, 0);
   }
 }
 
-// Whether all of a range of a mask is set, as most of one is beside its edges.
+// Whether all of a range of a mask is set, as most of one is beside its edges. Of bytes that are not as torch writes them,
+// and of narrow ranges, it may say no.
 KPFUSED_INLINE bool all_set(const Counting& counting, const PixelRange& range) {
-  if (counting.stride_x != 1) return false;
+  typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+  constexpr uint64_t kSet = 0x0101010101010101u;
+  if (counting.stride_x != 1 || range.cols < kVectorBytes) return false;
   const uint8_t* mask = counting.mask + range.row * counting.stride_y + range.col;
   for (int64_t r = 0; r < range.rows; ++r, mask += counting.stride_y) {
-    if (__builtin_memchr(mask, 0, size_t(range.cols))) return false;
+    Words common;
+    __builtin_memcpy(&common, mask + range.cols - kVectorBytes, sizeof(common));
+    for (int64_t i = 0; i + kVectorBytes <= range.cols; i += kVectorBytes) {
+      Words bytes;
+      __builtin_memcpy(&bytes, mask + i, sizeof(bytes));
+      common &= bytes;
+    }
+    for (int i = 0; i < kVectorBytes / 8; ++i) {
+      if (common[i] != kSet) return false;
+    }
   }
   return true;
+}
+
+// Whether rows of `cols` from (row, col) on are one long row, of the map and of its mask.
+KPFUSED_INLINE bool is_one_row(const Counting& counting, int64_t stride_y, int64_t rows, int64_t cols, int64_t row,
+                               int64_t col) {
+  return counting.mask && counting.stride_x == 1 && counting.stride_y == cols && stride_y == cols &&
+         row + rows <= counting.rows && col + cols <= counting.cols;
 }
 
 // `to` gets the n elements of a row from (row, col) on that count, and `otherwise` in place of the others. `from` and
@@ -154,40 +181,50 @@ KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, 
   if (!mask) {
     if (from != to) __builtin_memcpy(to, from, valid * sizeof(T));
   } else if (counting.stride_x == 1) {
-    select(mask, from, to, valid, otherwise, [](const auto&) {});
+    select(mask, from, to, valid, otherwise, [](const auto&, int) {});
   } else {
     constexpr int64_t kBytes = 64;
     uint8_t bytes[kBytes];
     for (int64_t first = 0; first < valid; first += kBytes) {
       const int64_t count = at_most(kBytes, valid - first);
       for (int64_t i = 0; i < count; ++i) bytes[i] = mask[(first + i) * counting.stride_x];
-      select(bytes, from + first, to + first, count, otherwise, [](const auto&) {});
+      select(bytes, from + first, to + first, count, otherwise, [](const auto&, int) {});
     }
   }
   for (int64_t i = valid; i < n; ++i) to[i] = otherwise;
-}
-
-// Likewise for rows of a mask whose columns are side by side; returns the greatest key, a logit times sign.
-template <class A>
-KPFUSED_INLINE A copy_counting_with_peak(const A* from, int64_t stride_y, int64_t rows, int64_t cols, A* to, A otherwise,
-                                         const Counting& counting, int64_t row, int64_t col, A sign) {
-  const int64_t valid = at_most(at_least(counting.cols - col, 0), cols);
-  Vec<A> peak = splat(Limits<A>::lowest);
-  const auto seen = [&](const BitsVector<A>& v) __attribute__((always_inline)) { peak = maximum((Vec<A>)v * sign, peak); };
-  for (int64_t r = 0; r < rows; ++r, from += stride_y, to += cols) {
-    select(counting.mask + (row + r) * counting.stride_y + col, from, to, valid, otherwise, seen);
-    for (int64_t i = valid; i < cols; ++i) to[i] = otherwise;
-  }
-  return reduce_max<A>(peak);
 }
 
 // Likewise for rows; those of `to` are dense.
 template <class T>
 KPFUSED_INLINE void copy_counting_rows(const T* from, int64_t stride_y, int64_t rows, int64_t cols, T* to, T otherwise,
                                        const Counting& counting, int64_t row, int64_t col) {
+  if (is_one_row(counting, stride_y, rows, cols, row, col)) {
+    const uint8_t* const mask = counting.mask + row * counting.stride_y;
+    return select(mask, from, to, rows * cols, otherwise, [](const auto&, int) {});
+  }
   for (int64_t r = 0; r < rows; ++r) {
     copy_counting(from + r * stride_y, to + r * cols, cols, otherwise, counting, row + r, col);
   }
+}
+
+// Likewise of a mask whose columns are side by side; returns the greatest key, a logit times sign.
+template <class A>
+KPFUSED_INLINE A copy_counting_with_peak(const A* from, int64_t stride_y, int64_t rows, int64_t cols, A* to, A otherwise,
+                                         const Counting& counting, int64_t row, int64_t col, A sign) {
+  Vec<A> peak[kSelected];
+  for (int j = 0; j < kSelected; ++j) peak[j] = splat(Limits<A>::lowest);
+  const auto seen = [&](const BitsVector<A>& v, int j) __attribute__((always_inline)) {
+    peak[j] = maximum((Vec<A>)v * sign, peak[j]);
+  };
+  const uint8_t* mask = counting.mask + row * counting.stride_y + col;
+  int64_t valid = at_most(at_least(counting.cols - col, 0), cols);
+  if (is_one_row(counting, stride_y, rows, cols, row, col)) valid = cols *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r, from += stride_y, to += cols, mask += counting.stride_y) {
+    select(mask, from, to, valid, otherwise, seen);
+    for (int64_t i = valid; i < cols; ++i) to[i] = otherwise;
+  }
+  for (int j = 1; j < kSelected; ++j) peak[0] = maximum(peak[j], peak[0]);
+  return reduce_max<A>(peak[0]);
 }
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -19,11 +19,12 @@ constexpr int kTileMaps = 8, kTileChannels = 16;
 
 // ---- Products of tiles ----------------------------------------------------------------------------------------------
 
-// sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them, each in U sums over the same lanes: with as
-// many for all maps of a block, a map gets the same bits whatever stands beside it.
-template <class A, int M, int C, int U>
+// sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them, each in U sums over the same lanes, since sums
+// that follow on each other cost their latency. With as many for any M and C, a map gets the same bits whatever stands
+// beside it.
+template <class A, int M, int C>
 KPFUSED_INLINE void add_products(const A* const* p, const A* const* v, int64_t pixels, A* sums, int64_t channels) {
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, U = 2;
   Vec<A> sum[U][M][C] = {};
   const auto add = [&](int64_t i, int u) __attribute__((always_inline)) {
     Vec<A> of_channel[C];
@@ -47,25 +48,24 @@ KPFUSED_INLINE void add_products(const A* const* p, const A* const* v, int64_t p
   }
 }
 
-// Sums that follow on each other cost their latency: one map alone has as many of them at once as four maps have.
-template <class A, int M, bool kAlone>
+template <class A, int M>
 KPFUSED_INLINE void add_products_of_channels(const A* const* p, const A* const* v, int count, int64_t pixels, A* sums,
                                              int64_t channels) {
   int c = 0;
-  for (; c + 3 <= count; c += 3) add_products<A, M, 3, kAlone ? 3 : 1>(p, v + c, pixels, sums + c, channels);
-  for (; c < count; ++c) add_products<A, M, 1, kAlone ? 4 : 1>(p, v + c, pixels, sums + c, channels);
+  for (; c + 3 <= count; c += 3) add_products<A, M, 3>(p, v + c, pixels, sums + c, channels);
+  for (; c < count; ++c) add_products<A, M, 1>(p, v + c, pixels, sums + c, channels);
 }
 
 // `maps` that share their values, or one alone.
 template <class A>
-void add_all_products(const A* const* p, int maps, bool alone, const A* const* v, int count, int64_t pixels, A* sums,
+void add_all_products(const A* const* p, int maps, const A* const* v, int count, int64_t pixels, A* sums,
                       int64_t channels) {
-  if (alone) return add_products_of_channels<A, 1, true>(p, v, count, pixels, sums, channels);
+  constexpr int M = KPFUSED_AVX512 ? 4 : 2;  // as many as there are registers for their sums
   int m = 0;
-  for (; m + 4 <= maps; m += 4) {
-    add_products_of_channels<A, 4, false>(p + m, v, count, pixels, sums + m * channels, channels);
+  for (; m + M <= maps; m += M) {
+    add_products_of_channels<A, M>(p + m, v, count, pixels, sums + m * channels, channels);
   }
-  for (; m < maps; ++m) add_products_of_channels<A, 1, false>(p + m, v, count, pixels, sums + m * channels, channels);
+  for (; m < maps; ++m) add_products_of_channels<A, 1>(p + m, v, count, pixels, sums + m * channels, channels);
 }
 
 // sums[m * stride + c] += sum over n pixels of p[m][i] v[i * stride_x + c], for M maps and C vectors of channels.
@@ -168,6 +168,10 @@ KPFUSED_INLINE Stats<A> stats_of(const SoftmaxParams& params, int64_t map) {
   return {of_map[0], of_map[1], of_map[2], of_map[3]};
 }
 
+// P of whole maps that is kept stays in the second-level cache.
+template <class A>
+constexpr int64_t kKept = 131072 / int64_t(sizeof(A));
+
 // P of some maps side by side, tile by tile.
 template <class T>
 class SoftmaxTiles {
@@ -175,10 +179,9 @@ class SoftmaxTiles {
   using A = Acc<T>;
   static constexpr int L = kLanes<A>;
 
-  // `blocks`: maps come several at once. What is kept depends on that alone, not on how many are left of a batch.
-  explicit SoftmaxTiles(const SoftmaxParams& params, bool blocks = false)
-      : params_(params),
-        can_keep_(params.view.height * params.view.width * (blocks ? kTileMaps : 1) <= kKept) {}
+  // `at_once`: how many maps come at once, at most.
+  explicit SoftmaxTiles(const SoftmaxParams& params, int64_t at_once = 1)
+      : params_(params), can_keep_(params.view.height * params.view.width * at_once <= kKept<A>) {}
 
   const A* const* p() const { return p_; }
   const A* p(int m) const { return p_[m]; }
@@ -263,9 +266,6 @@ class SoftmaxTiles {
   }
 
  private:
-  // P that is kept stays in the second-level cache.
-  static constexpr int64_t kKept = 131072 / int64_t(sizeof(A));
-
   // Where maps lie, and all that is known of them before their stats are.
   void place(int64_t first_map, int count, bool keep) {
     const MapView& view = params_.view;
@@ -273,7 +273,7 @@ class SoftmaxTiles {
     kept_ = 0;
     ahead_ = kReadAhead;
     room_ = keep && can_keep_ ? view.height * view.width : 0;
-    if (room_ && !memory_) memory_.reset(new A[kKept + kTileMaps * L]);
+    if (room_ && !memory_) memory_.reset(new A[kKept<A> + kTileMaps * L]);
     const T* const heatmap = static_cast<const T*>(params_.heatmap);
     planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
     for (int m = 0; m < count; ++m) {
@@ -347,8 +347,8 @@ class SoftmaxTiles {
   SoftmaxMap<A> maps_[kTileMaps];
   const T* run_[kTileMaps];
   const A* p_[kTileMaps];
-  T buffer_[kTileMaps][kTile<A>];
-  A tile_[kTileMaps][kTile<A>];
+  alignas(64) T buffer_[kTileMaps][kTile<A>];
+  alignas(64) A tile_[kTileMaps][kTile<A>];
   std::unique_ptr<A[]> memory_;
 };
 
@@ -437,7 +437,7 @@ class ValueTiles {
     if constexpr (std::is_same_v<T, A>) {
       read_planes<T>(planes, count, first, pixels, counting_, none, buffer_[0], run_);
     } else {
-      T narrow[kTileChannels][kTile<A>];
+      alignas(64) T narrow[kTileChannels][kTile<A>];
       const T* run[kTileChannels];
       read_planes<T>(planes, count, first, pixels, counting_, none, narrow[0], run);
       for (int i = 0; i < count; ++i) {
@@ -471,7 +471,7 @@ class ValueTiles {
   const bool shared_;
   const Counting* counting_[kTileChannels];
   const A* run_[kTileChannels];
-  A buffer_[kTileChannels][kTile<A>];
+  alignas(64) A buffer_[kTileChannels][kTile<A>];
 };
 
 // ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ struct ExpectationKernel {
       tiles.load(first, pixels);
       const int64_t done = values.add_channels(tiles, map, count, first, pixels, sums, stride);
       const auto add = [&](int m, int maps, int64_t c, int some, const A* const* v) {
-        add_all_products(tiles.p() + m, maps, !values.shared(), v, some, whole, sums + m * stride + c, stride);
+        add_all_products(tiles.p() + m, maps, v, some, whole, sums + m * stride + c, stride);
       };
       if (done < channels()) values.for_each(tiles, map, count, first, pixels, add, done);
     }
@@ -609,7 +609,7 @@ struct ExpectationHeatmapKernel {
     const SoftmaxParams& softmax = params.softmax;
     const MapView &view = softmax.view, &to = params.grad_view;
     ValueTiles<T> values(params.values, softmax);
-    A tile[kTileMaps][kTile<A>], mean[kTileMaps] = {}, sum[kTileMaps] = {};
+    alignas(64) A tile[kTileMaps][kTile<A>], mean[kTileMaps] = {}, sum[kTileMaps] = {};
     const A* q[kTileMaps];
     for (int m = 0; m < count; ++m) {
       q[m] = tile[m];
@@ -740,7 +740,7 @@ struct ExpectationValuesKernel {
     // Planes that are written together: maps, or channels of one of them.
     const bool adjacent = to.stride_inner == 1 && count > 1;
     const int64_t most = adjacent ? 1 : kTileMaps;
-    A buffer[kTileMaps][kTile<A>];
+    alignas(64) A buffer[kTileMaps][kTile<A>];
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);
       tiles.load(first, pixels);
@@ -780,7 +780,7 @@ struct ExpectationValuesKernel {
     const MapView own = this->own();
     const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
     const int64_t outer = value / own.inner, inner = value - outer * own.inner;
-    A few[kTileChannels * kTile<A>];
+    alignas(64) A few[kTileChannels * kTile<A>];
     const std::unique_ptr<A[]> many(channels() > kTileChannels ? new A[size_t(channels() * kTile<A>)] : nullptr);
     A* const sums = many ? many.get() : few;
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
@@ -808,7 +808,7 @@ struct ExpectationValuesKernel {
   void add_one_by_one(const SoftmaxTiles<T>& tiles, int64_t map, int maps, int64_t c, bool begun, int64_t whole,
                       A* sum) const {
     for (int64_t i = 0; i < whole && !begun; ++i) sum[i] = A(0);
-    A buffer[kTile<A>];
+    alignas(64) A buffer[kTile<A>];
     for (int m = 0; m < maps; ++m) {
       if (tiles.map(m).empty) continue;
       const A* const plane = plane_of(tiles, m, map + m, c, whole, buffer);

@@ -58,7 +58,7 @@ class ForwardLanes {
     Nothing(const PixelView&, const MapView&, int64_t, int64_t) {}
   };
 
-  // Lanes beyond the channels of a padded buffer get a beta of one.
+  // Lanes beyond the channels of a padded buffer get the beta of the last.
   void load_beta(int64_t map, int64_t channels, Lanes& lanes) const {
     constexpr int L = kLanes<A>;
     const int64_t padded = at_least(channels, L), groups = ceil_div(padded, L);
@@ -137,7 +137,7 @@ class ForwardLanes {
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
     const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
     ExcludedBytes bytes(params_.pixels, view_, first_map, channels);
-    T buffer[kGatherBytes / sizeof(T)];
+    alignas(64) T buffer[kGatherBytes / sizeof(T)];
     __builtin_memset(buffer, 0, sizeof(buffer));
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);

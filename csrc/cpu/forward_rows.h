@@ -25,7 +25,7 @@ class ForwardRows {
   __attribute__((noinline)) void run(int64_t begin, int64_t end) const {
     const T* base = static_cast<const T*>(params_.heatmap);
     const bool split = plan_.parts.count() > 1, all = params_.pixels.all();
-    const Tiling chunks = plan_.chunks(view_.height, view_.width);
+    const Tiling chunks = chunks_of(view_.height, view_.width);
     MapWalk walk(view_, split ? 0 : begin);
     if (plan_.flat && all && !split && chunks.count() == 1) {
       // Tiny maps: what goes on between their pixels is most of their time.
@@ -58,6 +58,11 @@ class ForwardRows {
     const T* next;  // where to read on afterwards
   };
 
+  // Beside a mask, a chunk is two: as it is in memory, and in the buffer.
+  Tiling chunks_of(int64_t rows, int64_t cols) const {
+    return plan_.chunks(rows, cols, params_.pixels.mask ? kGatherBytes : kChunkBytes);
+  }
+
   Part part_of(const T* base, int64_t item) const {
     const Tiling& parts = plan_.parts;
     const int64_t map = item / parts.count(), index = item % parts.count();
@@ -65,7 +70,7 @@ class ForwardRows {
     const int64_t row = parts.y.begin(i), col = parts.x.begin(j);
     const T* p = base + map_offset(view_, map) + row * view_.stride_y + col;
     const T* next = j + 1 == parts.x.count ? p - col + parts.y.size(i) * view_.stride_y : p + parts.x.size(j);
-    return {map, p, row, col, plan_.chunks(parts.y.size(i), parts.x.size(j)), next};
+    return {map, p, row, col, chunks_of(parts.y.size(i), parts.x.size(j)), next};
   }
 
   static S nothing() {
@@ -110,7 +115,7 @@ class ForwardRows {
                              const S& so_far) const {
     const A shift = table_.shift(row, view_.height);
     const int64_t n = rows * view_.width;
-    T buffer[kTable<A>];
+    alignas(64) T buffer[kTable<A>];
     if (n < kLanes<A> || (stride_y != view_.width && rows > 1)) {
       gather_rows(p, stride_y, rows, view_.width, buffer);
       for (int64_t i = n; i < kLanes<A>; ++i) buffer[i] = buffer[0];
@@ -125,6 +130,7 @@ class ForwardRows {
     }
   }
 
+  // Not unfolded into its callers.
   S flat_chunk(const T* p, int64_t stride_y, int64_t rows, int64_t row, const Sharpness<A>& sharp,
                const S& so_far) const {
     return flat_span(p, stride_y, rows, row, sharp, so_far);
@@ -142,7 +148,7 @@ class ForwardRows {
     const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
     const Counting counting = counting_of(params_.pixels, view_, part.map);
     // Where rows are cut, pieces may be longer than their average, by which rows are counted; there are two at most.
-    T buffer[kChunkBytes / sizeof(T) + 2 * kRowMultiple];
+    alignas(64) T buffer[kChunkBytes / sizeof(T) + 2 * kRowMultiple];
     S state = nothing();
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
       for (int64_t j = 0; j < part.chunks.x.count; ++j) {

@@ -108,7 +108,7 @@ const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
 template <class T>
 class MapByMap {
  public:
-  MapByMap(const ExpectationSteps& steps, bool blocks) : steps_(steps), tiles_(softmax_of(steps), blocks) {
+  MapByMap(const ExpectationSteps& steps, int64_t at_once) : steps_(steps), tiles_(softmax_of(steps), at_once) {
     if (steps.stats) stats_.emplace(*steps.stats);
     if (steps.expectation) expectation_.emplace(ExpectationKernel<T>{*steps.expectation});
     if (steps.heatmap) heatmap_.emplace(ExpectationHeatmapKernel<T>{*steps.heatmap});
@@ -140,7 +140,24 @@ class MapByMap {
 template <class T>
 void run_blocks(const ExpectationSteps& steps, const MapView& items, int64_t at_once, int64_t channels) {
   const int64_t parts = pixel_parts(softmax_of(steps).view).count;
-  for_blocks(items, at_once, parts, channels, [&] { return MapByMap<T>(steps, at_once > 1); });
+  for_blocks(items, at_once, parts, channels, [&] { return MapByMap<T>(steps, at_once); });
+}
+
+// Whether stats are found on the way to a P that is kept: a matter of the map alone, since they have other bits then.
+template <class T>
+bool keeps_maps(const MapView& view) {
+  return !is_channels_last(view) && part_tiling(view).count() == 1 && view.height * view.width <= kKept<Acc<T>>;
+}
+
+// Stats where the steps that follow take maps in another order.
+template <class T>
+void stats_of(const ForwardParams& params, const SoftmaxParams& softmax) {
+  if (!keeps_maps<T>(params.view)) return forward_of<T>(params);
+  const int64_t grain = at_least(kGrainElements / (params.view.height * params.view.width), 1);
+  parallel_for(params.view.maps(), grain, [&](int64_t begin, int64_t end) {
+    SoftmaxTiles<T> tiles(softmax);
+    for (int64_t map = begin; map < end; ++map) tiles.start_with_stats(map, 1, static_cast<Stats<Acc<T>>*>(params.stats));
+  });
 }
 
 // One map after the other where that can be: it is then still in a near cache when it is read again.
@@ -165,16 +182,17 @@ void expectation_of(const ExpectationSteps& steps) {
     see(ExpectationValuesKernel<T>{*steps.values});
     same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
+  if (steps.stats && keeps_maps<T>(view)) at_once = at_most(at_once, kKept<Acc<T>> / (view.height * view.width));
   if (same) return run_blocks<T>(steps, view, at_once, channels);
-  if (steps.stats) forward_of<T>(*steps.stats);
+  if (steps.stats) stats_of<T>(*steps.stats, softmax_of(steps));
   if (steps.expectation) {
     const ExpectationKernel<T> kernel{*steps.expectation};
-    run_blocks<T>({nullptr, steps.expectation, nullptr, nullptr}, view, kernel.maps_at_once(), kernel.channels());
+    run_blocks<T>({nullptr, steps.expectation, nullptr, nullptr}, kernel.params.softmax.view, kernel.maps_at_once(), kernel.channels());
     kernel.finish();
   }
   if (steps.heatmap) {
     const ExpectationHeatmapKernel<T> kernel{*steps.heatmap};
-    run_blocks<T>({nullptr, nullptr, steps.heatmap, nullptr}, view, kernel.maps_at_once(), kernel.channels());
+    run_blocks<T>({nullptr, nullptr, steps.heatmap, nullptr}, kernel.params.softmax.view, kernel.maps_at_once(), kernel.channels());
     kernel.finish();
   }
   if (steps.values) {

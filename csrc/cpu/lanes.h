@@ -80,12 +80,17 @@ struct ColumnList {
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
-// Two bytes of each in turn, of their first or last eight.
-KPFUSED_INLINE Bytes16 interleave_first(Bytes16 a, Bytes16 b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-KPFUSED_INLINE Bytes16 interleave_last(Bytes16 a, Bytes16 b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+// The bytes of two in turn, of eight from `first` on.
+template <int first>
+KPFUSED_INLINE Bytes16 interleave(Bytes16 a, Bytes16 b) {
+#ifdef __SSE2__
+  const __m128i x = (__m128i)a, y = (__m128i)b;
+  return (Bytes16)(first == 0 ? _mm_unpacklo_epi8(x, y) : _mm_unpackhi_epi8(x, y));
+#else
+  Bytes16 turned;
+  for (int i = 0; i < 8; ++i) turned[2 * i] = a[first + i], turned[2 * i + 1] = b[first + i];
+  return turned;
+#endif
 }
 
 // Which pixels count for each channel of a block.
@@ -124,7 +129,7 @@ struct LanesCounting {
   // One row.
   KPFUSED_INLINE void exclude_masked(const uint8_t* mask, int64_t cols, int64_t to_next, uint8_t* to) const {
     const int64_t stride_x = each[0].stride_x;
-    if (between == 1 && stride_x == to_next) return invert(mask, cols * to_next, to);
+    if (between == 1 && stride_x == to_next && channels == to_next) return invert(mask, cols * to_next, to);
     if (stride_x == 1 && cols >= 16 && channels >= 8) {
       for (int64_t c = 0; c < cols; c += 16) {
         for (int64_t k = 0; k < channels; k += 8) {
@@ -153,8 +158,8 @@ struct LanesCounting {
     }
     for (int step = 0; step < 3; ++step) {
       for (int i = 0; i < 4; ++i) {
-        turned[2 * i] = interleave_first(v[i], v[i + 4]);
-        turned[2 * i + 1] = interleave_last(v[i], v[i + 4]);
+        turned[2 * i] = interleave<0>(v[i], v[i + 4]);
+        turned[2 * i + 1] = interleave<8>(v[i], v[i + 4]);
       }
       for (int i = 0; i < 8; ++i) v[i] = turned[i];
     }

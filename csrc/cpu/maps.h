@@ -99,7 +99,7 @@ KPFUSED_INLINE bool is_flat(const MapView& view) {
 
 template <class A>
 struct FlatTable {
-  A x[kTable<A>], y[kTable<A>];
+  alignas(64) A x[kTable<A>], y[kTable<A>];
 
   int64_t rows;
 
@@ -116,6 +116,9 @@ struct FlatTable {
   A shift(int64_t row, int64_t height) const { return A(0.5 * double(2 * row + rows - height)); }
 };
 
+// What is left to do when all rows of a few columns have gone by costs as much as some rows.
+constexpr int64_t kChunkRows = 16;
+
 // How one map is cut on this instruction set. Chunks are those of the part at hand.
 template <class T>
 struct RowPlan {
@@ -124,8 +127,12 @@ struct RowPlan {
 
   explicit RowPlan(const MapView& view) : flat(is_flat<Acc<T>>(view)), parts(part_tiling(view)) {}
 
-  Tiling chunks(int64_t rows, int64_t cols) const {
-    return tile(rows, cols, flat ? kTable<Acc<T>> : kChunkBytes / int64_t(sizeof(T)), kRowMultiple);
+  // `bytes`: what stays near from its first reading to the second.
+  Tiling chunks(int64_t rows, int64_t cols, int64_t bytes = kChunkBytes) const {
+    if (flat) return tile(rows, cols, kTable<Acc<T>>, kRowMultiple);
+    const int64_t elements = bytes / int64_t(sizeof(T));
+    const Cut x = cut(cols, elements / at_most(rows, kChunkRows), kRowMultiple);
+    return {cut(rows, at_least(elements / ceil_div(cols, x.count), 1)), x};
   }
 };
 

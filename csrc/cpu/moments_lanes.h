@@ -27,13 +27,15 @@ template <Counts kCounts, class T, int N>
 KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t (&offset)[N],
                                        const Mask<Acc<T>> (&flip)[N], LanePeak<Acc<T>> (&at)[N]) {
   using A = Acc<T>;
-  for (int j = 0; j < N; ++j) at[j] = {splat(Limits<A>::lowest), splat(kNowhere<A>)};
+  // Below all logits that weigh, of which the lowest may be all there is.
+  const Vec<A> none = splat(A(-INFINITY));
+  for (int j = 0; j < N; ++j) at[j] = {none, splat(kNowhere<A>)};
   for (int64_t r = 0; r < chunk.rows; ++r) {
     Vec<A> segment = splat(A(r * segments_of_row(chunk)));
     const int64_t count = pixels_of_row<kCounts>(chunk, r);
     for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
-      for (int j = 0; j < N; ++j) top[j] = splat(Limits<A>::lowest);
+      for (int j = 0; j < N; ++j) top[j] = none;
       const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded) __attribute__((always_inline)) {
         for (int j = 0; j < N; ++j) {
           top[j] = maximum(key<kCounts>(p, offset[j], flip[j], excluded), top[j]);
@@ -46,6 +48,7 @@ KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t
       }
     }
   }
+  for (int j = 0; j < N; ++j) at[j].peak = maximum(at[j].peak, splat(Limits<A>::lowest));
 }
 
 // Makes the pixels of the peaks what the sums are about, except where an earlier chunk has a higher one.

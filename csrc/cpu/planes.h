@@ -156,7 +156,7 @@ __attribute__((noinline)) void write_planes(const Acc<T>* const* tile, const Pla
   const bool in_place = to.dense() && pixels % L == 0;
   for (int begin = 0; begin < count; begin += kMost) {
     const int some = int(at_most(count - begin, kMost));
-    T buffer[kMost][kTile<A>];
+    alignas(64) T buffer[kMost][kTile<A>];
     const T* run[kMost];
     for (int i = 0; i < some; ++i) {
       T* const into = in_place ? to.at(begin + i, 0, 0) + first : buffer[i];

@@ -461,7 +461,10 @@ void test_nan_payloads() {
 
 // ---- Moments, masks and valid sizes -----------------------------------------------------------------------
 
-enum class Counted { all, mask, shared_mask, sizes, both };
+// pixels_of_mask: a mask of which the channels of a pixel stand side by side, as the last of some more.
+enum class Counted { all, mask, shared_mask, pixels_of_mask, sizes, both };
+constexpr Counted kCounted[] = {Counted::all,   Counted::mask, Counted::shared_mask, Counted::pixels_of_mask,
+                               Counted::sizes, Counted::both};
 
 // Which pixels count, in memory that ends with what the kernels may read.
 struct Pixels {
@@ -470,6 +473,7 @@ struct Pixels {
   std::unique_ptr<uint8_t[]> mask;
   std::unique_ptr<int64_t[]> sizes;
   PixelView view{};
+  int64_t first = 0;  // byte of the mask
 
   Pixels(const Case& k, Counted counted) : c(k), kind(counted) {
     view.divisor = view.modulus = 1;
@@ -478,10 +482,18 @@ struct Pixels {
     const int64_t pixels = c.height * c.width, shared = kind == Counted::shared_mask ? 0 : pixels;
     if (kind != Counted::all && kind != Counted::sizes) {
       const int64_t maps = shared ? c.outer * c.inner : 1;
-      mask.reset(new uint8_t[size_t(maps * pixels)]);
-      for (int64_t i = 0; i < maps * pixels; ++i) mask[size_t(i)] = uniform() < 0.6 && i / pixels != 3;
-      view.mask = mask.get();
       view.mask_view = {c.outer, c.inner, c.height, c.width, shared * c.inner, shared, c.width, 1};
+      int64_t bytes = maps * pixels;
+      if (kind == Counted::pixels_of_mask) {
+        // As many as a vector has lanes, on some instruction set: padded pixels are as far apart.
+        const int64_t channels = c.inner <= 4 ? 4 : c.inner <= 8 ? 8 : c.inner <= 16 ? 16 : c.inner + 1;
+        first = channels - c.inner;
+        bytes = c.outer * pixels * channels;
+        view.mask_view = {c.outer, c.inner, c.height, c.width, pixels * channels, 1, c.width * channels, channels};
+      }
+      mask.reset(new uint8_t[size_t(bytes)]);
+      for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i / pixels != 3;
+      view.mask = mask.get() + first;
     }
     if (kind == Counted::sizes || kind == Counted::both) {
       view.divisor = c.inner, view.modulus = c.outer;
@@ -496,7 +508,7 @@ struct Pixels {
 
   bool at(int64_t map, int64_t y, int64_t x) const {
     if (view.sizes && (y >= sizes[size_t(map / c.inner * 2)] || x >= sizes[size_t(map / c.inner * 2 + 1)])) return false;
-    return !view.mask || mask[size_t(element(view.mask_view, map, y, x))];
+    return !view.mask || mask[size_t(first + element(view.mask_view, map, y, x))];
   }
 };
 
@@ -622,7 +634,7 @@ void test_moments_and_masks() {
     for (Layout layout : kLayouts) {
       for (const auto& s : sizes) {
         const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
-        for (Counted counted : {Counted::all, Counted::mask, Counted::shared_mask, Counted::sizes, Counted::both}) {
+        for (Counted counted : kCounted) {
           run_moments(c, counted == Counted::mask ? -1.5 : 1, counted);
         }
       }
@@ -878,7 +890,6 @@ void run_coordinates_and_window(const Case& c, Counted counted, int64_t radius) 
 void test_expectations() {
   const int64_t sizes[][4] = {{2, 3, 1, 1}, {1, 9, 3, 3}, {2, 17, 7, 9}, {1, 4, 16, 17}, {2, 8, 3, 71}};
   const Lie kinds[] = {Lie::rows, Lie::pixels, Lie::shared_by_sample, Lie::shared_by_all};
-  const Counted every[] = {Counted::all, Counted::mask, Counted::shared_mask, Counted::sizes, Counted::both};
   const int64_t channels[] = {1, 2, 3, 16, 19, 41};
   int64_t turn = 0;  // what is not looped over takes turns
   for (Dtype dtype : kDtypes) {
@@ -886,9 +897,9 @@ void test_expectations() {
       for (const auto& s : sizes) {
         const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
         for (int i = 0; i < 2; ++i, turn += 7) {
-          const Counted counted = every[turn / 2 % 5];
+          const Counted counted = kCounted[turn / 2 % 6];
           run_expectation(c, turn % 3 ? 1 : -1.5, counted, kinds[turn % 4], channels[turn % 6]);
-          run_expectation(c, 1, every[turn % 5], Lie::like_maps, 1);
+          run_expectation(c, 1, kCounted[turn % 6], Lie::like_maps, 1);
           run_coordinates_and_window(c, counted, turn / 3 % 5);
         }
       }
