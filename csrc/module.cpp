@@ -6,6 +6,7 @@
 
 #include "cpu/soft_argmax2d.h"
 #include "plan.h"
+#include "torch/stream.h"
 
 namespace py = pybind11;
 
@@ -21,6 +22,7 @@ py::dict build_info() {
   info["nvcc"] = KPFUSED_NVCC;
   info["flags"] = KPFUSED_FLAGS;
   info["cpu_capability"] = kpfused::cpu::capability();
+  info["torch_streams"] = kpfused::has_cuda_streams();
   return info;
 }
 

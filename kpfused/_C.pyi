@@ -9,6 +9,7 @@ class BuildInfo(TypedDict):
     nvcc: str
     flags: str
     cpu_capability: str
+    torch_streams: bool
 
 class LaunchPlan(TypedDict):
     regime: str

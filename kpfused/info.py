@@ -17,6 +17,9 @@ def report() -> dict[str, str]:
     cuda = "not built (no nvcc when the package was built, or KPFUSED_CUDA=0): this is a CPU package"
     if build["cuda"]:
         cuda = f"nvcc {build['nvcc']}, architectures {build['cuda_architectures']}"
+    of_torch = torch.version.cuda or "none (a CPU build of torch)"
+    if torch.version.cuda and not build["torch_streams"]:
+        of_torch += ", whose streams were not found: CUDA tensors cannot be used"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "kpfused": __version__,
@@ -27,7 +30,7 @@ def report() -> dict[str, str]:
         "flags": build["flags"],
         "CPU kernels": f"in, using {build['cpu_capability']}, {torch.get_num_threads()} threads",
         "CUDA kernels": f"in, {cuda}" if build["cuda"] else cuda,
-        "CUDA of torch": torch.version.cuda or "none (a CPU build of torch)",
+        "CUDA of torch": of_torch,
         "CUDA device": device,
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kpfused
 from kpfused import _C, info
@@ -123,6 +124,20 @@ def test_cpu_capability(wish: str, words: str) -> None:
     assert re.search(words, result.stdout + result.stderr)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile a library with")
+@pytest.mark.parametrize("there", [True, False])
+def test_streams_are_found_in_a_library_that_torch_keeps_to_itself(there: bool, tmp_path: Path) -> None:
+    """Torch loads its CUDA library for itself alone, and a linker need not have kept a reference to it."""
+    library = tmp_path / "libtorch_cuda.so"
+    source = tmp_path / "stream.cpp"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }')
+    subprocess.run(["g++", "-shared", f"-Wl,-soname,{library.name}", source, "-o", library], check=True)
+    load = f"ctypes.CDLL({str(library)!r}, ctypes.RTLD_LOCAL)" if there else "0"
+    code = f"import ctypes, torch; kept = {load}; from kpfused import _C; print(_C.build_info()['torch_streams'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(there or torch.cuda.is_available())
+
+
 def without_path() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -135,6 +150,14 @@ def test_symbols_are_for_debugging() -> None:
     """Python's own flags ask for them, which made the module eight times as large."""
     asked = "-g" in _C.build_info()["flags"].split()
     assert (b".debug_info" in Path(_C.__file__).read_bytes()) == asked
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_info_says_where_torch_has_no_streams(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = _C.build_info() | {"torch_streams": found}
+    monkeypatch.setattr(_C, "build_info", lambda: build)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert ("streams were not found" in info.report()["CUDA of torch"]) != found
 
 
 def test_info_is_complete(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@
 #include "../cpu/soft_argmax2d.h"
 #include "../cuda/expectation2d.h"
 #include "../cuda/soft_argmax2d.h"
+#include "stream.h"
 #include "tensors.h"
 
 namespace kpfused {
@@ -33,9 +34,6 @@ struct Cpu {
 };
 
 #if KPFUSED_CUDA
-// Weak, so that the library loads where torch has no CUDA; the ops that call it are then out of reach.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 struct Cuda {
   static int64_t workspace(const ForwardParams& p) { return cuda::soft_argmax2d_forward_workspace(p); }
   static int64_t workspace(const BackwardParams& p) { return cuda::soft_argmax2d_backward_workspace(p); }
@@ -45,9 +43,7 @@ struct Cuda {
   template <class Params>
   static void run(const Params& p, const Tensor& heatmap) {
     const torch::stable::accelerator::DeviceGuard guard(heatmap.get_device_index());
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(heatmap.get_device_index(), &stream));
-    check(launch(p, static_cast<cuda::Stream>(stream)));
+    check(launch(p, static_cast<cuda::Stream>(current_cuda_stream(heatmap.get_device_index()))));
   }
   static int launch(const ForwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_forward(p, stream); }
   static int launch(const BackwardParams& p, cuda::Stream stream) { return cuda::soft_argmax2d_backward(p, stream); }
