@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +39,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def has_kernel(device_type: str) -> bool:
     """Whether this build has kernels for a device type such as ``"cuda"``."""
     return device_type == "cpu" or (device_type == "cuda" and _HAS_CUDA)
+
+
+def _items(indices: tuple[int, ...]) -> Any:
+    """Takes a tuple's items at ``indices``, as a tuple, and faster than a comprehension does."""
+    return operator.itemgetter(*indices if len(indices) > 1 else (slice(indices[0], indices[0] + 1),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +79,33 @@ class _Kernel:
         # Once, since every call pays for it: looking an overload up costs as much as a small kernel.
         object.__setattr__(self, "differentiable", tuple(i for i in range(len(self.sizes)) if i not in self.constant))
         object.__setattr__(self, "has_one_result", self.differentiable == (0,))
+        object.__setattr__(self, "own", 2 + len(self.kept))
+        object.__setattr__(self, "keep", _items(self.kept))
+        object.__setattr__(self, "given", _items(self.differentiable))
         for name in ("forward", "backward"):
             op = self.name if name == "forward" else f"{self.name}_backward"
             object.__setattr__(self, name, getattr(ops, op).default)
-            object.__setattr__(self, f"eager_{name}", getattr(ops, f"_{op}").default)
+            eager = getattr(ops, f"_{op}").default
+            object.__setattr__(self, f"eager_{name}", eager)
+            object.__setattr__(self, f"launch_{name}", eager._op)
 
     forward: Any = dataclasses.field(init=False)
     backward: Any = dataclasses.field(init=False)
     eager_forward: Any = dataclasses.field(init=False)
     eager_backward: Any = dataclasses.field(init=False)
+    launch_forward: Any = dataclasses.field(init=False)
+    """What ``eager_forward`` calls, which is all that it does: a frame of Python for nothing."""
+    launch_backward: Any = dataclasses.field(init=False)
     differentiable: tuple[int, ...] = dataclasses.field(init=False)
     """Outputs with a gradient."""
     has_one_result: bool = dataclasses.field(init=False)
     """Of which a caller wants nothing else."""
+    own: int = dataclasses.field(init=False)
+    """How many tensors backward is given ahead of the settings but for gradients: heatmap, what is kept, and beta."""
+    keep: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = dataclasses.field(init=False)
+    """Of the outputs, those that backward reads."""
+    given: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]] = dataclasses.field(init=False)
+    """Of gradients of the outputs, those that there can be."""
 
     @property
     def grads(self) -> int:
@@ -253,21 +273,21 @@ def _call(
     """The outputs of a kernel: all of them, or the results alone."""
     if takes_composition(heatmap):
         return kernel.composition(heatmap, beta, beta_value, setting, *pixels)
-    compiling = torch.compiler.is_compiling()
+    settings = (beta_value, setting, *pixels)
     result: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
-        result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, beta_value, setting, *pixels)
+        result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, *settings)
     elif not is_plain(heatmap, beta, pixels):
         heatmap, beta, *pixels = prepare_distributed(heatmap, beta, *pixels)
         result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
-    elif compiling:
-        result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
+    elif torch.compiler.is_compiling():
+        result = kernel.forward(heatmap, beta, *settings)
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
         beta = None if beta is None else _unwrap_if_dead(beta)
-        output = _apply_eager(kernel, _unwrap_if_dead(heatmap), beta, beta_value, setting, *pixels)
+        output = _EAGER[kernel.name](_unwrap_if_dead(heatmap), beta, settings)
         result = (output,) if kernel.has_one_result else output
     else:
-        result = kernel.eager_forward(heatmap, beta, beta_value, setting, *pixels)
+        result = kernel.launch_forward(heatmap, beta, *settings)
     return result
 
 
@@ -282,9 +302,9 @@ def takes_composition(heatmap: Tensor) -> bool:
         return True
     if forward_ad._current_level >= 0:
         return True
-    if not torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export()
+    )
 
 
 def _is_on_kernel_device(heatmap: Tensor) -> bool:
@@ -353,69 +373,62 @@ def _warn_of_slow_path(device_type: str) -> None:
 # ---- Autograd -------------------------------------------------------------------------------------------------------
 
 
-class _Eager(torch.autograd.Function):
-    """The eager path. An autograd.Function in the classic form costs half of what ``register_autograd`` does."""
+def _eager(kernel: _Kernel) -> Any:
+    """The eager path. An autograd.Function in the classic form costs half of what ``register_autograd`` does.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: _Kernel,
-        heatmap: Tensor,
-        beta: Tensor | None,
-        beta_value: float,
-        setting: int,
-        *pixels: Any,
-    ) -> Tensor | tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = kernel.eager_forward(heatmap, beta, beta_value, setting, *pixels)
-        ctx.call = kernel, beta_value, setting, pixels[2:], (None,) * (2 + len(pixels))
-        ctx.save_for_backward(heatmap, beta, *[output[i] for i in kernel.kept], *pixels[:2])
-        if kernel.has_one_result:  # more of them cost twice: here, and where each is told of its gradient
-            return output[0]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
-        return output
+    One for each kernel, and with all that is no tensor in one argument: every argument costs, and every attribute.
+    """
+    launch, keep, given, has_one_result = kernel.launch_forward, kernel.keep, kernel.given, kernel.has_one_result
 
-    @staticmethod
-    def backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel = ctx.call[0]
-        op = kernel.backward if torch.is_grad_enabled() else kernel.eager_backward
-        grads = all_grads if kernel.has_one_result else [all_grads[i] for i in kernel.differentiable]
-        return None, *_input_gradients(op, ctx, ctx.needs_input_grad[1:3], grads)
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: tuple[Any, ...]
+        ) -> Tensor | tuple[Tensor, ...]:
+            output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
+            ctx.settings = settings
+            ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
+            if has_one_result:  # more of them cost twice: here, and where each is told of its gradient
+                return output[0]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
+            return output
 
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():
+                op = kernel.backward
+            else:
+                op = kernel.eager_backward if torch.compiler.is_compiling() else kernel.launch_backward
+            return *_input_gradients(kernel, op, ctx, ctx.needs_input_grad[1], given(grads)), None
 
-# Without what Function.apply does first, which is to look for setup_context, and whether any argument at all outlived a
-# transform.
-_apply_eager: Any = super(torch.autograd.Function, _Eager).apply
+    # Without what Function.apply does first, which is to look for setup_context, and whether any argument at all
+    # outlived a transform.
+    return super(torch.autograd.Function, Eager).apply
 
 
 def _keep(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    heatmap, beta, beta_value, setting, *pixels = inputs
-    ctx.call = kernel, beta_value, setting, pixels[2:], (None,) * (2 + len(pixels))
+    heatmap, beta, *ctx.settings = inputs
+    ctx.rest = (None,) * len(ctx.settings)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
-    ctx.save_for_backward(heatmap, beta, *[output[i] for i in kernel.kept], *pixels[:2])
+    ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *ctx.settings[2:4])
 
 
 def _input_gradients(
-    op: Any, ctx: Any, needs: tuple[bool, bool], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments of forward from those of its differentiable outputs."""
-    kernel, beta_value, setting, empty_value, rest = ctx.call
-    if all(grad is None for grad in grads):
-        return None, None, *rest
-    heatmap, beta, *saved = ctx.saved_tensors
-    kept = len(kernel.kept)
+    kernel: _Kernel, op: Any, ctx: Any, of_beta: bool, grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of heatmap and beta from those of the differentiable outputs."""
+    if grads[0] is None and all(grad is None for grad in grads):
+        return None, None
+    saved, settings = ctx.saved_tensors, ctx.settings
+    own = kernel.own
     if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
-        pixels = (*saved[kept:], *empty_value)
-        gradients = _composed_gradients(kernel, tuple(grads), heatmap, beta, beta_value, setting, *pixels)
+        sources = (saved[0], saved[own - 1])
+        gradients = _composed_gradients(kernel, grads, *sources, *settings[:2], *saved[own:], *settings[4:])
     else:
-        settings = (beta, beta_value, setting, needs[1], *saved[kept:], *empty_value)
-        gradients = op(*grads, heatmap, *saved[:kept], *settings)
-    return (
-        gradients[0] if needs[0] else None,
-        _sum_to(gradients[1], beta.shape) if needs[1] else None,
-        *rest,
-    )
+        gradients = op(*grads, *saved[:own], *settings[:2], of_beta, *saved[own:], *settings[4:])
+    return gradients[0], _sum_to(gradients[1], saved[own - 1].shape) if of_beta else None
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -495,8 +508,8 @@ def _transformable(kernel: _Kernel) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            given = [grads[i] for i in kernel.differentiable]
-            return _input_gradients(Backward.apply, ctx, ctx.needs_input_grad[:2], given)
+            of_beta = ctx.needs_input_grad[1]
+            return *_input_gradients(kernel, Backward.apply, ctx, of_beta, kernel.given(grads)), *ctx.rest
 
     return Forward
 
@@ -609,8 +622,8 @@ def _fake_backward(kernel: _Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _register(kernel: _Kernel) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [grads[i] for i in kernel.differentiable]
-        return _input_gradients(kernel.backward, ctx, ctx.needs_input_grad[:2], given)
+        of_beta = ctx.needs_input_grad[1]
+        return *_input_gradients(kernel, kernel.backward, ctx, of_beta, kernel.given(grads)), *ctx.rest
 
     bind = functools.partial
     library = torch.library
@@ -638,6 +651,7 @@ def _fake_window_mass_at(heatmap: Tensor, stats: Tensor, *_: Any) -> Tensor:
 torch.library.register_fake("kpfused::_window_mass2d_at", _fake_window_mass_at)
 
 
+_EAGER = {kernel.name: _eager(kernel) for kernel in _KERNELS}
 _TRANSFORMABLE = {kernel.name: _transformable(kernel) for kernel in _KERNELS}
 
 
