@@ -14,7 +14,7 @@ import itertools
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -661,6 +661,15 @@ def foldable(tensor: Tensor, leading: torch.Size, trailing: int = 0) -> Tensor:
     ``trailing``: how many dimensions it has behind those that broadcast.
     """
     sizes = tensor.shape[: tensor.dim() - trailing]
-    own = [False, *(size != 1 for size in sizes)]
-    runs = sum(after and not before for before, after in itertools.pairwise(own))
-    return tensor if runs <= 1 else tensor.expand(leading + tensor.shape[len(sizes) :])
+    if _runs(size != 1 for size in sizes) <= 1:
+        return tensor
+    # A leading dimension of one interrupts nothing; asked for only where it matters, since it may be a symbol.
+    whole = leading[len(leading) - len(sizes) :]
+    if _runs(size != 1 for size, most in zip(sizes, whole, strict=True) if most != 1) <= 1:
+        return tensor
+    return tensor.expand(leading + tensor.shape[len(sizes) :])
+
+
+def _runs(flags: Iterable[bool]) -> int:
+    """How many stretches of true ones there are."""
+    return sum(after and not before for before, after in itertools.pairwise((False, *flags)))

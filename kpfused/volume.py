@@ -56,5 +56,5 @@ def _relative_logsumexp(logsumexp: Tensor, stats: Tensor, beta: Tensor | float) 
     key, total = stats[..., 0], stats[..., 1]
     exact = sharpness * (key - key.amax(-1, keepdim=True)) + total.log()
     carrier = logsumexp.masked_fill(total == 0, 0)
-    top = key.amax(-1) * (sharpness.squeeze(-1) if isinstance(sharpness, Tensor) else sharpness)
+    top = key.amax(-1) * (sharpness[..., 0] if isinstance(sharpness, Tensor) else sharpness)
     return exact + (carrier - carrier.detach()), top

@@ -93,6 +93,16 @@ def test_slices_of_large_logits_are_weighed_exactly(device: str) -> None:
     torch.testing.assert_close(kpfused.soft_argmax3d(volume).double(), expected.mean, rtol=0, atol=1e-6)
 
 
+def test_a_leading_dimension_of_one_between_others(device: str) -> None:
+    """It interrupts no run of beta's dimensions. As many slices as keypoints, which would hide a wrong broadcast."""
+    volume, beta = cases.random((2, 1, 4, 4, 5, 6)).float().to(device), torch.rand(2, 1, 4, device=device) + 0.5
+    actual = kpfused.spatial_moments3d(volume, beta)
+    expected = reference.spatial_moments3d(volume.double(), beta.double())
+    assert actual.logsumexp.shape == (2, 1, 4)
+    torch.testing.assert_close(actual.logsumexp.double(), expected.logsumexp, rtol=0, atol=1e-5)
+    torch.testing.assert_close(kpfused.soft_argmax3d(volume, beta).double(), expected.mean, rtol=0, atol=1e-5)
+
+
 def test_degenerate_volumes(device: str) -> None:
     volume = cases.random((4, 3, 4, 5)).float().to(device)
     volume[0, 1, 2, 3], volume[1, 0, 0, 0], volume[2] = torch.nan, torch.inf, -torch.inf
