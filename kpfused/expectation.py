@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kpfused import ops, reference
 
@@ -80,9 +81,27 @@ def _input_gradients(op: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | N
         return (None, None, None, *ctx.rest)
     heatmap, values, expectation, stats, beta, *pixels = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    gradients = op(grad, heatmap, values, expectation, stats, beta, ctx.beta_value, *needs, *pixels, ctx.empty_value)
+    settings = (ctx.beta_value, *pixels, ctx.empty_value)
+    gradients: tuple[Any, ...]
+    if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
+        gradients = _composed_gradients(grad, heatmap, values, beta, *settings)
+    else:
+        gradients = op(grad, heatmap, values, expectation, stats, beta, ctx.beta_value, *needs, *settings[1:])
     of_beta = gradients[2].sum_to_size(beta.shape) if needs[2] else None
     return (gradients[0] if needs[0] else None, gradients[1] if needs[1] else None, of_beta, *ctx.rest)
+
+
+def _composed_gradients(
+    grad: Tensor, heatmap: Tensor, values: Tensor, beta: Tensor | None, *settings: Any
+) -> tuple[Tensor, ...]:
+    """What the backward op computes, in differentiable PyTorch; no third gradient where there is no beta tensor."""
+
+    def forward(heatmap: Tensor, values: Tensor, beta: Tensor | None = None) -> Tensor:
+        return _compose(heatmap, values, beta, *settings)
+
+    sources = (heatmap, values, *(() if beta is None else (beta.expand(heatmap.shape[:-2]),)))
+    gradients: tuple[Tensor, ...] = torch.func.vjp(forward, *sources)[1](grad)
+    return gradients
 
 
 class _Eager(torch.autograd.Function):
@@ -118,20 +137,15 @@ def _second_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
     """Second derivatives, through the composition: rare enough not to need a kernel."""
     grad, heatmap, values, beta, *pixels = ctx.saved_tensors
     ops.refuse_distributed(heatmap)
-    sources = (heatmap, values, *(() if beta is None else (beta.expand(heatmap.shape[:-2]),)))
+    sources = (heatmap, values, *(() if beta is None else (beta,)))
 
-    def first(grad: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
-        def forward(heatmap: Tensor, values: Tensor, beta: Tensor | None = None) -> Tensor:
-            return _compose(heatmap, values, beta, ctx.beta_value, *pixels, ctx.empty_value)
-
-        gradients: tuple[Tensor, ...] = torch.func.vjp(forward, *sources)[1](grad)
-        return gradients
+    def first(grad: Tensor, heatmap: Tensor, values: Tensor, beta: Tensor | None = None) -> tuple[Tensor, ...]:
+        return _composed_gradients(grad, heatmap, values, beta, ctx.beta_value, *pixels, ctx.empty_value)
 
     gradients, pull = torch.func.vjp(first, grad, *sources)  # type: ignore[misc]
     used = [u if needed else None for u, needed in zip(upstream, ctx.needs, strict=True)][: len(gradients)]
     second = pull(tuple(torch.zeros_like(g) if u is None else u for g, u in zip(gradients, used, strict=True)))
-    of_beta = None if beta is None else second[3].sum_to_size(beta.shape)
-    return (*second[:3], None, None, of_beta, *ctx.rest)
+    return (*second[:3], None, None, None if beta is None else second[3], *ctx.rest)
 
 
 # ---- Fake kernels ---------------------------------------------------------------------------------------------------

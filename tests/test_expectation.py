@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import kpfused
 from kpfused import reference
@@ -438,6 +438,23 @@ def test_transforms(device: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+def test_a_dual_upstream_of_an_earlier_call(device: str) -> None:
+    """The tangent passes through the backward of a call made outside the dual level."""
+    leaves = [
+        t.to(device).requires_grad_()
+        for t in (cases.random((2, 3, 4, 5)), cases.random((2, 1, 2, 4, 5)), cases.random((3,)))
+    ]
+    upstream = torch.randn(2, 2, 3, 2, dtype=torch.float64).to(device)
+    results = []
+    for f in (kpfused.spatial_expectation2d, reference.spatial_expectation2d):
+        expectation = f(*leaves)
+        with forward_ad.dual_level():
+            found = torch.autograd.grad(expectation, leaves, forward_ad.make_dual(upstream[0], upstream[1]))
+            results.append([forward_ad.unpack_dual(g).tangent for g in found])
+    assert all(tangent is not None for tangent in results[1])
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
