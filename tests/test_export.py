@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import io
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ from torch.export import Dim
 import kpfused
 from kpfused import SoftArgmax2d, reference
 from tests import cases
+
+with contextlib.suppress(ImportError):  # without them, torch.export is tested all the same
+    import onnx
+    import onnxruntime
+
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs onnx, onnxscript and onnxruntime",
+)
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 SIZES = [(5, 3, 20, 31), (2, 3, 16, 12), (1, 3, 8, 40)]
@@ -110,6 +119,7 @@ def assert_runs_alike(model: onnx.ModelProto, module: nn.Module, image: Tensor) 
         torch.testing.assert_close(torch.from_numpy(a), b, rtol=0, atol=1e-4 * pixel, equal_nan=True)
 
 
+@needs_onnx
 def test_onnx_of_a_network() -> None:
     module = network()
     model = onnx_model(module)
@@ -117,6 +127,7 @@ def test_onnx_of_a_network() -> None:
         assert_runs_alike(model, module, torch.randn(size))
 
 
+@needs_onnx
 def test_onnx_of_every_head() -> None:
     """Sharp maps too, and maps with logits of -inf, which are NaN where beta is negative."""
     module = Heads()
@@ -151,6 +162,7 @@ def masked_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(shape, generator=generator), mask, size
 
 
+@needs_onnx
 def test_onnx_of_masks_and_moments() -> None:
     module = Masked()
     program = torch.onnx.export(

@@ -86,5 +86,6 @@ def test_instruction_budget(arch: str) -> None:
 
 
 def test_committed_table_is_of_these_kernels() -> None:
+    """By name, so any architecture that was built will do."""
     committed = resources.RESULT.read_text()
-    assert set(re.findall(r"^\| `(.*?)`", committed, re.M)) == {k.short for k in all_kernels("90")}
+    assert set(re.findall(r"^\| `(.*?)`", committed, re.M)) == {k.short for k in all_kernels(ARCHITECTURES[0])}
