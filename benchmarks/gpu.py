@@ -5,14 +5,20 @@
     python -m benchmarks.gpu --device cpu --dry-run            # tries the code without a GPU, tiny shapes, no meaning
 
 Three passes, the most wanted first: every case without compiled peers, then torch.compile, then its max-autotune. What
-the time does not reach is listed as not measured. Ceilings are measured at every case over the same bytes: a read-only
-reduction for forward, a copy for backward, both one after the other for forward+backward.
+the time does not reach, and what fails, is listed as not measured; the traceback is printed, and all else is measured.
+Ceilings are measured at every case over the same bytes: the quickest of several reductions for forward, of several
+copies for backward, both one after the other for forward+backward.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +27,14 @@ from torch import Tensor
 
 from benchmarks import host_time, memory
 from benchmarks.baselines import OURS, Function, Peer, available
-from benchmarks.cases import DTYPES, Case, call, error, head, heatmaps, row, upstream, write
-from benchmarks.gpu_timing import Thunk, Timer, sweep_length
+from benchmarks.cases import DTYPES, Case, call, error, head, heatmaps, row, skipped, upstream, write
+from benchmarks.gpu_timing import HOT_CALLS, Thunk, Timer
 from kpfused import ops
 
 BEYOND = 512 << 20  # bytes of a large case: many times any cache
 PAIRS = {"forward": 1, "backward": 2, "forward+backward": 3}  # times that the model moves the map
+READS = ("torch.sum", "torch.amax", "triton_kernels.read")
+COPIES = ("copy_", "torch.neg", "triton_kernels.copy")
 SPLIT_PEERS = (OURS, "triton")  # backward alone: a compiled graph cannot be run backward twice
 
 
@@ -55,7 +63,8 @@ def cases(dry_run: bool) -> tuple[list[Case], list[Case], list[Case]]:
         Case((32, 17, 64, 48), layout="channels_last"),
         Case((64, 512, 10, 12), "bfloat16", "channels_last"),
     ]
-    return contiguous + small + last + others, small[:2] + contiguous + small[2:], small[:2] + contiguous[:3]
+    compiled = [*small[:2], *contiguous[:2], last[0], *contiguous[2:], *small[2:]]
+    return contiguous + small + last + others, compiled, [*small[:2], *contiguous[:2], last[0], contiguous[2]]
 
 
 class Run:
@@ -66,17 +75,30 @@ class Run:
         self.timer = Timer(device, samples)
         self.end = time.monotonic() + seconds
         self.rows: list[dict[str, Any]] = []
-        self.skipped: list[str] = []
+        self.failures: list[str] = []  # of ours alone
         self.ceilings: dict[tuple[str, str, str, str], float] = {}
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    @contextmanager
+    def attempt(self, what: str, peer: str) -> Iterator[None]:
+        """What fails is noted and shown in full, and the run goes on, unless the device itself is lost."""
+        try:
+            yield
+        except Exception as failure:
+            traceback.print_exception(failure)
+            note = f"{peer} {what}: {_short(failure)}"
+            skipped.append(note)
+            if peer == OURS:
+                self.failures.append(note)
+            self.timer.synchronize()
+
     def add(self, case: Case, peer: str, direction: str, mode: str, cache: str, stats: dict[str, Any]) -> None:
-        # The map, and a map's coordinates and stats (or its upstream gradient and stats): the least that has to move.
-        moved = PAIRS[direction] * case.bytes + case.maps * 24 * (1 + (direction == "forward+backward"))
-        if peer in ("read", "copy"):
-            moved = PAIRS[direction] * case.bytes
+        moved = PAIRS[direction] * case.bytes
+        if peer not in READS + COPIES:
+            # A map's coordinates and stats, or its upstream gradient and stats: the least that has to move beside it.
+            moved += case.maps * 24 * (1 + (direction == "forward+backward"))
         ceiling = self.ceilings.get((case.label, direction, mode, cache))
         extra = {
             "kind": "speed",
@@ -93,81 +115,82 @@ class Run:
             "gigabytes_per_second": moved / stats["median"] / 1e9,
             "share_of_ceiling": ceiling / stats["median"] if ceiling else None,
         }
-        name = f"gpu[{case.label}-{direction}-{mode}-{cache}-{peer}]"
-        self.rows.append(row(name, f"{case.label} {direction} {mode} {cache}", stats, **extra))
-
-    def sweeps(self, case: Case, thunks: list[Thunk]) -> dict[str, list[Thunk]]:
-        """What is timed: cold, and hot for maps that a cache can hold."""
-        found = {"cold": thunks}
-        if case.bytes <= self.timer.l2_bytes // 2 or self.device == "cpu":
-            start = time.perf_counter()
-            thunks[0]()
-            self.timer.synchronize()
-            found["hot"] = [thunks[0]] * sweep_length(time.perf_counter() - start)
-        return found
+        group = f"{case.label} {direction} {mode} {cache}"
+        self.rows.append(row(f"gpu[{group}-{peer}]", group, stats, **extra))
 
     def time(self, case: Case, name: str, direction: str, thunks: list[Thunk]) -> None:
-        """Eager and graph, cold and hot. A peer that cannot be captured keeps its eager rows."""
-        for cache, sweep in self.sweeps(case, thunks).items():
+        """Eager and graph, cold, and hot for maps that a cache can hold. What cannot be captured keeps eager rows."""
+        sweeps = {"cold": thunks}
+        if case.bytes <= self.timer.l2_bytes // 2:
+            sweeps["hot"] = thunks[:1] * HOT_CALLS
+        self.timer.spin_up()
+        for cache, sweep in sweeps.items():
             for mode, measure in (("eager", self.timer.eager), ("graph", self.timer.graph)):
-                try:
+                with self.attempt(f"at {case.label}, {direction}, {mode}, {cache}", name):
                     self.add(case, name, direction, mode, cache, measure(sweep, cache == "cold"))
-                except Exception as failure:
-                    self.skipped.append(f"{name} at {case.label}, {direction}, {mode}: {_short(failure)}")
-                    self.timer.synchronize()
 
     def measure_ceilings(self, case: Case, inputs: list[Tensor]) -> None:
-        """Rows of the copy and of the quickest of several reductions, and the ceiling of every direction."""
+        """Rows of the quickest reading and copying over the bytes of a case, and the ceiling of every direction."""
         flat = [heatmap.permute(0, 2, 3, 1) if case.layout == "channels_last" else heatmap for heatmap in inputs]
         flat = [heatmap.flatten() for heatmap in flat]
         if case.bytes % 4 == 0:
             flat = [heatmap.view(torch.float32) for heatmap in flat]  # a reduction of half precision would compute more
-        targets = [torch.empty_like(heatmap) for heatmap in flat]
-        self.time(case, "copy", "backward", [lambda s=s, t=t: t.copy_(s) for s, t in zip(flat, targets, strict=True)])
-        readers: list[Any] = [torch.sum, torch.amax]
+        pairs = [(source, torch.empty_like(source)) for source in flat]
+        readers: list[Callable[[Tensor], Any]] = [torch.sum, torch.amax]
+        copiers: list[Callable[[Tensor, Tensor], Any]] = [lambda s, t: t.copy_(s), lambda s, t: torch.neg(s, out=t)]
         if any(peer.name == "triton" for peer in available(self.device)):
             from benchmarks import triton_kernels
 
             readers.append(triton_kernels.read)
+            copiers.append(triton_kernels.copy)
+        reading: dict[str, list[Thunk]] = {
+            name: [partial(f, s) for s in flat] for name, f in zip(READS, readers, strict=False)
+        }
+        copying: dict[str, list[Thunk]] = {
+            name: [partial(f, s, t) for s, t in pairs] for name, f in zip(COPIES, copiers, strict=False)
+        }
+        self.quickest(case, "read", "forward", reading)
+        self.quickest(case, "copy", "backward", copying)
+        if case.bytes > 2 * self.timer.l2_bytes:  # else backward may find in the cache what forward has read
+            for mode in ("eager", "graph"):
+                each = [
+                    self.ceilings.get((case.label, direction, mode, "cold")) for direction in ("forward", "backward")
+                ]
+                if each[0] is not None and each[1] is not None:
+                    self.ceilings[case.label, "forward+backward", mode, "cold"] = each[0] + each[1]
+
+    def quickest(self, case: Case, name: str, direction: str, ways: dict[str, list[Thunk]]) -> None:
+        """The ceiling of one direction, by mode and cache, as a row of its own; ``copy_`` has rows beside it."""
         start = len(self.rows)
-        for reader in readers:
-            self.time(case, "read", "forward", [lambda s=s, r=reader: r(s) for s in flat])
-        best: dict[tuple[str, str], dict[str, Any]] = {}
-        for found in self.rows[start:]:
-            key = (found["extra_info"]["mode"], found["extra_info"]["cache"])
-            if key not in best or found["stats"]["median"] < best[key]["stats"]["median"]:
-                best[key] = found
-        self.rows[start:] = list(best.values())
-        for found in self.rows:
-            extra = found["extra_info"]
-            if extra["case"] == case.label and extra["peer"] in ("copy", "read"):
-                key3 = (case.label, extra["direction"], extra["mode"], extra["cache"])
-                self.ceilings[key3] = found["stats"]["median"]
-        for mode, cache in best:
-            each = [self.ceilings.get((case.label, direction, mode, cache)) for direction in ("forward", "backward")]
-            if each[0] is not None and each[1] is not None:
-                self.ceilings[case.label, "forward+backward", mode, cache] = each[0] + each[1]
+        for way, thunks in ways.items():
+            self.time(case, way, direction, thunks)
+        found = self.rows[start:]
+        self.rows[start:] = [each for each in found if each["extra_info"]["peer"] == "copy_"]
+        best: dict[str, dict[str, Any]] = {}
+        for each in found:
+            if each["group"] not in best or each["stats"]["median"] < best[each["group"]]["stats"]["median"]:
+                best[each["group"]] = each
+        for group, each in best.items():
+            extra = each["extra_info"]
+            self.ceilings[case.label, direction, extra["mode"], extra["cache"]] = each["stats"]["median"]
+            extra = {**extra, "peer": name, "way": extra["peer"]}
+            self.rows.append(row(f"gpu[{group}-{name}]", group, each["stats"], **extra))
 
     def measure_peer(self, case: Case, peer: Peer, inputs: list[Tensor]) -> None:
-        """Checked, then timed in every direction. A wrong peer is not timed; wrong results of ours end the run."""
+        """Checked, then timed in every direction. What is wrong is not timed."""
         assert peer.build is not None
         for direction in ("forward", "forward+backward"):
-            function = peer.build()
-            leaves = inputs if direction == "forward" else [heatmap.detach().requires_grad_() for heatmap in inputs]
-            try:
+            with self.attempt(f"at {case.label}, {direction}", peer.name):
+                function = peer.build()
+                leaves = inputs if direction == "forward" else [heatmap.detach().requires_grad_() for heatmap in inputs]
                 wrong = error(peer, function, case, leaves[0], direction)
-            except Exception as failure:
-                wrong = f"{peer.name}: {_short(failure)}"
-            if wrong is not None:
-                if peer.name == OURS:
-                    raise RuntimeError(f"{case.label}, {direction}: {wrong}")
-                self.skipped.append(f"{case.label}, {direction}, {wrong}")
-                continue
-            result = function(leaves[0])
-            gradient = upstream(case, self.device, result.dtype)
-            self.time(case, peer.name, direction, [call(function, leaf, direction, gradient) for leaf in leaves])
-            if direction == "forward+backward" and peer.name in SPLIT_PEERS:
-                self.time(case, peer.name, "backward", self._backward(function, leaves, gradient))
+                if wrong is not None:
+                    raise ArithmeticError(wrong)
+                result = function(leaves[0])
+                gradient = upstream(case, self.device, result.dtype)
+                self.time(case, peer.name, direction, [call(function, leaf, direction, gradient) for leaf in leaves])
+                if direction == "forward+backward" and peer.name in SPLIT_PEERS:
+                    self.time(case, peer.name, "backward", self._backward(function, leaves, gradient))
 
     @staticmethod
     def _backward(function: Function, leaves: list[Tensor], gradient: Tensor) -> list[Thunk]:
@@ -180,29 +203,51 @@ class Run:
         """One case, unless too little time is left."""
         names = ", ".join(peer.name for peer in peers)
         if self.left() < needed:
-            self.skipped.append(f"{case.label} ({names}): out of time")
+            skipped.append(f"{case.label} ({names}): out of time")
             return
         start = time.monotonic()
-        with self.timer.on_stream():
+        with self.attempt(f"at {case.label}", "inputs and ceilings"), self.timer.on_stream():
             inputs = [heatmaps(case, self.device, seed) for seed in range(self.timer.inputs(case.bytes))]
             if ceilings:
                 self.measure_ceilings(case, inputs)
             for peer in peers:
                 self.measure_peer(case, peer, inputs)
+            del inputs
         self.timer.synchronize()
-        del inputs
         if self.device == "cuda":
             torch.cuda.empty_cache()
         print(f"{case.label}: {names}: {time.monotonic() - start:.1f} s, {self.left():.0f} s left", flush=True)
 
+    def measure_hosts_and_memory(self, peers: list[Peer], dry_run: bool) -> None:
+        with self.attempt("of all peers", "host time"):
+            self.rows += host_time.measure(self.device, rounds=9, calls=100)
+        for case in memory.DRY_CASES if dry_run else memory.CASES:
+            for peer in peers:
+                with self.attempt(f"at {case.label}, memory", peer.name):
+                    self.rows += memory.measure(self.device, [case], [peer])
+
+    def best_rates(self) -> dict[str, float]:
+        """Of reading and copying: gigabytes per second at the case where they were quickest, cache cold."""
+        rates: dict[str, float] = {}
+        for found in self.rows:
+            extra = found["extra_info"]
+            if extra["kind"] == "speed" and extra["cache"] == "cold" and extra["peer"] in ("read", "copy", "copy_"):
+                label = f"{extra['peer']}, the best of all cases"
+                rates[label] = max(rates.get(label, 0.0), extra["gigabytes_per_second"])
+        return rates
+
 
 def _short(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:160] if str(failure).strip() else ''}"
+    """One line of a failure: the first, or the last where a Triton kernel is quoted before the message."""
+    lines = str(failure).strip().splitlines() or [""]
+    line = lines[-1] if re.match(r"at \d+:\d+:", lines[0]) else lines[0]
+    return f"{type(failure).__name__}: {line.strip()[:160]}"
 
 
 def short_table(rows: list[dict[str, Any]]) -> str:
     """Times in microseconds of the cold rows, ours and every peer's."""
-    names = [n for n in dict.fromkeys(r["extra_info"]["peer"] for r in rows) if n not in (OURS, "copy", "read")]
+    peers = dict.fromkeys(r["extra_info"]["peer"] for r in rows)
+    names = [n for n in peers if n not in (OURS, "copy", "copy_", "read")]
     lines = [
         f"{'case, cache cold':38} {'direction':17} {'mode':5} {OURS:>9} {'ceiling':>8} "
         + " ".join(f"{n:>12}" for n in names)
@@ -244,22 +289,27 @@ def main() -> None:
 
     def save() -> None:
         if options.json:
-            write(options.json, {**machine, "skipped": run.skipped}, run.rows)
+            found = {**machine, "ceilings_gigabytes_per_second": run.best_rates(), "skipped": skipped}
+            write(options.json, found, run.rows)
 
     first, compiled, tuned = cases(options.dry_run)
-    run.rows += host_time.measure(options.device, rounds=9, calls=100)
-    run.rows += memory.measure(options.device, memory.DRY_CASES if options.dry_run else memory.CASES, plain)
-    save()
-    for case in first:
-        run.measure(case, plain, needed=8, ceilings=True)
+    try:
+        run.measure_hosts_and_memory(plain, options.dry_run)
         save()
-    for wanted, name, needed in ((compiled, "compiled", 15.0), (tuned, "max-autotune", 30.0)):
-        for case in wanted:
-            run.measure(case, [peer for peer in peers if peer.name == name], needed, ceilings=False)
+        for case in first:
+            run.measure(case, plain, needed=8, ceilings=True)
             save()
-    print(short_table(run.rows))
-    if run.skipped:
-        print("not measured:", *run.skipped, sep="\n  ")
+        for wanted, name, needed in ((compiled, "compiled", 15.0), (tuned, "max-autotune", 30.0)):
+            for case in wanted:
+                run.measure(case, [peer for peer in peers if peer.name == name], needed, ceilings=False)
+                save()
+    finally:
+        save()
+        print(machine.get("gpu", machine["processor"]), short_table(run.rows), sep="\n")
+        if skipped:
+            print("not measured:", *skipped, sep="\n  ")
+    if run.failures:
+        raise SystemExit("\n  ".join([f"{OURS} failed:", *run.failures]))
 
 
 if __name__ == "__main__":

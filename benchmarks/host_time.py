@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import OURS, available
-from benchmarks.cases import Case, call, head, heatmaps, row, upstream, write
+from benchmarks.cases import Case, call, head, heatmaps, row, skipped, upstream, write
 
 CASE = Case((1, 1, 8, 8))
 NAMES = (OURS, "eager", "marginals", "dsntnn", "kornia")
@@ -46,10 +47,18 @@ def measure(device: str, rounds: int = 15, calls: int = 200) -> list[dict[str, A
         heatmap = heatmaps(CASE, device).requires_grad_(direction != "forward")
         thunks: dict[str, Callable[[], Any]] = {}
         for peer in available(device):
-            if peer.name in NAMES and peer.build is not None:
+            if peer.name not in NAMES or peer.build is None:
+                continue
+            try:
                 function = peer.build()
                 gradient = upstream(CASE, device, function(heatmap).dtype)
-                thunks[peer.name] = call(function, heatmap, direction, gradient)
+                thunk = call(function, heatmap, direction, gradient)
+                thunk()
+            except Exception as failure:
+                traceback.print_exception(failure)
+                skipped.append(f"{peer.name}, host time, {direction}: {type(failure).__name__}")
+            else:
+                thunks[peer.name] = thunk
         seconds: dict[str, list[float]] = {name: [] for name in thunks}
         for index in range(rounds + 1):
             for name, thunk in thunks.items():

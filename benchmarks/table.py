@@ -68,7 +68,7 @@ def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
 def speed_table(rows: list[Row], statistic: str, gpu: bool) -> str:
     """One row a case: our time, the fastest peer, and every peer as a ratio."""
     names = list(dict.fromkeys(row["extra_info"]["peer"] for row in rows))
-    others = [name for name in names if name not in (OURS, "copy", "read")]
+    others = [name for name in names if name not in (OURS, "copy", "copy_", "read")]
     header = ["B,K,H,W", f"{OURS}, µs", *(["GB/s", "of the ceiling"] if gpu else []), "fastest peer", *others]
     lines = []
     for case, found in by_case(rows).items():
@@ -121,6 +121,8 @@ def host(rows: list[Row], statistic: str) -> str:
         found = {
             r["extra_info"]["peer"]: r["stats"][statistic] for r in rows if r["extra_info"]["direction"] == direction
         }
+        if OURS not in found:
+            continue
         line = [direction, number(found[OURS] * 1e6)]
         lines.append(line + [ratio(found[n] / found[OURS]) if n in found else DASH for n in names if n != OURS])
     case = rows[0]["extra_info"]["case"]
