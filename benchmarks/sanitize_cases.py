@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every regime of the kernels once, forward and backward: a program for compute-sanitizer to watch.
+"""Every regime and every function once, forward and backward: a program for compute-sanitizer to watch.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 -m benchmarks.sanitize_cases
 
@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import kpfused
 from kpfused import _C, reference, soft_argmax2d, spatial_moments2d
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -32,6 +36,8 @@ CHANNELS = [
     (1, 8, 112, 80),
     (1, 17, 96, 72),
 ]
+# For the other functions: whole vectors along rows and channels, and single elements of maps that channels_last splits.
+FUNCTION_SHAPES = [(2, 8, 9, 16), (1, 3, 201, 123)]
 
 
 def layouts(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -98,6 +104,73 @@ def check_moments(heatmap: Tensor, beta: float | Tensor, name: str) -> str | Non
     return None if off <= max(tolerance, torch.finfo(heatmap.dtype).eps) else f"{name}: gradient {off:.2g} off"
 
 
+def functions(shape: tuple[int, ...]) -> dict[str, Callable[..., Tensor]]:
+    """The other functions, of kpfused or its reference, of heatmaps and, if it takes two, of values."""
+    batch, _, height, width = shape
+    mask = torch.rand(shape) < 0.7
+    sizes = torch.arange(batch)[:, None] + height // 2, torch.arange(batch)[:, None] + width // 2
+
+    def masked_moments(api: Any, h: Tensor, pixels: Tensor) -> Tensor:
+        found = api.spatial_moments2d(h, mask=pixels.to(h.device))
+        return torch.cat((found.mean, found.covariance.flatten(-2), found.entropy[..., None]), -1)
+
+    return {
+        "spatial_softmax2d": lambda api, h: api.spatial_softmax2d(h, 1.5),
+        "spatial_softmax2d, mask": lambda api, h: api.spatial_softmax2d(h, mask=mask.to(h.device)),
+        "spatial_expectation2d": lambda api, h, v: api.spatial_expectation2d(h, v, 1.5),
+        "spatial_expectation2d, mask": lambda api, h, v: api.spatial_expectation2d(h, v, mask=mask.to(h.device)),
+        "expectation2d": lambda api, h: api.expectation2d(h),
+        "expectation2d, mask": lambda api, h: api.expectation2d(h, mask=mask[0, 0].to(h.device)),
+        "window_mass": lambda api, h: api.window_mass(h, 5),
+        "window_mass around the peak": lambda api, h: api.window_mass(h, 3, around="peak"),
+        "mask (H, W)": lambda api, h: api.soft_argmax2d(h, mask=mask[0, 0].to(h.device)),
+        "mask (B, 1, H, W)": lambda api, h: api.soft_argmax2d(h, mask=mask[:, :1].to(h.device)),
+        "mask (B, K, H, W)": lambda api, h: api.soft_argmax2d(h, mask=mask.to(h.device)),
+        "valid_size": lambda api, h: api.soft_argmax2d(h, valid_size=(height - 2, width - 3)),
+        "valid_size of each image": lambda api, h: api.soft_argmax2d(
+            h, valid_size=(sizes[0].to(h.device), sizes[1].to(h.device))
+        ),
+        "moments, mask (B, 1, H, W)": lambda api, h: masked_moments(api, h, mask[:, :1]),
+        "moments, mask (B, K, H, W)": lambda api, h: masked_moments(api, h, mask),
+    }
+
+
+def check_function(function: Callable[..., Tensor], inputs: list[Tensor], name: str) -> str | None:
+    """What is wrong with its result, or with its gradient of any input."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    plain = [t.cpu().double().requires_grad_() for t in inputs]
+    actual, expected = function(kpfused, *leaves), function(reference, *plain)
+    gradient = torch.linspace(-1, 1, actual.numel(), dtype=actual.dtype).view(actual.shape)
+    gradients = torch.autograd.grad(actual, leaves, gradient.to(actual.device))
+    wanted = torch.autograd.grad(expected, plain, gradient.double())
+    tolerance = max(1e-4, torch.finfo(inputs[0].dtype).eps)
+    offs = []
+    for got, want in zip((actual, *gradients), (expected, *wanted), strict=True):
+        offs.append(((got.detach().cpu().double() - want).abs().max() / want.abs().max()).item())
+    if all(off <= tolerance for off in offs):
+        return None
+    return f"{name}: result and gradients off by " + ", ".join(f"{off:.2g}" for off in offs)
+
+
+def check_functions(device: str) -> list[str]:
+    """What is wrong with the other functions, in both layouts and two dtypes."""
+    wrong: list[str | None] = []
+    for shape, dtype in itertools.product(FUNCTION_SHAPES, (torch.float32, torch.bfloat16)):
+        maps = layouts(shape, dtype, device)
+        batch, keypoints, height, width = shape
+        for layout in ("contiguous", "channels_last"):
+            values = layouts((batch * keypoints, 3, height, width), dtype, device)[layout].unflatten(0, (batch, -1))
+            for name, function in functions(shape).items():
+                label = f"{name}, {shape} {dtype} {layout}"
+                if "spatial_expectation2d" not in name:
+                    wrong.append(check_function(function, [maps[layout]], label))
+                    continue
+                wrong.append(check_function(function, [maps[layout], values], label))
+                wrong.append(check_function(function, [maps[layout], values[:, :1]], f"{label}, shared"))
+    print(f"{len(wrong)} calls of other functions, forward and backward")
+    return [each for each in wrong if each]
+
+
 def regime(heatmap: Tensor, channels_last: bool) -> str:
     """The regime that the launch plan gives an aligned map."""
     height, width = heatmap.shape[-2:]
@@ -105,11 +178,8 @@ def regime(heatmap: Tensor, channels_last: bool) -> str:
     return _C.launch_plan(height, width, dtype, heatmap.shape[1] if channels_last else 0)["regime"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
-    torch.manual_seed(0)
+def check_regimes(device: str) -> list[str]:
+    """What is wrong with coordinates and moments, in every regime."""
     wrong: list[str] = []
     reached: dict[str, int] = {}
     runs = 0
@@ -133,6 +203,20 @@ def main() -> None:
     missing = {"team", "block", "split", "channels", "channels_split"} - reached.keys()
     if missing:
         wrong.append(f"regimes not reached: {sorted(missing)}")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # small maps gain nothing from more, and several tools may watch at the same time
+    wrong = []
+    for part in (check_functions, check_regimes):
+        start = time.monotonic()
+        wrong += part(device)
+        print(f"{part.__name__}: {time.monotonic() - start:.1f} s", flush=True)
     if wrong:
         raise SystemExit("\n".join(wrong))
 
