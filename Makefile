@@ -50,7 +50,7 @@ bench: build  ## CPU benchmarks beside the peers; rewrites the table in README.m
 info: build  ## versions, architectures, flags
 	$(PY) -m kpfused.info
 
-gpu:  ## build, test, sanitize and benchmark on a GPU with the plain python3 (STAGES="build test sanitize bench beyond")
+gpu:  ## build, try, benchmark, test and sanitize on a GPU with the plain python3 (STAGES="build smoke bench beyond ...")
 	bash benchmarks/gpu.sh
 
 clean:  ## remove what was built; keeps the virtual environment

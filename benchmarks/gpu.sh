@@ -1,56 +1,69 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Builds, tests, sanitizes and benchmarks on the GPU at hand, offline, with the plain python3. `make gpu` runs it.
+# Builds, tries, benchmarks, tests and sanitizes on the GPU at hand, offline, with the plain python3. `make gpu` runs it.
 #
-#   STAGES="build test sanitize bench beyond"   any of them, in this order
-#   OUT=benchmarks/results/<gpu name>    where logs, JSON and the table go
+#   STAGES="build smoke bench beyond test sanitize"   any of them, always in this order
+#   OUT=benchmarks/results/<gpu name>    where log.txt, summary.txt, gpu.json, beyond.json and table.md go
 #   TOTAL=520                            seconds for all stages together
 #   TEST_ARGS                            more arguments for pytest
+#   KPFUSED_COMMIT                       the commit, for the head of the tables, where the checkout has no .git
 #   DEVICE=cpu                           tries the script where no GPU is: figures mean nothing then
 #
-# Needs a CUDA torch >= 2.11, nvcc, ninja, pybind11, pytest and hypothesis. Every stage runs, whatever became of those
-# before it; the script fails if one failed.
+# In two calls, each stage with the time that it can use: STAGES="build smoke bench beyond" in six minutes or so, then,
+# with the build still there, STAGES="test sanitize", which adds to the log and the summary of the first.
+#
+# Needs a CUDA torch >= 2.11, nvcc, ninja, pybind11, pytest and hypothesis; with pytest-xdist tests run in parallel.
+# Nothing runs on a build that failed, or whose kernels fail in the smoke stage. All else runs whatever became of what
+# ran before; the script fails if anything failed.
 # shellcheck disable=SC2329 # functions are called by name
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-STAGES=${STAGES:-build test sanitize bench beyond}
+ALL="build smoke bench beyond test sanitize"
+STAGES=${STAGES:-$ALL}
 TOTAL=${TOTAL:-520}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 export PATH="$PATH:$CUDA_HOME/bin"
 
+# Seconds that a stage may take, and those kept for it while others run before it. Together, `least` leaves 150 to build.
+declare -A most=([build]=150 [smoke]=40 [bench]=200 [beyond]=50 [test]=240 [sanitize]=150)
+declare -A least=([build]=0 [smoke]=20 [bench]=190 [beyond]=40 [test]=60 [sanitize]=60)
+# Tests that run on the device, by their names; test_properties and all that take a device say which in theirs.
+ON_DEVICE="cuda or nccl or test_streams or test_graph_capture or not_the_current_one"
+
 wanted() { [[ " $STAGES " == *" $1 "* ]]; }
 
-# Seconds for a stage: its own limit, less what later stages need of the total.
+# The limit of a stage: its own, less what later ones are to have of the total.
 limit() {
-  local own=$1 left=$((TOTAL - SECONDS))
-  shift
-  while (($#)); do
-    if wanted "$1"; then left=$((left - $2)); fi
-    shift 2
+  local own=${most[$1]} left=$((TOTAL - SECONDS)) other later=0
+  for other in $ALL; do
+    if ((later)) && wanted "$other"; then left=$((left - least[$other])); fi
+    if [[ $other == "$1" ]]; then later=1; fi
   done
   ((own < left)) || own=$left
   ((own > 20)) || own=20
   echo "$own"
 }
 
-# stage NAME SECONDS COMMAND...: runs it with a log and a time limit, and notes how it went.
-stage() {
-  local title=$1 seconds=$2 start=$SECONDS code
+# run TITLE SECONDS FUNCTION ARGUMENTS...: runs it with a time limit, and notes how it went. When time is up it is
+# interrupted, so that what it has found is still printed. `timeout` runs programs, not functions: the function is called
+# by this script, run anew.
+run() {
+  local title=$1 seconds=$2 start=$SECONDS code note="ok"
   shift 2
-  echo "== $title (at most $seconds s)"
-  timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$OUT/$title.log"
+  echo "== $title (at most $seconds s)" | tee -a "$log"
+  timeout --signal=INT --kill-after=15 "$seconds" bash benchmarks/gpu.sh --stage "$@" 2>&1 | tee -a "$log"
   code=${PIPESTATUS[0]}
-  local note="ok"
-  if ((code != 0)); then
-    failed=1
+  if ((code == 124 || code == 137)); then
+    note="FAILED, out of time"
+  elif ((code != 0)); then
     note="FAILED, exit code $code"
-    if ((code == 124 || code == 137)); then note="FAILED, out of time"; fi
   fi
   echo "$title: $note, $((SECONDS - start)) s" >>"$summary"
+  return "$code"
 }
 
 build() {
@@ -62,18 +75,33 @@ build() {
   "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m kpfused.info
 }
 
-run_tests() {
-  local parallel=()
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 8 --dist loadscope); fi
-  # shellcheck disable=SC2086 # several arguments in one variable
-  "$PYTHON" -m pytest tests -q -p no:cacheprovider "${parallel[@]}" ${TEST_ARGS:-}
+smoke() { interruptible -m benchmarks.sanitize_cases --device "$DEVICE"; }
+
+bench() {
+  local options=(--json "$OUT/gpu.json" --seconds "$1" --device "$DEVICE")
+  if [[ $DEVICE != cuda ]]; then options+=(--dry-run --samples 2); fi
+  interruptible -m benchmarks.gpu "${options[@]}"
 }
 
-# The four tools run at the same time: each watches a process of its own.
+beyond() {
+  local options=(--json "$OUT/beyond.json" --device "$DEVICE")
+  if [[ $DEVICE != cuda ]]; then options+=(--dry-run --rounds 2); fi
+  interruptible -m benchmarks.beyond "${options[@]}"
+}
+
+# tests SELECTION DISTRIBUTION
+tests() {
+  local parallel=()
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 8 --dist "$2"); fi
+  export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 # of each of eight workers
+  # shellcheck disable=SC2086 # several arguments in one variable
+  interruptible -m pytest tests -q -p no:cacheprovider --tb=short -k "$1" "${parallel[@]}" ${TEST_ARGS:-}
+}
+
+# The four tools run at the same time, each for at most so many seconds: each watches a process of its own.
 sanitize() {
-  local tool code=0 work
+  local tool code=0 status work
   local -A processes=()
-  "$PYTHON" -m benchmarks.sanitize_cases --device "$DEVICE" || return 1 # unwatched: is the program itself right?
   if ! command -v compute-sanitizer >/dev/null || [[ $DEVICE != cuda ]]; then
     echo "compute-sanitizer: not available; memcheck, racecheck, initcheck and synccheck did not run"
     return 0
@@ -81,41 +109,68 @@ sanitize() {
   compute-sanitizer --version | tail -n 2
   work=$(mktemp -d)
   for tool in memcheck racecheck initcheck synccheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$1" compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$PYTHON" -m benchmarks.sanitize_cases >"$work/$tool" 2>&1 &
     processes[$tool]=$!
   done
   for tool in memcheck racecheck initcheck synccheck; do
-    if wait "${processes[$tool]}"; then
-      echo "-- $tool: no errors"
-    else
-      echo "-- $tool: exit code $?"
-      code=1
-    fi
+    wait "${processes[$tool]}"
+    status=$?
+    case $status in
+      0) echo "-- $tool: no errors" ;;
+      124 | 137) echo "-- $tool: out of time" ;;
+      *) echo "-- $tool: exit code $status" ;;
+    esac
+    ((status == 0)) || code=1
     head -c 20000 "$work/$tool"
   done
   rm -r "$work"
   return "$code"
 }
 
-bench() {
-  local options=(--json "$OUT/gpu.json" --seconds "$1" --device "$DEVICE")
-  if [[ $DEVICE != cuda ]]; then options+=(--dry-run --samples 2); fi
-  "$PYTHON" -m benchmarks.gpu "${options[@]}"
-}
+# Python, with a SIGINT that interrupts it even where this script runs in the background and so ignores it.
+interruptible() { env --default-signal=INT "$PYTHON" "$@"; }
 
-beyond() {
-  local options=(--json "$OUT/beyond.json" --device "$DEVICE")
-  if [[ $DEVICE != cuda ]]; then options+=(--dry-run --rounds 2); fi
-  "$PYTHON" -m benchmarks.beyond "${options[@]}"
-}
-
-# `timeout` runs programs, not functions: a stage is this script called with the function's name.
 if [[ ${1:-} == --stage ]]; then
   shift
   "$@"
   exit
 fi
+
+# The tables of what was measured, and how each stage went; the end, wherever it comes.
+finish() {
+  local tables=() file
+  for file in "$OUT"/gpu.json "$OUT"/beyond.json; do
+    if [[ -s $file ]]; then tables+=("$file"); fi
+  done
+  if ((${#tables[@]})); then "$PYTHON" benchmarks/table.py "${tables[@]}" >"$OUT/table.md" || failed=1; fi
+  echo "== results in $OUT"
+  cat "$summary"
+  exit "$failed"
+}
+
+# The rest of the tests runs where there is no GPU too: to be out of time there is noted, but no failure.
+both_tests() {
+  local until=$((SECONDS + $1)) before
+  run "test, on the device" "$1" tests "$ON_DEVICE" worksteal || failed=1
+  if ((until - SECONDS < 20)); then
+    echo "test, the rest: no time left" >>"$summary"
+  else
+    before=$(wc -l <"$log")
+    run "test, the rest" $((until - SECONDS)) tests "not ($ON_DEVICE)" loadscope
+    case $? in
+      0) ;;
+      124 | 137)
+        if tail -n "+$before" "$log" | grep -E '^(FAILED|ERROR) ' >/dev/null; then
+          failed=1
+        else
+          sed -i '$s/FAILED, out/unfinished, out/' "$summary"
+        fi
+        ;;
+      *) failed=1 ;;
+    esac
+  fi
+}
 
 SECONDS=0
 name=$("$PYTHON" -c 'import re, sys, torch
@@ -127,33 +182,25 @@ print(re.sub("[^a-z0-9]+", "-", name.lower()).strip("-"))' "$DEVICE") || {
 OUT=${OUT:-benchmarks/results/$name}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-summary=$OUT/summary.txt
-: >"$summary"
+log=$OUT/log.txt summary=$OUT/summary.txt
 failed=0
+if wanted build; then rm -f "$OUT"/{log.txt,summary.txt,gpu.json,beyond.json,table.md}; fi
 export OUT STAGES TOTAL PYTHON DEVICE
 
-if wanted build; then
-  stage build "$(limit 200 test 60 sanitize 40 bench 120 beyond 30)" bash benchmarks/gpu.sh --stage build
-fi
-if wanted test; then
-  stage test "$(limit 240 sanitize 60 bench 130 beyond 30)" bash benchmarks/gpu.sh --stage run_tests
-fi
-if wanted sanitize; then
-  stage sanitize "$(limit 150 bench 130 beyond 30)" bash benchmarks/gpu.sh --stage sanitize
-fi
-if wanted bench; then
-  seconds=$(limit 245 beyond 30)
-  stage bench "$seconds" bash benchmarks/gpu.sh --stage bench "$((seconds > 45 ? seconds - 25 : 20))"
-fi
-if wanted beyond; then
-  stage beyond "$(limit 60)" bash benchmarks/gpu.sh --stage beyond
-fi
-tables=()
-for file in "$OUT"/gpu.json "$OUT"/beyond.json; do
-  if [[ -s $file ]]; then tables+=("$file"); fi
+for stage in $ALL; do
+  wanted "$stage" || continue
+  seconds=$(limit "$stage")
+  case $stage in
+    build | smoke)
+      run "$stage" "$seconds" "$stage" || {
+        failed=1
+        finish
+      }
+      ;;
+    bench) run bench "$seconds" bench "$((seconds > 45 ? seconds - 25 : 20))" || failed=1 ;;
+    beyond) run beyond "$seconds" beyond || failed=1 ;;
+    test) both_tests "$seconds" ;;
+    sanitize) run sanitize "$seconds" sanitize "$((seconds - 10))" || failed=1 ;;
+  esac
 done
-if ((${#tables[@]})); then "$PYTHON" benchmarks/table.py "${tables[@]}" >"$OUT/table.md" || failed=1; fi
-
-echo "== results in $OUT"
-cat "$summary"
-exit "$failed"
+finish
