@@ -31,7 +31,7 @@ export PATH="$PATH:$CUDA_HOME/bin"
 # Seconds that a stage may take, and those kept for it while others run before it. Together, `least` leaves 150 to build.
 declare -A most=([build]=150 [smoke]=40 [bench]=200 [beyond]=50 [test]=240 [sanitize]=150)
 declare -A least=([build]=0 [smoke]=20 [bench]=190 [beyond]=40 [test]=60 [sanitize]=60)
-# Tests that run on the device, by their names; test_properties and all that take a device say which in theirs.
+# Tests that run on the device, by their names: those that take a device have it in theirs.
 ON_DEVICE="cuda or nccl or test_streams or test_graph_capture or not_the_current_one"
 
 wanted() { [[ " $STAGES " == *" $1 "* ]]; }
@@ -185,6 +185,7 @@ OUT=$(cd "$OUT" && pwd)
 log=$OUT/log.txt summary=$OUT/summary.txt
 failed=0
 if wanted build; then rm -f "$OUT"/{log.txt,summary.txt,gpu.json,beyond.json,table.md}; fi
+echo "$name: $STAGES" | tee -a "$log" >>"$summary"
 export OUT STAGES TOTAL PYTHON DEVICE
 
 for stage in $ALL; do

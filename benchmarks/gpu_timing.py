@@ -25,7 +25,7 @@ Thunk = Callable[[], Any]
 HOT_CALLS = 16  # of a hot sweep; the same for everyone, whatever a call takes
 EAGER_SECONDS = 2e-3  # at least, for calls queued one by one: what comes before the first is small beside it
 EAGER_SLEEP = 40_000  # cycles, some 25 microseconds: the device is awake, and the host hardly ahead of it
-GRAPH_SLEEP = 400_000  # cycles, some 250 microseconds: the host has launched the graph by then
+GRAPH_SLEEP = 1_000_000  # cycles, some 600 microseconds: the host has launched the graph by then
 SPIN_SECONDS = 0.02
 
 
