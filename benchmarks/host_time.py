@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Host time of one call on tiny maps, forward and forward+backward, beside the peers that do not compile.
+"""Host time of one call on tiny maps, forward and forward+backward, beside the peers that do not compile, and beside
+other ways to give the same kernels to autograd.
 
     python -m benchmarks.host_time                # CPU, one thread: a table, and JSON with --json PATH
     python -m benchmarks.host_time --device cuda  # calls are queued, not waited for
@@ -19,12 +20,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.baselines import OURS, available
+from benchmarks.baselines import OURS, Function, available
 from benchmarks.cases import Case, call, head, heatmaps, row, skipped, upstream, write
 
 CASE = Case((1, 1, 8, 8))
 NAMES = (OURS, "eager", "marginals", "dsntnn", "kornia")
+
+
+def arrangements() -> dict[str, Function]:
+    """Other ways from a call to the kernels and back, bare: no argument is checked, no beta, no mask, and only the last
+    works under compilers and function transforms alike."""
+    forward = torch.ops.kpfused._soft_argmax2d.default
+    backward = torch.ops.kpfused._soft_argmax2d_backward.default
+
+    class Classic(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, heatmap: Tensor) -> Tensor:
+            points, stats = forward(heatmap, None, 1.0, 0)
+            ctx.save_for_backward(heatmap, stats)
+            return points
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return backward(grad, *ctx.saved_tensors, None, 1.0, 0, False)[0]
+
+    class SetupContext(torch.autograd.Function):
+        @staticmethod
+        def forward(heatmap: Tensor) -> tuple[Tensor, Tensor]:
+            return forward(heatmap, None, 1.0, 0)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+            ctx.mark_non_differentiable(output[1])
+            ctx.save_for_backward(*inputs, output[1])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Tensor:
+            return backward(grad, *ctx.saved_tensors, None, 1.0, 0, False)[0]
+
+    return {
+        "classic Function": Classic.apply,
+        "setup_context": lambda heatmap: SetupContext.apply(heatmap)[0],
+        "register_autograd": lambda heatmap: torch.ops.kpfused.soft_argmax2d(heatmap, None, 1.0, 0)[0],
+    }
 
 
 def _seconds(function: Callable[[], Any], calls: int, synchronize: Callable[[], None]) -> float:
@@ -46,19 +86,19 @@ def measure(device: str, rounds: int = 15, calls: int = 200) -> list[dict[str, A
     for direction in ("forward", "forward+backward"):
         heatmap = heatmaps(CASE, device).requires_grad_(direction != "forward")
         thunks: dict[str, Callable[[], Any]] = {}
-        for peer in available(device):
-            if peer.name not in NAMES or peer.build is None:
-                continue
+        builds = {peer.name: peer.build for peer in available(device) if peer.name in NAMES}
+        builds |= {name: lambda function=function: function for name, function in arrangements().items()}
+        for name, build in builds.items():
             try:
-                function = peer.build()
+                function = build()
                 gradient = upstream(CASE, device, function(heatmap).dtype)
                 thunk = call(function, heatmap, direction, gradient)
                 thunk()
             except Exception as failure:
                 traceback.print_exception(failure)
-                skipped.append(f"{peer.name}, host time, {direction}: {type(failure).__name__}")
+                skipped.append(f"{name}, host time, {direction}: {type(failure).__name__}")
             else:
-                thunks[peer.name] = thunk
+                thunks[name] = thunk
         seconds: dict[str, list[float]] = {name: [] for name in thunks}
         for index in range(rounds + 1):
             for name, thunk in thunks.items():
@@ -84,12 +124,12 @@ def main() -> None:
     if options.json:
         write(options.json, head(options.device, "python -m benchmarks.host_time"), rows)
     ours = {r["extra_info"]["direction"]: r["stats"]["median"] for r in rows if r["extra_info"]["peer"] == OURS}
-    print(f"{'direction':18} {'peer':12} {'median, us':>11} {'min, us':>9} {'of kpfused':>11}")
+    print(f"{'direction':18} {'peer':18} {'median, us':>11} {'min, us':>9} {'of kpfused':>11}")
     for found in rows:
         stats, extra = found["stats"], found["extra_info"]
         ratio = stats["median"] / ours[extra["direction"]]
         microseconds = f"{stats['median'] * 1e6:11.1f} {stats['min'] * 1e6:9.1f}"
-        print(f"{extra['direction']:18} {extra['peer']:12} {microseconds} {ratio:10.2f}x")
+        print(f"{extra['direction']:18} {extra['peer']:18} {microseconds} {ratio:10.2f}x")
 
 
 if __name__ == "__main__":

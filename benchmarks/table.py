@@ -126,7 +126,10 @@ def host(rows: list[Row], statistic: str) -> str:
         line = [direction, number(found[OURS] * 1e6)]
         lines.append(line + [ratio(found[n] / found[OURS]) if n in found else DASH for n in names if n != OURS])
     case = rows[0]["extra_info"]["case"]
-    title = f"**Host time of a call** on {case} ({statistic}); peers as multiples of kpfused's"
+    title = (
+        f"**Host time of a call** on {case} ({statistic}); peers, and other ways to give the same kernels to autograd,"
+        " bare of checks, as multiples of kpfused's"
+    )
     return f"{title}\n\n{markdown(['', f'{OURS}, µs', *(n for n in names if n != OURS)], lines)}"
 
 
