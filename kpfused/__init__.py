@@ -21,12 +21,14 @@ from kpfused.functional import (
     spatial_softmax2d,
     window_mass,
 )
-from kpfused.modules import SoftArgmax2d, SpatialMoments2d
+from kpfused.modules import SoftArgmax1d, SoftArgmax2d, SoftArgmax3d, SpatialMoments2d
 from kpfused.results import SpatialMoments
 from kpfused.version import __version__
 
 __all__ = [
+    "SoftArgmax1d",
     "SoftArgmax2d",
+    "SoftArgmax3d",
     "SpatialMoments",
     "SpatialMoments2d",
     "__version__",

@@ -365,6 +365,7 @@ def soft_argmax3d(
     temperature: Tensor | float | None = None,
     coordinates: str = "pixel",
     mask: Tensor | None = None,
+    empty_value: float | None = None,
 ) -> Tensor:
     """Expected (x, y, z) under the softmax of a volume. ``(..., D, H, W)`` to ``(..., 3)``.
 
@@ -378,15 +379,22 @@ def soft_argmax3d(
         temperature: as in :func:`soft_argmax2d`.
         coordinates: units along each of the three axes, as in :func:`soft_argmax2d`.
         mask: bool, True where a voxel counts, broadcastable to ``(..., D, H, W)`` and not expanded in memory.
+        empty_value: what a volume gives in which nothing weighs, in place of NaN.
 
     Returns:
-        ``(..., 3)``, (x, y, z) in this order; dtypes as of :func:`soft_argmax2d`. A volume that holds NaN or +inf, or
-        in which nothing weighs, gives NaN; in the latter case the gradient is zero.
+        ``(..., 3)``, (x, y, z) in this order; dtypes as of :func:`soft_argmax2d`. A volume that holds NaN or +inf
+        gives NaN. So does one in which nothing weighs, and its gradient is zero.
 
     Gradients and errors are those of :func:`soft_argmax2d`; a depth that does not divide the channels is a ValueError.
     """
     return spatial_moments3d(
-        heatmap, beta, depth=depth, temperature=temperature, coordinates=coordinates, mask=mask
+        heatmap,
+        beta,
+        depth=depth,
+        temperature=temperature,
+        coordinates=coordinates,
+        mask=mask,
+        empty_value=empty_value,
     ).mean
 
 
@@ -398,6 +406,7 @@ def spatial_moments3d(
     temperature: Tensor | float | None = None,
     coordinates: str = "pixel",
     mask: Tensor | None = None,
+    empty_value: float | None = None,
 ) -> SpatialMoments:
     """Moments of a volume: mean and peak ``(..., 3)``, (x, y, z), covariance ``(..., 3, 3)``.
 
@@ -412,7 +421,7 @@ def spatial_moments3d(
     if mask is not None:
         checks.check_mask(mask, heatmap)
         mask = mask.expand(heatmap.shape)
-    return ops.spatial_moments3d(heatmap, tensor, number, index, mask)
+    return ops.spatial_moments3d(heatmap, tensor, number, index, mask, empty_value)
 
 
 def _checked(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kpfused import checks
-from kpfused.functional import soft_argmax2d, spatial_moments2d
+from kpfused.functional import soft_argmax1d, soft_argmax2d, soft_argmax3d, spatial_moments2d
 from kpfused.results import SpatialMoments
 
 
@@ -98,6 +98,34 @@ class SoftArgmax2d(_Layer):
     ) -> Tensor:
         """Coordinates ``(..., 2)``, (x, y), of ``heatmap`` ``(..., H, W)``."""
         return soft_argmax2d(heatmap, mask=mask, valid_size=valid_size, debias=self.debias, **self._settings())
+
+
+class SoftArgmax1d(_Layer):
+    """Soft-argmax of rows, as of SimCC's bins: ``(..., W)`` to ``(..., 1)``. See :func:`soft_argmax1d`.
+
+    Arguments and state are those of :class:`SoftArgmax2d`, but for ``debias``.
+    """
+
+    def forward(self, heatmap: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Coordinates ``(..., 1)`` of ``heatmap`` ``(..., W)``."""
+        return soft_argmax1d(heatmap, mask=mask, **self._settings())
+
+
+class SoftArgmax3d(_Layer):
+    """Soft-argmax of volumes: ``(..., D, H, W)`` to ``(..., 3)`` coordinates, (x, y, z). See :func:`soft_argmax3d`.
+
+    Args:
+        beta: as in :class:`SoftArgmax2d`, and so are all other arguments and the state, but for ``debias``.
+        depth: D, for volumes ``(..., K * D, H, W)`` as networks of integral human pose regression emit them.
+    """
+
+    def __init__(self, beta: Tensor | float = 1.0, *, depth: int | None = None, **settings: Any) -> None:
+        super().__init__(beta, **settings)
+        self.depth = depth
+
+    def forward(self, heatmap: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Coordinates ``(..., 3)``, (x, y, z), of ``heatmap`` ``(..., D, H, W)``."""
+        return soft_argmax3d(heatmap, depth=self.depth, mask=mask, **self._settings())
 
 
 class SpatialMoments2d(_Layer):

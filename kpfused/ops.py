@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 import sys
 import warnings
@@ -233,14 +234,20 @@ def window_mass(
 
 
 def spatial_moments3d(
-    heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, mask: Tensor | None
+    heatmap: Tensor,
+    beta: Tensor | None,
+    beta_value: float,
+    coordinates: int,
+    mask: Tensor | None,
+    empty_value: float | None,
 ) -> SpatialMoments:
     """Moments of volumes ``(..., D, H, W)``, slice by slice; beta broadcasts against ``(..., D)``."""
     names = reference.COORDINATES
     number = beta_value if beta is None else beta
     if takes_composition(heatmap):
         each = number[..., 0] if isinstance(number, Tensor) else number
-        return reference.spatial_moments3d(heatmap, each, coordinates=names[coordinates], mask=mask)
+        settings = {"coordinates": names[coordinates], "mask": mask, "empty_value": empty_value}
+        return reference.spatial_moments3d(heatmap, each, **settings)  # type: ignore[arg-type]
     # The dimension before depth goes behind it where it lies so in memory, as in channels_last_3d.
     swap = heatmap.dim() > 3 and heatmap.stride(-4) < heatmap.stride(-3)
     if swap:
@@ -258,7 +265,9 @@ def spatial_moments3d(
     stats, z = together(stats, z)
     if isinstance(number, Tensor):
         stats, number = together(stats, number)
-    return merge_slices(slices, stats, number, z)
+    if mask is not None and empty_value is None:
+        empty_value = math.nan
+    return merge_slices(slices, stats, number, z, empty_value)
 
 
 def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:

@@ -57,7 +57,7 @@ def soft_argmax2d(
     """
     scaled, empty = _scaled(heatmap, beta, 2, counting(heatmap, mask, valid_size), empty_value)
     mean = torch.stack([(m * axis).sum(-1) for m, axis in _marginals(_softmax(scaled, 2), 2, coordinates)], -1)
-    return _filled(mean, empty, empty_value)
+    return filled(mean, empty, empty_value)
 
 
 def spatial_softmax2d(
@@ -70,7 +70,7 @@ def spatial_softmax2d(
 ) -> Tensor:
     """``softmax(beta * heatmap)`` over the last two dimensions, in the dtype of coordinates."""
     scaled, empty = _scaled(heatmap, beta, 2, counting(heatmap, mask, valid_size), empty_value)
-    return _filled(_softmax(scaled, 2), empty, empty_value)
+    return filled(_softmax(scaled, 2), empty, empty_value)
 
 
 def spatial_expectation2d(
@@ -90,7 +90,7 @@ def spatial_expectation2d(
         values = values.masked_fill(~counts.unsqueeze(-3), 0)
     # Not a matrix product: autocast would run that in half precision.
     mean = (_softmax(scaled, 2).unsqueeze(-3) * values).sum((-2, -1))
-    return _filled(mean, empty, empty_value)
+    return filled(mean, empty, empty_value)
 
 
 def expectation2d(
@@ -139,14 +139,19 @@ def window_mass(
     rows, columns = (torch.arange(n, device=heatmap.device) for n in heatmap.shape[-2:])
     inside = (rows - centre[..., 1, None]).abs() <= size // 2, (columns - centre[..., 0, None]).abs() <= size // 2
     mass = (_softmax(scaled, 2) * (inside[0][..., None] & inside[1][..., None, :])).sum((-2, -1))
-    return _filled(mass, empty, empty_value)
+    return filled(mass, empty, empty_value)
 
 
 def spatial_moments3d(
-    heatmap: Tensor, beta: Tensor | float = 1.0, *, coordinates: str = "pixel", mask: Tensor | None = None
+    heatmap: Tensor,
+    beta: Tensor | float = 1.0,
+    *,
+    coordinates: str = "pixel",
+    mask: Tensor | None = None,
+    empty_value: float | None = None,
 ) -> SpatialMoments:
     """Likewise over the last three dimensions, (x, y, z)."""
-    return _moments(heatmap, beta, 3, coordinates, mask, None)
+    return _moments(heatmap, beta, 3, coordinates, mask, empty_value)
 
 
 def _moments(
@@ -179,7 +184,7 @@ def _moments(
         rest = index // size
         peak.append(index - rest * size)  # not %, which ONNX has for no size that varies
         index = rest
-    real = (_filled(f, empty, empty_value) for f in (mean, covariance, entropy, torch.logsumexp(flat, -1), chance))
+    real = (filled(f, empty, empty_value) for f in (mean, covariance, entropy, torch.logsumexp(flat, -1), chance))
     mean, covariance, entropy, logsumexp, chance = real
     return SpatialMoments(mean, covariance, entropy, logsumexp, torch.stack(peak, -1), chance)
 
@@ -229,7 +234,7 @@ def _scaled(
     return scaled.masked_fill(empty[(..., *[None] * dims)], 0), empty
 
 
-def _filled(field: Tensor, empty: Tensor | None, empty_value: float | None) -> Tensor:
+def filled(field: Tensor, empty: Tensor | None, empty_value: float | None) -> Tensor:
     """A field of all maps with that of empty ones replaced."""
     if empty is None:
         return field

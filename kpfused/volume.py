@@ -12,10 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kpfused.reference import filled
 from kpfused.results import SpatialMoments
 
 
-def merge_slices(slices: SpatialMoments, stats: Tensor, beta: Tensor | float, z: Tensor) -> SpatialMoments:
+def merge_slices(
+    slices: SpatialMoments, stats: Tensor, beta: Tensor | float, z: Tensor, empty_value: float | None
+) -> SpatialMoments:
     """Moments of volumes from those of their slices ``(..., D)``.
 
     Args:
@@ -23,6 +26,7 @@ def merge_slices(slices: SpatialMoments, stats: Tensor, beta: Tensor | float, z:
         stats: of every slice, ``(..., D, 8)``: the key of the peak, the sum of weights relative to it, and more.
         beta: a number, or a tensor that broadcasts against ``(..., D)``.
         z: coordinates of the slices, ``(D,)``.
+        empty_value: of volumes all of whose slices are empty; None for what comes of them, NaN but for the log-sum-exp.
     """
     relative, top = _relative_logsumexp(slices.logsumexp, stats.detach(), beta)
     log_weight = torch.log_softmax(relative, -1)
@@ -36,14 +40,18 @@ def merge_slices(slices: SpatialMoments, stats: Tensor, beta: Tensor | float, z:
     surprise = slices.entropy - log_weight.masked_fill(weight == 0, 0)
     index = stats[..., 0].argmax(-1, keepdim=True)
     peak = slices.peak.gather(-2, index[..., None].expand(*index.shape, 2))[..., 0, :]
-    return SpatialMoments(
+    real: tuple[Tensor, ...] = (
         mean,
         covariance,
         (weight * surprise).sum(-1),
         torch.logsumexp(relative, -1) + top,
-        torch.cat((peak, index), -1),
         (weight * slices.peak_probability).gather(-1, index)[..., 0],
     )
+    if empty_value is not None:
+        empty = (stats[..., 1] == 0).all(-1)
+        real = tuple(filled(field, empty, empty_value) for field in real)
+    mean, covariance, entropy, logsumexp, chance = real
+    return SpatialMoments(mean, covariance, entropy, logsumexp, torch.cat((peak, index), -1), chance)
 
 
 def _relative_logsumexp(logsumexp: Tensor, stats: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,24 @@ def test_degenerate_volumes(device: str) -> None:
     assert not grad[3].isnan().any()
 
 
+@pytest.mark.parametrize("empty_value", [None, -1.0])
+def test_empty_volumes(device: str, empty_value: float | None) -> None:
+    """Of two volumes whose mask is empty, one holds NaN; of the last, one slice is empty."""
+    volume = cases.random((4, 3, 4, 5)).to(device)
+    mask = torch.ones_like(volume, dtype=torch.bool)
+    volume[0, 1, 2, 3], mask[0], mask[1], mask[3, 1] = torch.nan, False, False, False
+    heatmap, oracle = volume.clone().requires_grad_(), volume.nan_to_num().requires_grad_()
+    actual = kpfused.spatial_moments3d(heatmap, 1.5, mask=mask, empty_value=empty_value)
+    expected = reference.spatial_moments3d(oracle, 1.5, mask=mask, empty_value=empty_value)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    upstream = [torch.randn_like(field) for field in real_fields(expected)]
+    got, want = (
+        torch.autograd.grad(real_fields(m), leaf, upstream)[0] for m, leaf in ((actual, heatmap), (expected, oracle))
+    )
+    torch.testing.assert_close(got, want.nan_to_num(0))
+    assert (got[:2] == 0).all()
+
+
 def test_gradcheck(device: str) -> None:
     heatmap = torch.randn(1, 2, 2, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     beta = (torch.rand(2, dtype=torch.float64, device=device) + 0.5).requires_grad_()

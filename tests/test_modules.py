@@ -26,10 +26,13 @@ def heatmap() -> torch.Tensor:
         kpfused.SoftArgmax2d(temperature=nn.Parameter(torch.tensor(2.0))),
         kpfused.SoftArgmax2d(4.0, learnable=True),
         kpfused.SoftArgmax2d(temperature=2.0, learnable=True, num_keypoints=3),
+        kpfused.SoftArgmax1d(3.0, empty_value=0.0),
+        kpfused.SoftArgmax3d(3.0, depth=1),
+        kpfused.SpatialMoments2d(3.0),
     ],
     ids=repr,
 )
-def test_copies_agree(module: kpfused.SoftArgmax2d) -> None:
+def test_copies_agree(module: nn.Module) -> None:
     h = heatmap()
     expected = module(h)
     saved = io.BytesIO()
@@ -48,6 +51,22 @@ def test_settings_reach_the_function() -> None:
     torch.testing.assert_close(kpfused.SoftArgmax2d(temperature=0.25)(h), kpfused.soft_argmax2d(h, 4.0))
     start = kpfused.SoftArgmax2d(5.0, learnable=True, num_keypoints=3)
     torch.testing.assert_close(start(h), kpfused.soft_argmax2d(h, 5.0))
+
+
+def test_rows_and_volumes() -> None:
+    bins, mask = torch.randn(2, 3, 40), torch.rand(2, 1, 40) < 0.7
+    row = kpfused.SoftArgmax1d(3.0, coordinates="centers", empty_value=0.0)
+    torch.testing.assert_close(
+        row(bins, mask), kpfused.soft_argmax1d(bins, 3.0, coordinates="centers", mask=mask), rtol=0, atol=0
+    )
+    volume = torch.randn(2, 3, 4, 5, 6)
+    learnt = kpfused.SoftArgmax3d(temperature=0.5, learnable=True, num_keypoints=3)
+    expected = kpfused.soft_argmax3d(volume, 2.0)
+    torch.testing.assert_close(learnt(volume), expected)
+    joint = kpfused.SoftArgmax3d(2.0, depth=4)
+    torch.testing.assert_close(joint(volume.flatten(1, 2)), expected, rtol=0, atol=0)
+    nothing = torch.zeros(6, dtype=torch.bool)
+    assert (kpfused.SoftArgmax3d(depth=4, empty_value=-1.0)(volume.flatten(1, 2), nothing) == -1).all()
 
 
 def test_state_is_small_and_moves() -> None:
