@@ -540,6 +540,23 @@ def test_no_channels(device: str, keywords: dict[str, Any]) -> None:
     assert (of_heatmap == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, (192, 256)), (torch.float64, (150, 160)), (torch.float32, (24, 32))], ids=str
+)
+def test_a_copy_of_a_heatmap_whose_stats_are_read_in_place(
+    device: str, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    """Two leading dimensions fold beside channels that are innermost, and do not beside values shared by every other.
+
+    Maps of one part as rows: of several with channels innermost, of one, and small enough to be kept.
+    """
+    channels = 3 if dtype == torch.float32 else 2
+    heatmap = cases.random((2, 2, *size, channels)).to(dtype).to(device).permute(0, 1, 4, 2, 3)
+    for leading in ((2, 1, 1), (2, channels)):
+        values = cases.random((*leading, 2, *size)).to(dtype).to(device)
+        check(kpfused.spatial_expectation2d, reference.spatial_expectation2d, (heatmap, values))
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_values_that_fold_otherwise_than_the_heatmap(device: str, layout: str) -> None:
     """Three leading dimensions in another order in memory: copied, and the gradient comes back as values lie."""
