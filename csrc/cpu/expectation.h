@@ -539,7 +539,8 @@ void window_mass(const ExpectationParams& params) {
         tiles.load(first, count);
         mass += sum_of(tiles.p(0), whole_vectors<A>(count));
       }
-      static_cast<A*>(params.expectation)[n] = mass;
+      // A map of NaN has no mass, even where nothing of it counts within the window.
+      static_cast<A*>(params.expectation)[n] = is_finite(tiles.map(0).inverse) ? mass : A(NAN);
       fill_empty<A>(params, n);
     }
   });
