@@ -557,6 +557,48 @@ def test_no_channels(device: str, keywords: dict[str, Any]) -> None:
     assert (of_heatmap == 0).all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("pixels", ["all", "some"])
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_sums_of_many_pixels_keep_their_digits(device: str, kind: str, pixels: str, layout: str) -> None:
+    """Of seven, pixel after pixel would lose three. Channels that stand side by side fill vectors, or are left over."""
+    heatmap = cases.LAYOUTS[layout](torch.zeros(1, 2, 256, 256, device=device))
+    values = torch.full((1, 2 if kind == "own" else 1, 256, 256, 19), 0.1, device=device).permute(0, 1, 4, 2, 3)
+    mask = torch.ones(256, 256, dtype=torch.bool, device=device)
+    mask[0, 0] = pixels == "all"
+    keywords = {} if pixels == "all" else {"mask": mask}
+    mean = kpfused.spatial_expectation2d(heatmap, values, **keywords)
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("leading", "channels"), [((8192, 1), 3), ((1, 8192), 17)], ids=str)
+def test_gradients_of_values_that_many_maps_share_keep_their_digits(
+    device: str, leading: tuple[int, int], channels: int
+) -> None:
+    heatmap = torch.zeros(*leading, 4, 5, device=device)
+    values = torch.zeros(channels, 4, 5, device=device, requires_grad=True)
+    mean = kpfused.spatial_expectation2d(heatmap, values)
+    (grad,) = torch.autograd.grad(mean, values, torch.full_like(mean, 0.1))
+    torch.testing.assert_close(grad, torch.full_like(grad, 8192 * 0.1 / 20), rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, (192, 256)), (torch.float64, (150, 160)), (torch.float32, (24, 32))], ids=str
+)
+def test_a_copy_of_a_heatmap_whose_stats_are_read_in_place(
+    device: str, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    """Two leading dimensions fold beside channels that are innermost, and do not beside values shared by every other.
+
+    Maps of one part as rows: of several with channels innermost, of one, and small enough to be kept.
+    """
+    channels = 3 if dtype == torch.float32 else 2
+    heatmap = cases.random((2, 2, *size, channels)).to(dtype).to(device).permute(0, 1, 4, 2, 3)
+    for leading in ((2, 1, 1), (2, channels)):
+        values = cases.random((*leading, 2, *size)).to(dtype).to(device)
+        check(kpfused.spatial_expectation2d, reference.spatial_expectation2d, (heatmap, values))
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_values_that_fold_otherwise_than_the_heatmap(device: str, layout: str) -> None:
     """Three leading dimensions in another order in memory: copied, and the gradient comes back as values lie."""

@@ -105,6 +105,18 @@ def test_nan_and_inf_stay_in_their_map(device: str, poison: float) -> None:
     assert torch.equal(actual.flatten()[:-1], expected.flatten()[:-1])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_map_of_nan_has_no_mass_where_nothing_counts(device: str, layout: str) -> None:
+    """The mean is no number either, and what stands for it is the first pixel, around which nothing counts."""
+    heatmap = cases.LAYOUTS[layout](cases.random((2, 3, 9, 11)).float().to(device))
+    heatmap[1, 2, 8, 8] = torch.nan
+    mask = torch.ones(9, 11, dtype=torch.bool, device=device)
+    mask[:2, :2] = False
+    mass = kpfused.window_mass(heatmap, 3, mask=mask, empty_value=-1.0)
+    assert mass[1, 2].isnan()
+    assert mass.flatten()[:-1].isfinite().all()
+
+
 def test_backward_with_dbeta_of_split_maps(device: str) -> None:
     """Each map in several parts, forward and backward."""
     for layout in ("contiguous", "channels_last"):

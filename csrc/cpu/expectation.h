@@ -19,6 +19,11 @@ constexpr int kTileMaps = 8, kTileChannels = 16;
 
 // ---- Products of tiles ----------------------------------------------------------------------------------------------
 
+template <class A>
+KPFUSED_INLINE void add_vector(A* to, Vec<A> v) {
+  store_vector(to, load_vector(to) + v);
+}
+
 // sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them, each in U sums over the same lanes, since sums
 // that follow on each other cost their latency. With as many for any M and C, a map gets the same bits whatever stands
 // beside it.
@@ -68,16 +73,14 @@ void add_all_products(const A* const* p, int maps, const A* const* v, int count,
   for (; m < maps; ++m) add_products_of_channels<A, 1>(p + m, v, count, pixels, sums + m * channels, channels);
 }
 
-// sums[m * stride + c] += sum over n pixels of p[m][i] v[i * stride_x + c], for M maps and C vectors of channels.
+// sums[m * stride + c] += sum over n pixels of p[m][i] v[i * stride_x + c], for M maps and C vectors of channels. These few
+// are summed before they are added: pixel after pixel, the sums would lose digits.
 template <class T, int M, int C>
 KPFUSED_INLINE void add_pixels(const Acc<T>* const* p, int64_t at, int64_t n, const T* v, int64_t stride_x, Acc<T>* sums,
                                int64_t stride) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  Vec<A> sum[M][C];
-  for (int m = 0; m < M; ++m) {
-    for (int c = 0; c < C; ++c) sum[m][c] = load_vector(sums + m * stride + c * L);
-  }
+  Vec<A> sum[M][C] = {};
   for (int64_t i = 0; i < n; ++i) {
     Vec<A> of_channels[C];
     for (int c = 0; c < C; ++c) of_channels[c] = load(v + i * stride_x + c * L);
@@ -87,7 +90,7 @@ KPFUSED_INLINE void add_pixels(const Acc<T>* const* p, int64_t at, int64_t n, co
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int c = 0; c < C; ++c) store_vector(sums + m * stride + c * L, sum[m][c]);
+    for (int c = 0; c < C; ++c) add_vector(sums + m * stride + c * L, sum[m][c]);
   }
 }
 
@@ -396,17 +399,27 @@ class ValueTiles {
 
   // E of as many channels as are whole vectors of one pixel, which then need not be transposed; returns their number.
   int64_t add_channels(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, A* sums,
-                       int64_t stride) const {
+                       int64_t stride) {
+    constexpr int64_t L = kLanes<A>, kMost = kTileChannels * kTile<A> / kTileMaps;
     const ValueView& view = values_.view;
-    const int64_t channels = view.channels / kLanes<A> * kLanes<A>;
+    const int64_t channels = view.channels / L * L;
     // What does not count may be NaN, and no weight of zero takes that away.
     if (values_.kind != ValueKind::tensor || view.stride_channel != 1 || channels == 0 || tiles.counting(0)) return 0;
-    for (int m = 0; m < count; m += shared_ ? count : 1) {
-      const Planes<const T> planes = planes_of(first_map + m, 0, 1);
-      for_pieces(first, pixels, planes.row_length(first + pixels), [&](int64_t at, int64_t row, int64_t col, int64_t n) {
-        add_all_pixels<T>(tiles.p() + m, shared_ ? count : 1, at, n, planes.at(0, row, col), view.stride_x, channels,
-                          sums + m * stride, stride);
-      });
+    const int maps = shared_ ? count : 1;
+    A* const of_tile = buffer_[0];
+    for (int m = 0; m < count; m += maps) {
+      for (int64_t c = 0; c < channels; c += kMost) {
+        const int64_t some = at_most(channels - c, kMost);
+        const Planes<const T> planes = planes_of(first_map + m, c, 1);
+        for (int64_t i = 0; i < maps * some; i += L) store_vector(of_tile + i, Vec<A>{});
+        for_pieces(first, pixels, planes.row_length(first + pixels), [&](int64_t at, int64_t row, int64_t col, int64_t n) {
+          add_all_pixels<T>(tiles.p() + m, maps, at, n, planes.at(0, row, col), view.stride_x, some, of_tile, some);
+        });
+        for (int i = 0; i < maps; ++i) {
+          A* const to = sums + (m + i) * stride + c;
+          for (int64_t k = 0; k < some; k += L) add_vector(to + k, load_vector(of_tile + i * some + k));
+        }
+      }
     }
     return channels;
   }
@@ -539,7 +552,8 @@ void window_mass(const ExpectationParams& params) {
         tiles.load(first, count);
         mass += sum_of(tiles.p(0), whole_vectors<A>(count));
       }
-      static_cast<A*>(params.expectation)[n] = mass;
+      // A map of NaN has no mass, even where nothing of it counts within the window.
+      static_cast<A*>(params.expectation)[n] = is_finite(tiles.map(0).inverse) ? mass : A(NAN);
       fill_empty<A>(params, n);
     }
   });
@@ -780,21 +794,34 @@ struct ExpectationValuesKernel {
     const MapView own = this->own();
     const int64_t sharing_outer = view.outer / own.outer, sharing_inner = view.inner / own.inner;
     const int64_t outer = value / own.inner, inner = value - outer * own.inner;
-    alignas(64) A few[kTileChannels * kTile<A>];
-    const std::unique_ptr<A[]> many(channels() > kTileChannels ? new A[size_t(channels() * kTile<A>)] : nullptr);
-    A* const sums = many ? many.get() : few;
+    const int64_t size = channels() * kTile<A>;
+    alignas(64) A few[2 * kTileChannels * kTile<A>];
+    const std::unique_ptr<A[]> many(channels() > kTileChannels ? new A[size_t(2 * size)] : nullptr);
+    A *const sums = many ? many.get() : few, *const of_run = sums + size;
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);
-      bool begun = false;
+      const int64_t whole = whole_vectors<A>(pixels);
+      // Map after map, sums over thousands would lose digits: runs of maps are summed before they are added.
+      constexpr int64_t kRun = 64;
+      int64_t maps = 0;
+      A* to = sums;
+      const auto end_run = [&] {
+        for (int64_t c = 0; to == of_run && maps > 0 && c < size; c += kTile<A>) {
+          for (int64_t k = 0; k < whole; k += kLanes<A>) add_vector(sums + c + k, load_vector(of_run + c + k));
+        }
+        to = of_run, maps = 0;
+      };
       for (int64_t o = 0; o < sharing_outer; ++o) {
         for (int64_t i = 0; i < sharing_inner; i += kTileMaps) {
           const int64_t map = (outer + o) * view.inner + inner + i;
-          tiles.start(map, int(at_most(sharing_inner - i, kTileMaps)));
+          const int some = int(at_most(sharing_inner - i, kTileMaps));
+          tiles.start(map, some);
           tiles.load(first, pixels);
-          add_maps(tiles, map, int(at_most(sharing_inner - i, kTileMaps)), begun, whole_vectors<A>(pixels), sums);
-          begun = true;
+          add_maps(tiles, map, some, maps > 0, whole, to);
+          if ((maps += some) >= kRun) end_run();
         }
       }
+      end_run();
       for (int64_t c = 0; c < channels(); c += kTileMaps) {
         const int some = int(at_most(channels() - c, kTileMaps));
         const A* plane[kTileMaps];

@@ -147,8 +147,10 @@ class ForwardRows {
   S of_counting(const Part& part) const {
     const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
     const Counting counting = counting_of(params_.pixels, view_, part.map);
-    // Where rows are cut, pieces may be longer than their average, by which rows are counted; there are two at most.
-    alignas(64) T buffer[kChunkBytes / sizeof(T) + 2 * kRowMultiple];
+    // Beside a mask, rows are counted by pieces of average width, and none is twice as wide. Without one, all that is copied
+    // of a piece is a vector of columns.
+    static_assert(kChunkBytes >= 2 * kGatherBytes);
+    alignas(64) T buffer[kChunkBytes / sizeof(T)];
     S state = nothing();
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
       for (int64_t j = 0; j < part.chunks.x.count; ++j) {
@@ -164,8 +166,9 @@ class ForwardRows {
   // Its first `rows` rows, in place where what counts is a rectangle, otherwise from a buffer.
   KPFUSED_INLINE S counting_chunk(const Part& part, int64_t i, int64_t j, int64_t rows, const Counting& counting,
                                   const Sharpness<A>& sharp, const S& so_far, T* buffer) const {
-    const int64_t y = part.chunks.y.begin(i), x = part.chunks.x.begin(j), cols = part.chunks.x.size(j);
-    const int64_t row = part.row + y, col = part.col + x, valid = at_most(cols, counting.cols - col);
+    const int64_t y = part.chunks.y.begin(i), x = part.chunks.x.begin(j), row = part.row + y, col = part.col + x;
+    int64_t cols = part.chunks.x.size(j);
+    const int64_t valid = at_most(cols, counting.cols - col);
     const T* const p = part.p + y * view_.stride_y + x;
     const A x0 = centred<A>(col, view_.width), y0 = centred<A>(row, view_.height);
     const auto bytes_to_next = [&](const T* from) {
@@ -174,6 +177,7 @@ class ForwardRows {
     if (!plan_.flat && valid >= kLanes<A> && (!counting.mask || all_set(counting, {row, rows, col, valid}))) {
       return rows_chunk({p, view_.stride_y, rows, valid, x0, y0, bytes_to_next(p)}, sharp, so_far);
     }
+    if (!plan_.flat) cols = at_least(valid, kLanes<A>);
     RowsChunk<T> chunk = {buffer, cols, rows, cols, x0, y0, bytes_to_next(buffer)};
     const T otherwise = weightless<T>(sharp.sign);
     A peak;

@@ -143,10 +143,13 @@ void run_blocks(const ExpectationSteps& steps, const MapView& items, int64_t at_
   for_blocks(items, at_once, parts, channels, [&] { return MapByMap<T>(steps, at_once); });
 }
 
+// Whether ForwardRows finishes a map at a time.
+KPFUSED_INLINE bool are_whole_rows(const MapView& view) { return !is_channels_last(view) && part_tiling(view).count() == 1; }
+
 // Whether stats are found on the way to a P that is kept: a matter of the map alone, since they have other bits then.
 template <class T>
 bool keeps_maps(const MapView& view) {
-  return !is_channels_last(view) && part_tiling(view).count() == 1 && view.height * view.width <= kKept<Acc<T>>;
+  return are_whole_rows(view) && view.height * view.width <= kKept<Acc<T>>;
 }
 
 // Stats where the steps that follow take maps in another order.
@@ -169,8 +172,9 @@ void expectation_of(const ExpectationSteps& steps) {
   }
   const MapView& view = softmax_of(steps).view;
   int64_t at_once = kTileMaps, channels = 1;
+  // Beside values, a copy of the maps may be read where stats read them as they lie.
   bool same = pixel_parts(view).count == 1 &&
-              (!steps.stats || (!is_channels_last(view) && part_tiling(view).count() == 1));
+              (!steps.stats || (are_whole_rows(view) && are_whole_rows(steps.stats->view)));
   const auto see = [&](const auto& kernel) {
     same = same && view.inner == kernel.params.softmax.view.inner;
     at_once = at_most(at_once, kernel.maps_at_once());

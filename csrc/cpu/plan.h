@@ -40,9 +40,11 @@ struct Cut {
   KPFUSED_INLINE int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
 };
 
-// No piece is larger than `most`, and where there are several none is smaller than most / 2 - multiple.
+// No piece is larger than `most`, at least twice `multiple`; where there are several none is smaller than most / 2 - multiple,
+// or than multiple.
 KPFUSED_INLINE Cut cut(int64_t extent, int64_t most, int64_t multiple = 1) {
-  return {extent, extent <= most ? 1 : ceil_div(extent, most - multiple + 1), multiple};
+  if (extent <= most) return {extent, 1, multiple};
+  return {extent, at_most(ceil_div(extent, most - multiple + 1), extent / multiple), multiple};
 }
 
 // Rows, and columns where one row alone is longer than `elements`.

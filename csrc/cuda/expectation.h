@@ -276,12 +276,14 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   sum = reduce_area(sum, area, plan, shared);
   if (area.pixel != 0 || !area.active) return;
   A* const to = static_cast<A*>(plan.parts() > 1 ? p.workspace : p.expectation);
+  // Zero, or NaN of a map of NaN, which has no mass even where nothing of it counts within the window.
+  const A nothing = softmax.inverse - softmax.inverse;
   // The parts of an empty map add up to its value.
   const A value = static_cast<A>(area.part == 0 ? of.pixels.empty_value : 0);
 #pragma unroll
   for (int j = 0; j < C; ++j) {
     if (j >= some) continue;
-    to[(n * channels + channel + j) * plan.parts() + area.part] = softmax.empty ? value : sum.at[j];
+    to[(n * channels + channel + j) * plan.parts() + area.part] = softmax.empty ? value : sum.at[j] + nothing;
   }
 }
 

@@ -475,7 +475,8 @@ struct Pixels {
   PixelView view{};
   int64_t first = 0;  // byte of the mask
 
-  Pixels(const Case& k, Counted counted) : c(k), kind(counted) {
+  // columns: how many of them count where sizes do, of all rows; 0: any, and any rows.
+  Pixels(const Case& k, Counted counted, int64_t columns = 0) : c(k), kind(counted) {
     view.divisor = view.modulus = 1;
     view.fills_empty = kind != Counted::all;
     view.empty_value = -5;
@@ -499,8 +500,8 @@ struct Pixels {
       view.divisor = c.inner, view.modulus = c.outer;
       sizes.reset(new int64_t[size_t(2 * c.outer)]);
       for (int64_t i = 0; i < c.outer; ++i) {
-        sizes[size_t(2 * i)] = 1 + int64_t(uniform() * double(c.height));
-        sizes[size_t(2 * i + 1)] = 1 + int64_t(uniform() * double(c.width));
+        sizes[size_t(2 * i)] = columns ? c.height : 1 + int64_t(uniform() * double(c.height));
+        sizes[size_t(2 * i + 1)] = columns ? columns : 1 + int64_t(uniform() * double(c.width));
       }
       view.sizes = sizes.get();
     }
@@ -559,10 +560,10 @@ ExpectedMoments reference_moments(Buffer& h, int64_t map, double beta, const Pix
   return e;
 }
 
-void run_moments(const Case& c, double beta, Counted counted) {
+void run_moments(const Case& c, double beta, Counted counted, int64_t columns = 0) {
   Buffer h(c.dtype, make_view(c.layout, c.outer, c.inner, c.height, c.width), 0xff);
   fill(h, false);
-  const Pixels pixels(c, counted);
+  const Pixels pixels(c, counted, columns);
   const MapView& v = h.view;
   const int64_t maps = v.maps();
   for (int64_t i = 0; i < maps * c.height * c.width; ++i) {  // what does not count may be anything
@@ -644,6 +645,22 @@ void test_moments_and_masks() {
     for (Counted counted : {Counted::all, Counted::both}) {
       run_moments({Dtype::float32, layout, 1, 2, 300, 301}, 1, counted);
       run_moments({Dtype::float32, layout, 1, 1, 1, 70001}, 0.5, counted);
+    }
+  }
+}
+
+// Rows that are cut into pieces wider than their average, so many that a chunk has more than its size, and a few columns of
+// a piece that count: with a mask a chunk is copied, with a size alone no more than these columns are.
+void test_sizes_beside_cuts() {
+  const struct {
+    Dtype dtype;
+    int64_t height, width, cut;
+  } cases[] = {{Dtype::float32, 27, 600, 256}, {Dtype::float64, 27, 300, 128}, {Dtype::float16, 29, 1100, 512},
+               {Dtype::bfloat16, 29, 1100, 512}};
+  for (const auto& k : cases) {
+    const Case c = {k.dtype, Layout::contiguous, 1, 2, k.height, k.width};
+    for (int64_t columns : {k.cut - 1, k.cut + 2, k.cut + 40, k.width}) {
+      for (Counted counted : {Counted::sizes, Counted::both}) run_moments(c, 1, counted, columns);
     }
   }
 }
@@ -905,6 +922,8 @@ void test_expectations() {
       }
     }
   }
+  // Rows under a mask in pieces as narrow as they get.
+  run_expectation({Dtype::float64, Layout::contiguous, 1, 1, 160, 160}, 1, Counted::mask, Lie::like_maps, 1);
   for (Layout layout : {Layout::contiguous, Layout::channels_last}) {  // cut into parts
     for (Lie kind : kinds) run_expectation({Dtype::float32, layout, 1, 2, 260, 300}, 1, Counted::both, kind, 3);
     run_coordinates_and_window({Dtype::float32, layout, 1, 2, 260, 300}, Counted::all, 70);
@@ -932,6 +951,7 @@ int main() {
   test_same_bits();
   test_nan_payloads();
   test_moments_and_masks();
+  test_sizes_beside_cuts();
   test_expectations();
   std::printf("%s: %d passed, %d failed\n", cpu::capability(), passed, failed);
   return failed != 0;

@@ -292,7 +292,7 @@ class ExpectationRun {
       for (int64_t i = 0; i < pixels(); ++i) {
         if (!counted(n, i)) continue;
         const Real v = value(n, k, i), p = probability(i);
-        e.add(v == 0 && c_.kind == ValueKind::window ? 0 : p * v, std::fabs(p) * coarse(v));
+        e.add(p * v, std::fabs(p) * coarse(v));
       }
       const Real got = load(wide_, results[0].data(), n * c_.channels + k), want = empty ? kEmpty : e.value;
       if (!out_.close(got, want, empty ? kReferenceRounding : unit() * 64 * e.size + Tolerance::smallest))

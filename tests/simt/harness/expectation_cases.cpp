@@ -184,7 +184,7 @@ void add_kinds(std::vector<ExpectationCase>& cases) {
         c.centred = k % 2;
         c.maps.moments = k % 3 != 1;
         c.maps.channels_last = channels_last;
-        c.maps.values = k == 2 ? Values::degenerate : Values::peaked;
+        c.maps.values = k == 1 || k == 2 ? Values::degenerate : Values::peaked;  // NaN within the window and beside it
         c.maps.counts = k == 3 ? Counts::both : k == 4 ? Counts::own : Counts::all;
         c.maps.fills = k == 2;
         c.maps.orders = 1;
