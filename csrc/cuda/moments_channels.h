@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kMomentBlocks<T>
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const A sum = map[j].grad_beta(dbeta[j]);
+    const A sum = dbeta[j] * map[j].sharp.sign;
     if (plan.parts() > 1) {
       static_cast<A*>(p.workspace)[(n + j) * plan.parts() + part.part] = sum;
     } else {
