@@ -246,11 +246,11 @@ void add_channels(std::vector<Case>& cases) {
       add(cases, c);
     }
   }
-  // Images above 96 KB: parts of some rows, or of one.
+  // Images above 96 KB: parts of some rows, of one, or of a row: signals.
   const struct {
     int64_t channels;
     Size size;
-  } split[] = {{17, {64, 48}}, {8, {96, 72}}, {16, {3, 2200}}, {5, {40, 300}}, {133, {18, 24}}, {520, {20, 12}}};
+  } split[] = {{17, {64, 48}}, {8, {96, 72}}, {16, {3, 2200}}, {5, {40, 300}}, {133, {18, 24}}, {520, {20, 12}}, {17, {1, 6001}}, {8, {3, 13000}}};
   for (const auto& s : split) {
     Case c = maps("channels-split", 2, s.channels, s.size);
     c.channels_last = true;
