@@ -88,7 +88,7 @@ KPFUSED_DEVICE CountedColumn<V> counted_column(const PixelView& pixels, const Ma
   for (int j = 0; j < V; ++j) {
     const CountedPixels map = counted_pixels(pixels, view, n + j);
     const int64_t below = column < map.width ? map.height - part.top : 0;
-    if (below < part.rows) c.rows[j] = static_cast<int>(below);
+    if (below < part.rows) c.rows[j] = below < 0 ? 0 : static_cast<int>(below);
     if (c.rows[j] > c.most) c.most = c.rows[j];
   }
   return c;

@@ -185,7 +185,7 @@ KPFUSED_DEVICE Moments<Acc<T>> rows_moments_state(const T* map, const RowsPart& 
 
 // The part that lies within the valid size.
 KPFUSED_DEVICE RowsPart clipped(RowsPart part, const CountedPixels& counted) {
-  const auto smaller = [](int a, int64_t b) { return b < a ? static_cast<int>(b) : a; };
+  const auto smaller = [](int a, int64_t b) { return b < 0 ? 0 : b < a ? static_cast<int>(b) : a; };
   part.rows = smaller(part.rows, counted.height - part.top);
   part.columns = smaller(part.columns, counted.width - part.left);
   return part;
