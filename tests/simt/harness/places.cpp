@@ -35,7 +35,8 @@ Part part_of(const Plan& plan, const MapView& view) {
 
 void check_parts(const MapView& view, Outcome& out) {
   const bool channels = view.stride_x != 1;
-  const Plan plan = kpfused::choose_plan({Dtype::bfloat16, view.height, view.width, channels ? view.inner : 0, true, true});
+  const Plan plan =
+      kpfused::choose_plan({Dtype::bfloat16, view.height, view.width, channels ? view.inner : 0, true, true});
   threadIdx = {0, 0, 0};
   int64_t pixels = 0;
   for (int64_t block = 0; block < plan.parts(); ++block) {
