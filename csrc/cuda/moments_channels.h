@@ -268,21 +268,20 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
   constexpr int N = kGradientItems<T, V>;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
   const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
-  for (int at = 0; at < part.columns; at += plan.tx) {
-    const int64_t x = part.left + at;
-    const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, x);
+  const T* from_column = image + part.top * p.view.stride_y + part.left * p.view.stride_x + part.channel;
+  T* out_column = out + part.top * p.grad_view.stride_y + part.left * p.grad_view.stride_x + part.channel;
+  const A left = centred<A>(part.left, p.view.width);
+  for (int done = 0; done < part.columns; done += plan.tx) {
+    const A x = left + static_cast<A>(done);
     ColumnPolynomial<A> column[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const A of_x = centred<A>(x, p.view.width);
-      column[j] = {map[j].q.along_x(of_x), map[j].q.y + map[j].q.along_both(of_x),
-                   peak[j].column == at ? peak[j].row : -1};
+      column[j] = {map[j].q.along_x(x), map[j].q.y + map[j].q.along_both(x), peak[j].column == done ? peak[j].row : -1};
     }
-    const T* from = image + part.top * p.view.stride_y + x * p.view.stride_x + part.channel;
-    T* const out_column = out + part.top * p.grad_view.stride_y + x * p.grad_view.stride_x + part.channel;
+    const T* from = from_column;
     T* to = out_column;
     A y = centred<A>(part.top, p.view.height);
-    int rows = counted.most;
+    int rows = part.rows;
     const auto advance = [&] {
       rows -= N * plan.ty;
       from += N * step;
@@ -290,14 +289,19 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
       y += static_cast<A>(N * plan.ty);
     };
     for (; rows > unchecked; advance()) {
-      moments_gradient_step<true>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
-                                  counted, dbeta);
+      moments_gradient_step<true>(from, to, step, out_step, rows, part.rows - rows, plan.ty, map, column, y, p.pixels,
+                                  CountedColumn<V>{}, dbeta);
     }
+    // Asked for no sooner, so that the loop above has its registers.
+    const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, part.left + done);
+    if (!p.pixels.all()) rows = counted.most;
     for (; rows > 0; advance()) {
       moments_gradient_step<false>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
                                    counted, dbeta);
     }
     if (!p.pixels.all()) fill_below<T, V>(out_column, p.grad_view.stride_y, counted.most, part.rows, plan.ty);
+    from_column += plan.tx * p.view.stride_x;
+    out_column += plan.tx * p.grad_view.stride_x;
   }
 }
 
