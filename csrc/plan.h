@@ -14,7 +14,7 @@ enum class Regime : int {
   block,           // a block for each map
   split,           // huge maps: a block for each part, a second launch merges the parts
   channels,        // channels_last: a block for each image, or for each tile of its channels
-  channels_split,  // likewise, for each part of the image's rows
+  channels_split,  // likewise, for each part of the image
 };
 
 inline const char* regime_name(Regime regime) {
@@ -69,7 +69,7 @@ namespace plan_detail {
 
 constexpr int64_t kSplitBytes = 512 << 10;  // a block alone takes maps up to this size; see choose_rows
 constexpr int64_t kPartBytes = 64 << 10;    // what a block takes of a larger one
-constexpr int64_t kImageBytes = 96 << 10;   // channels_last images up to this size are not split
+constexpr int64_t kImageBytes = 96 << 10;   // channels_last images up to this size are not split; nor are rows
 constexpr int kRowThreads = 256;            // limits that the kernels are compiled for
 constexpr int kChannelThreads = 256;
 constexpr int kChannelGroups = 128;
@@ -179,14 +179,15 @@ constexpr Plan choose_channels(const PlanKey& key) {
   const int64_t narrow = ceil_div(groups, 32);
   if (narrow > plan.tiles && plan.vector > 1 && column_bytes <= kImageBytes / 32) plan.tiles = narrow;
   plan.groups = static_cast<int>(ceil_div(groups, plan.tiles));
-  plan.columns_per_part = key.width;
-  plan.parts_x = 1;
-  const int64_t row_bytes = key.width * plan.groups * plan.vector * size;
-  const bool split = key.height > 1 && row_bytes > kImageBytes / key.height;
-  plan.rows_per_part = split ? part_rows(key.height, row_bytes, plan.items) : key.height;
+  const int64_t pixel_bytes = plan.groups * plan.vector * size, row_bytes = key.width * pixel_bytes;
+  // Of a long row, as of a signal, parts of one size.
+  plan.columns_per_part = row_bytes > kImageBytes ? ceil_div(key.width, ceil_div(row_bytes, kPartBytes)) : key.width;
+  const bool split = row_bytes > kImageBytes / key.height;
+  plan.rows_per_part = split ? part_rows(key.height, plan.columns_per_part * pixel_bytes, plan.items) : key.height;
+  plan.parts_x = ceil_div(key.width, plan.columns_per_part);
   plan.parts_y = ceil_div(key.height, plan.rows_per_part);
-  plan.regime = plan.parts_y > 1 ? Regime::channels_split : Regime::channels;
-  arrange_channels(plan, plan.rows_per_part, key.width);
+  plan.regime = plan.parts() > 1 ? Regime::channels_split : Regime::channels;
+  arrange_channels(plan, plan.rows_per_part, plan.columns_per_part);
   return plan;
 }
 

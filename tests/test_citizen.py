@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,6 +144,42 @@ def test_graph_capture(shape: tuple[int, int]) -> None:
     expected = kpfused.soft_argmax2d(leaf)
     assert torch.equal(points, expected)
     assert torch.equal(gradient, torch.autograd.grad(expected, leaf, upstream)[0])
+
+
+FIRST_LAUNCH = """
+import sys, torch, kpfused
+
+function, layout = getattr(kpfused, sys.argv[1]), getattr(torch, sys.argv[2])
+
+def run(leaf, beta):
+    result = function(leaf, beta)
+    points = result if torch.is_tensor(result) else result.mean
+    return result, torch.autograd.grad(points.square().sum(), (leaf, beta))
+
+heatmap = torch.randn(2, 5, int(sys.argv[3]), 64).cuda().to(memory_format=layout)
+leaf, beta = heatmap.requires_grad_(), torch.ones(5, device="cuda", requires_grad=True)
+torch.autograd.grad(((leaf * beta[:, None, None])[..., 0].square()).sum(), (leaf, beta))  # PyTorch's own first launches
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    result, gradients = run(leaf, beta)
+graph.replay()
+expected, expected_gradients = run(leaf, beta)
+flat = lambda result: [result] if torch.is_tensor(result) else list(result)
+for got, want in zip([*flat(result), *gradients], [*flat(expected), *expected_gradients], strict=True):
+    assert torch.equal(got, want)
+"""
+
+
+@needs_cuda
+@pytest.mark.parametrize("height", ["48", "4096"], ids=["one launch", "split"])
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("function", ["soft_argmax2d", "spatial_moments2d"])
+def test_graph_capture_of_the_first_launch(function: str, layout: str, height: str) -> None:
+    """A process's first launch of a kernel loads its code: while a graph is captured too."""
+    command = [sys.executable, "-c", FIRST_LAUNCH, function, layout, height]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

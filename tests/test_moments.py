@@ -117,6 +117,21 @@ def test_of_equal_peaks_the_first_in_row_order(device: str, shape: tuple[int, ..
             assert torch.equal(kpfused.spatial_moments2d(heatmap, beta).peak.cpu(), expected)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("beta", [0.0, 1e-35, -1e-33])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_beta_near_zero_has_a_gradient(device: str, layout: str, beta: float, masked: bool) -> None:
+    """Where products with it are below the smallest float32, which a device may flush to zero."""
+    heatmap = cases.LAYOUTS[layout](cases.random((2, 3, 64, 64)).to(device))
+    mask = torch.ones(64, 64, dtype=torch.bool, device=device) if masked else None
+    grads = []
+    for maps, function in ((heatmap.float(), kpfused.spatial_moments2d), (heatmap, reference.spatial_moments2d)):
+        leaf = torch.full((2, 3), beta, dtype=maps.dtype, device=device, requires_grad=True)
+        (grad,) = torch.autograd.grad(function(maps, leaf, mask=mask).mean.sum(), leaf)
+        grads.append(grad.double())
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
 def test_the_smallest_negative_beta_turns_the_order_of_the_logits(device: str) -> None:
     heatmap = torch.tensor([[1.5, -0.25]], dtype=torch.float64, device=device)
     for moments in (kpfused.spatial_moments2d, reference.spatial_moments2d):

@@ -41,6 +41,12 @@ DTYPES = st.sampled_from(sorted(SIZE))
         (10, 12, "float32", 512, "channels", 4, 1),
         (64, 48, "float32", 17, "channels_split", 1, 4),
         (256, 256, "bfloat16", 16, "channels_split", 8, 32),
+        # signals: one row, and parts of a long one
+        (1, 384, "float32", 17, "channels", 1, 1),
+        (1, 1440, "float32", 17, "channels", 1, 1),
+        (1, 1446, "float32", 17, "channels_split", 1, 2),
+        (1, 100000, "float32", 17, "channels_split", 1, 104),
+        (3, 2200, "float32", 16, "channels_split", 4, 3),
     ],
 )
 def test_table(height: int, width: int, dtype: str, channels: int, regime: str, vector: int, parts: int) -> None:
@@ -70,17 +76,25 @@ def test_table_of_moments(
     assert (plan["regime"], plan["vector"], plan["items"], plan["parts"]) == (regime, vector, items, parts)
 
 
+# Of two axes, one may be longer than 32 bits count.
+EXTENTS = st.one_of(
+    st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    st.tuples(st.integers(1, 3000), st.integers(2**31, 2**33)),
+    st.tuples(st.integers(2**31, 2**33), st.integers(1, 3000)),
+)
+
+
 @given(
-    height=st.integers(1, 3000),
-    width=st.integers(1, 3000),
+    extents=EXTENTS,
     dtype=DTYPES,
     channels=st.one_of(st.just(0), st.integers(1, 3000)),
     aligned=st.booleans(),
     moments=st.booleans(),
 )
 def test_every_plan_covers_the_map_within_the_limits(
-    height: int, width: int, dtype: str, channels: int, aligned: bool, moments: bool
+    extents: tuple[int, int], dtype: str, channels: int, aligned: bool, moments: bool
 ) -> None:
+    height, width = extents
     plan = _C.launch_plan(height, width, dtype, channels, aligned, moments)
     accumulator = max(4, SIZE[dtype])
     # The launch: whole warps, registers for 256 threads, 48 KB of shared memory for one state a thread and channel.
@@ -102,6 +116,9 @@ def test_every_plan_covers_the_map_within_the_limits(
     assert aligned or plan["vector"] == 1
     rows = -(-height // plan["rows_per_part"])
     assert plan["parts"] == rows * -(-width // plan["columns_per_part"])
+    # Within a part, kernels count in 32 bits.
+    assert plan["rows_per_part"] + plan["threads"] < 2**31
+    assert plan["columns_per_part"] + plan["threads"] * plan["vector"] < 2**31
 
 
 @given(height=st.integers(1, 600), width=st.integers(1, 600), dtype=DTYPES)

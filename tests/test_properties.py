@@ -95,8 +95,12 @@ def test_invariants(device: str, seed: int, shift: float, height: int, width: in
     expect(padded, x + 3, y + 2)
 
 
+# A negative beta that CUDA flushes to zero has another peak there.
+BETAS = st.floats(-2, 2, width=32, allow_subnormal=False)
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@given(heatmap=views(), share=st.floats(0, 1), beta=st.floats(-2, 2, width=32), sized=st.booleans(), seed=SEEDS)
+@given(heatmap=views(), share=st.floats(0, 1), beta=BETAS, sized=st.booleans(), seed=SEEDS)
 def test_any_mask(device: str, heatmap: Tensor, share: float, beta: float, sized: bool, seed: int) -> None:
     """Moments of the pixels that count are those of the same map with -inf elsewhere, and their gradients are zero."""
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // channels_last maps (stride_inner == 1): the keypoints of a pixel are neighbours in memory.
 //
-// A block takes one image, or one part of its rows, and of its channels all or one tile. Threads lie over it as
+// A block takes one image, or one part of it, and of its channels all or one tile. Threads lie over it as
 // groups (vectors along the channels) x tx x ty (pixels), so that a row of them reads one contiguous span; each thread
 // keeps its channels and its column while it walks down the rows, `items` loads at a time. x weighs a column's sum
 // once, y costs one multiply an element. One read of the map forward, one read and one write backward, no copy.
@@ -15,31 +15,33 @@ namespace kpfused::cuda {
 template <class T, int V, bool kBeta>
 constexpr int kChannelBlocks = sizeof(Acc<T>) == 8 || (kBeta && V == 8) ? 1 : 2;
 
-// The part of an image that a block takes, and the thread's place in it.
+// The part of an image that a block takes, and the thread's place in it. As in RowsPart, 32 bits count within a part.
 struct ChannelsPart {
   int64_t image, part;
-  int64_t channel;   // first of the thread's V
-  int64_t top;       // the thread's first row in the image
-  int rows, column;  // from there to the end of the part; its first column
-  int pixel;         // rank among the threads of the same channels
+  int64_t channel;    // first of the thread's V
+  int64_t top, left;  // the thread's first row and column in the image
+  int rows, columns;  // from there to the end of the part
+  int pixel;          // rank among the threads of the same channels
   bool active;
 };
 
 KPFUSED_DEVICE ChannelsPart channels_part(const Plan& plan, const MapView& view) {
   ChannelsPart part;
   const int64_t block = blockIdx.x;
-  part.part = block % plan.parts_y;
-  const int64_t tile = block / plan.parts_y % plan.tiles;
-  part.image = block / plan.parts_y / plan.tiles;
+  part.part = block % plan.parts();
+  const int64_t tile = block / plan.parts() % plan.tiles;
+  part.image = block / plan.parts() / plan.tiles;
   const int group = threadIdx.x % plan.groups;
   part.pixel = threadIdx.x / plan.groups;
   part.channel = (tile * plan.groups + group) * plan.vector;
-  const int ry = part.pixel / plan.tx;
-  part.column = part.pixel % plan.tx;
-  part.top = part.part * plan.rows_per_part;
-  const int64_t below = view.height - part.top;
+  const int ry = part.pixel / plan.tx, rx = part.pixel % plan.tx;
+  part.top = part.part / plan.parts_x * plan.rows_per_part;
+  part.left = part.part % plan.parts_x * plan.columns_per_part;
+  const int64_t below = view.height - part.top, right = view.width - part.left;
   part.rows = static_cast<int>(below < plan.rows_per_part ? below : plan.rows_per_part) - ry;
+  part.columns = static_cast<int>(right < plan.columns_per_part ? right : plan.columns_per_part) - rx;
   part.top += ry;
+  part.left += rx;
   part.active = ry < plan.ty && part.channel < view.inner;
   return part;
 }
@@ -109,8 +111,10 @@ KPFUSED_DEVICE void channels_states(const T* image, const ChannelsPart& part, co
   using A = Acc<T>;
   constexpr int N = kItems<T, V>;
   const int64_t step = plan.ty * view.stride_y;
-  for (int column = part.column; column < view.width; column += plan.tx) {
-    const T* p = image + part.top * view.stride_y + column * view.stride_x + part.channel;
+  const T* column = image + part.top * view.stride_y + part.left * view.stride_x + part.channel;
+  const A left = centred<A>(part.left, view.width);
+  for (int done = 0; done < part.columns; done += plan.tx, column += plan.tx * view.stride_x) {
+    const T* p = column;
     A y = centred<A>(part.top, view.height);
     int rows = part.rows;
     for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty, p += N * step, y += static_cast<A>(N * plan.ty)) {
@@ -118,7 +122,7 @@ KPFUSED_DEVICE void channels_states(const T* image, const ChannelsPart& part, co
     }
     if (rows > 0) channels_step<false>(p, step, rows, plan, beta, y, channel);
 #pragma unroll
-    for (int j = 0; j < V; ++j) channel[j].end_column(centred<A>(column, view.width));
+    for (int j = 0; j < V; ++j) channel[j].end_column(left + static_cast<A>(done));
   }
 }
 
@@ -206,12 +210,15 @@ KPFUSED_DEVICE void channels_gradient(const T* image, T* out, const ChannelsPart
   using A = Acc<T>;
   constexpr int N = kItems<T, V>;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
-  for (int column = part.column; column < p.view.width; column += plan.tx) {
+  const T* column = image + part.top * p.view.stride_y + part.left * p.view.stride_x + part.channel;
+  T* out_column = out + part.top * p.grad_view.stride_y + part.left * p.grad_view.stride_x + part.channel;
+  const A left = centred<A>(part.left, p.view.width);
+  for (int done = 0; done < part.columns; done += plan.tx) {
     A along_x[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) along_x[j] = at[j].slope.along_x(centred<A>(column, p.view.width));
-    const T* from = image + part.top * p.view.stride_y + column * p.view.stride_x + part.channel;
-    T* to = out + part.top * p.grad_view.stride_y + column * p.grad_view.stride_x + part.channel;
+    for (int j = 0; j < V; ++j) along_x[j] = at[j].slope.along_x(left + static_cast<A>(done));
+    const T* from = column;
+    T* to = out_column;
     A y = centred<A>(part.top, p.view.height);
     int rows = part.rows;
     for (; rows > (N - 1) * plan.ty; rows -= N * plan.ty) {
@@ -223,6 +230,8 @@ KPFUSED_DEVICE void channels_gradient(const T* image, T* out, const ChannelsPart
     if (rows > 0) {
       channels_gradient_step<false, V, kBeta>(from, to, step, out_step, rows, plan.ty, at, along_x, y, dbeta);
     }
+    column += plan.tx * p.view.stride_x;
+    out_column += plan.tx * p.grad_view.stride_x;
   }
 }
 

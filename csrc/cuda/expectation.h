@@ -59,8 +59,8 @@ KPFUSED_DEVICE Area area_of(const Plan& plan, const MapView& view, int64_t block
   Area area;
   if (in_channels(plan)) {
     area.pixel = threadIdx.x / plan.groups;
-    area.part = block % plan.parts_y;
-    const int64_t tile = block / plan.parts_y % plan.tiles, image = block / plan.parts_y / plan.tiles;
+    area.part = block % plan.parts();
+    const int64_t tile = block / plan.parts() % plan.tiles, image = block / plan.parts() / plan.tiles;
     const int64_t channel = tile * plan.groups + threadIdx.x % plan.groups;
     area.map = image * view.inner + channel;
     area.active = channel < view.inner;

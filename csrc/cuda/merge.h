@@ -42,8 +42,9 @@ KPFUSED_DEVICE Place<A> from_lane(const Place<A>& x, int lane_mask) {
   return {from_lane(x.peak, lane_mask), from_lane(x.at_x, lane_mask), from_lane(x.at_y, lane_mask)};
 }
 
-// What is reduced: states merge, numbers add. Adding and comparing are commutative to the bit, so that a butterfly of
-// them leaves every lane with the same result. Merging is not, where a product is contracted into a sum: it goes in order.
+// What is reduced: states merge, numbers add. Comparing is commutative to the bit, so that a butterfly of it leaves every
+// lane with the same result, on which states agree before they are added. Adding and merging are not, where a product is
+// contracted into a sum: of these only the first lane's result is used, to which all others come in order.
 struct Add {
   template <class A>
   KPFUSED_DEVICE A operator()(A a, A b) const {
@@ -88,7 +89,8 @@ KPFUSED_DEVICE S butterfly(S s, int lanes, const Op& op) {
   return s;
 }
 
-// Over the aligned group of `lanes` (a power of two up to 32) of every warp. All lanes of the warp must call.
+// Over the aligned group of `lanes` (a power of two up to 32) of every warp. The result is valid in its first lane. All
+// lanes of the warp must call.
 template <class A>
 KPFUSED_DEVICE A reduce_lanes(A sum, int lanes, const Add& op) {
   return butterfly(sum, lanes, op);

@@ -76,7 +76,7 @@ struct CountedColumn {
 
 template <int V>
 KPFUSED_DEVICE CountedColumn<V> counted_column(const PixelView& pixels, const MapView& view, const ChannelsPart& part,
-                                               int64_t n, int column) {
+                                               int64_t n, int64_t column) {
   CountedColumn<V> c;
   c.most = pixels.all() ? part.rows : 0;
   c.mask = nullptr;
@@ -88,7 +88,7 @@ KPFUSED_DEVICE CountedColumn<V> counted_column(const PixelView& pixels, const Ma
   for (int j = 0; j < V; ++j) {
     const CountedPixels map = counted_pixels(pixels, view, n + j);
     const int64_t below = column < map.width ? map.height - part.top : 0;
-    if (below < part.rows) c.rows[j] = static_cast<int>(below);
+    if (below < part.rows) c.rows[j] = below < 0 ? 0 : static_cast<int>(below);
     if (c.rows[j] > c.most) c.most = c.rows[j];
   }
   return c;
@@ -145,12 +145,13 @@ KPFUSED_DEVICE void channels_moments_states(const T* image, const ChannelsPart& 
   constexpr int N = kItems<T, V>, kChecked = kStepItems<false, T, V>;
   const int64_t step = plan.ty * p.view.stride_y;
   const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
-  for (int column = part.column; column < p.view.width; column += plan.tx) {
-    const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, column);
+  for (int column = 0; column < part.columns; column += plan.tx) {
+    const int64_t at_x = part.left + column;
+    const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, at_x);
     MomentChannel<A> channel[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) channel[j].clear();
-    const T* from = image + part.top * p.view.stride_y + column * p.view.stride_x + part.channel;
+    const T* from = image + part.top * p.view.stride_y + at_x * p.view.stride_x + part.channel;
     A y = centred<A>(part.top, p.view.height);
     int rows = counted.most;
     const auto advance = [&](int items) {
@@ -164,7 +165,7 @@ KPFUSED_DEVICE void channels_moments_states(const T* image, const ChannelsPart& 
     for (; rows > 0; advance(kChecked)) {
       moments_step<false>(from, step, rows, counted.most - rows, plan, beta, y, p.pixels, counted, channel);
     }
-    const A x = centred<A>(column, p.view.width);
+    const A x = centred<A>(at_x, p.view.width);
 #pragma unroll
     for (int j = 0; j < V; ++j) state[j] = merge(state[j], channel[j].moments(x), beta[j].scale, Exp2{});
   }
@@ -216,15 +217,15 @@ struct ColumnPolynomial {
 template <class T, int V>
 constexpr int kGradientItems = kItems<T, V> / 2;
 
-// A peak's pixel: its column, and its row from the thread's first on; negative rows are none of the thread's part.
+// A peak's pixel, column and row from the thread's first on; negative ones are none of the thread's part.
 struct PeakPixel {
   int column, row;
 };
 
 template <class A>
 KPFUSED_DEVICE PeakPixel peak_pixel(const MapPolynomial<A>& map, const ChannelsPart& part) {
-  const int64_t row = map.peak_y - part.top;
-  return {static_cast<int>(map.peak_x), 0 <= row && row < part.rows ? static_cast<int>(row) : -1};
+  const auto within = [](int64_t i, int size) { return 0 <= i && i < size ? static_cast<int>(i) : -1; };
+  return {within(map.peak_x - part.left, part.columns), within(map.peak_y - part.top, part.rows)};
 }
 
 template <bool kFull, class T, int V>
@@ -267,19 +268,20 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
   constexpr int N = kGradientItems<T, V>;
   const int64_t step = plan.ty * p.view.stride_y, out_step = plan.ty * p.grad_view.stride_y;
   const int unchecked = p.pixels.all() ? (N - 1) * plan.ty : kEveryStep;
-  for (int x = part.column; x < p.view.width; x += plan.tx) {
-    const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, x);
+  const T* from_column = image + part.top * p.view.stride_y + part.left * p.view.stride_x + part.channel;
+  T* out_column = out + part.top * p.grad_view.stride_y + part.left * p.grad_view.stride_x + part.channel;
+  const A left = centred<A>(part.left, p.view.width);
+  for (int done = 0; done < part.columns; done += plan.tx) {
+    const A x = left + static_cast<A>(done);
     ColumnPolynomial<A> column[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const A at = centred<A>(x, p.view.width);
-      column[j] = {map[j].q.along_x(at), map[j].q.y + map[j].q.along_both(at), peak[j].column == x ? peak[j].row : -1};
+      column[j] = {map[j].q.along_x(x), map[j].q.y + map[j].q.along_both(x), peak[j].column == done ? peak[j].row : -1};
     }
-    const T* from = image + part.top * p.view.stride_y + x * p.view.stride_x + part.channel;
-    T* const out_column = out + part.top * p.grad_view.stride_y + x * p.grad_view.stride_x + part.channel;
+    const T* from = from_column;
     T* to = out_column;
     A y = centred<A>(part.top, p.view.height);
-    int rows = counted.most;
+    int rows = part.rows;
     const auto advance = [&] {
       rows -= N * plan.ty;
       from += N * step;
@@ -287,14 +289,19 @@ KPFUSED_DEVICE void channels_moments_gradient(const T* image, T* out, const Chan
       y += static_cast<A>(N * plan.ty);
     };
     for (; rows > unchecked; advance()) {
-      moments_gradient_step<true>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
-                                  counted, dbeta);
+      moments_gradient_step<true>(from, to, step, out_step, rows, part.rows - rows, plan.ty, map, column, y, p.pixels,
+                                  CountedColumn<V>{}, dbeta);
     }
+    // Asked for no sooner, so that the loop above has its registers.
+    const CountedColumn<V> counted = counted_column<V>(p.pixels, p.view, part, n, part.left + done);
+    if (!p.pixels.all()) rows = counted.most;
     for (; rows > 0; advance()) {
       moments_gradient_step<false>(from, to, step, out_step, rows, counted.most - rows, plan.ty, map, column, y, p.pixels,
                                    counted, dbeta);
     }
     if (!p.pixels.all()) fill_below<T, V>(out_column, p.grad_view.stride_y, counted.most, part.rows, plan.ty);
+    from_column += plan.tx * p.view.stride_x;
+    out_column += plan.tx * p.grad_view.stride_x;
   }
 }
 
@@ -327,7 +334,7 @@ __global__ void __launch_bounds__(plan_detail::kChannelThreads, kMomentBlocks<T>
   if (part.pixel != 0 || !part.active) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const A sum = map[j].grad_beta(dbeta[j]);
+    const A sum = dbeta[j] * map[j].sharp.sign;
     if (plan.parts() > 1) {
       static_cast<A*>(p.workspace)[(n + j) * plan.parts() + part.part] = sum;
     } else {

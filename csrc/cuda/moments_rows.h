@@ -185,7 +185,7 @@ KPFUSED_DEVICE Moments<Acc<T>> rows_moments_state(const T* map, const RowsPart& 
 
 // The part that lies within the valid size.
 KPFUSED_DEVICE RowsPart clipped(RowsPart part, const CountedPixels& counted) {
-  const auto smaller = [](int a, int64_t b) { return b < a ? static_cast<int>(b) : a; };
+  const auto smaller = [](int a, int64_t b) { return b < 0 ? 0 : b < a ? static_cast<int>(b) : a; };
   part.rows = smaller(part.rows, counted.height - part.top);
   part.columns = smaller(part.columns, counted.width - part.left);
   return part;
@@ -217,34 +217,30 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kMomentBlocks<T>)
   }
 }
 
-// An exponent of which nothing has weight, and finite, so that what q makes of it is.
-template <class A>
-constexpr A kNoWeight = sizeof(A) == 8 ? -1100 : -200;
-
-// What the element loops of backward need of one map, for w = exp2((h - peak) * scale): with the sign of beta in the
-// scale, a logit need not be turned into a key.
+// What the element loops of backward need of one map. Distances are in logits: times a scale as small as that of beta = 0,
+// the terms of dbeta would be flushed to zero.
 template <class A>
 struct MapPolynomial {
-  A peak, scale, beta;
-  Polynomial<A> q;         // its coefficient of the distance is that of the exponent
+  A peak, floor;  // a key, and a distance from it at which nothing has weight: finite, so that what q makes of it is
+  Sharpness<A> sharp;
+  A beta;
+  Polynomial<A> q;
   int64_t peak_x, peak_y;  // the pixel whose gradient is greater by q.at_peak
 
   // The logit that weighs nothing.
-  KPFUSED_DEVICE A nothing() const { return scale < A(0) ? A(INFINITY) : A(-INFINITY); }
-  // From the sum of exponents times w q to that of distances in logits: d loss / d beta.
-  KPFUSED_DEVICE A grad_beta(A sum) const { return sum / scale; }
+  KPFUSED_DEVICE A nothing() const { return sharp.sign < A(0) ? A(INFINITY) : A(-INFINITY); }
 };
 
 // Without moments, q.at_peak is zero.
 template <class A>
 KPFUSED_DEVICE MapPolynomial<A> map_polynomial(const BackwardParams& p, int64_t n) {
+  constexpr A kNoWeight = sizeof(A) == 8 ? -1100 : -200;  // an exponent
   const A beta = beta_of<A>(p.beta, n);
   const Sharpness<A> sharp = sharpness(beta);
   const MomentStats<A> stats = moment_stats<A>(p, n);
-  MapPolynomial<A> map{stats.peak * sharp.sign, sharp.scale * sharp.sign, beta, {}, -1, -1};
+  MapPolynomial<A> map{stats.peak, larger(kNoWeight / sharp.scale, Limits<A>::lowest), sharp, beta, {}, -1, -1};
   if (is_empty(p.pixels, stats.sum)) return map;
   map.q = backward_polynomial(stats, field_gradients<A>(p, n), beta, A(1));
-  map.q.distance /= sharp.scale;
   if (p.with_moments) {
     map.peak_x = p.moments.peak[2 * n];
     map.peak_y = p.moments.peak[2 * n + 1];
@@ -252,12 +248,12 @@ KPFUSED_DEVICE MapPolynomial<A> map_polynomial(const BackwardParams& p, int64_t 
   return map;
 }
 
-// One element: returns dh, and adds to what MapPolynomial::grad_beta makes dbeta of.
+// One element: returns dh, and adds to what times the sign of beta is dbeta.
 template <class A>
 KPFUSED_DEVICE A gradient(A logit, A q, const MapPolynomial<A>& map, A& dbeta) {
-  const A exponent = larger((logit - map.peak) * map.scale, kNoWeight<A>);
-  const A wq = Exp2{}(exponent) * (q + map.q.distance * exponent);
-  dbeta += exponent * wq;
+  const A d = larger(logit * map.sharp.sign - map.peak, map.floor);
+  const A wq = Exp2{}(d * map.sharp.scale) * (q + map.q.distance * d);
+  dbeta += d * wq;
   return map.beta * wq;
 }
 
@@ -384,7 +380,7 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kMomentBlocks<T>)
   }
   if (!p.grad_beta) return;
   KPFUSED_SHARED(A, shared);
-  dbeta = at.grad_beta(reduce_team(dbeta, plan.team, shared, Add{}));
+  dbeta = reduce_team(dbeta, plan.team, shared, Add{}) * at.sharp.sign;
   if (threadIdx.x % plan.team != 0 || part.map >= p.view.maps()) return;
   if (plan.parts() > 1) {
     static_cast<A*>(p.workspace)[part.item] = dbeta;

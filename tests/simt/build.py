@@ -30,9 +30,9 @@ KEEP_DAYS = 7
 COMMON = ["-std=c++17", "-Wall", "-Wextra", "-DKPFUSED_SIMT"]
 # Frame pointers and -g1 give reports that name lines; more would only slow the compiler down.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-KERNEL = ["-O1", "-g1", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-# Of values that the same condition sets and uses: at -O1 the compiler does not see that.
-KERNEL += ["-Wno-maybe-uninitialized"]
+# maybe-uninitialized: of values that the same condition sets and uses: at -O1 the compiler does not see that.
+KERNEL_WARNINGS = ["-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+KERNEL = ["-O1", "-g1", "-fno-omit-frame-pointer", *KERNEL_WARNINGS]
 KINDS = {
     "asan": {"host": ["-O2", "-DKPFUSED_SIMT_ASAN"], "kernel": SANITIZE, "link": SANITIZE},
     # No run time of ThreadSanitizer is linked: access.cpp defines what the instrumented kernels call.
@@ -101,6 +101,9 @@ def build(kind: str, csrc: Path = CSRC, only: Sequence[str] | None = None, jobs:
     kernels = sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in {".cu", ".cpp"})
 
     def host_object(source: Path) -> Path:
+        if source.name == "places.cpp":  # calls functions of the kernels
+            reads = [*host_reads, *headers(CSRC, CSRC / "cuda")]
+            return compile_object(source, [*flags["host"], *KERNEL_WARNINGS], [SIMT, CSRC], reads)
         return compile_object(source, flags["host"], [SIMT, CSRC], host_reads)
 
     def kernel_object(source: Path) -> Path:

@@ -15,6 +15,10 @@
 #include "access.h"
 #include "fiber.h"
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -257,6 +261,20 @@ void check_launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes
     fault("%s: %zu bytes of shared memory, of %zu allowed", kernel, shared_bytes, scheduler.allowed_shared);
 }
 
+// While it lives, numbers below the smallest normal one count as zero and are written as zero: what -ftz=true makes of
+// single precision on the device. Double precision is never flushed there; on the CPU one switch is for both.
+struct FlushToZero {
+#if defined(__SSE__)
+  unsigned saved = _mm_getcsr();
+  explicit FlushToZero(bool flush) { _mm_setcsr(flush ? saved | 0x8040 : saved); }
+  ~FlushToZero() { _mm_setcsr(saved); }
+#else
+  explicit FlushToZero(bool) {}
+#endif
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+};
+
 // The collective's result for one lane, all lanes of its mask having arrived. `first` is lane 0 of the warp.
 uint64_t collective_result(const Thread* first, int lane) {
   const Thread& t = first[lane];
@@ -379,6 +397,7 @@ void launch(const char* kernel, const char* signature, dim3 grid, dim3 block, si
   if (s.order == Order::descending) std::vector<uint64_t>(blocks.rbegin(), blocks.rend()).swap(blocks);
   if (s.order == Order::warps || s.order == Order::random)
     shuffle_items(blocks.data(), static_cast<int>(blocks.size()));
+  const FlushToZero guard(s.kernel.find("double") == std::string::npos);
   for (const uint64_t b : blocks) {
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / grid.x / grid.y)};

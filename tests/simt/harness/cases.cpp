@@ -10,8 +10,8 @@ namespace {
 constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16};
 
 const char* betas_name(Betas betas) {
-  constexpr const char* names[] = {"number",  "tensor",   "per-keypoint", "per-sample",
-                                   "per-map", "negative", "zero",         "nan"};
+  constexpr const char* names[] = {"number",   "tensor", "per-keypoint", "per-sample", "per-map",
+                                   "negative", "zero",   "tiny",         "nan"};
   return names[static_cast<int>(betas)];
 }
 
@@ -98,6 +98,7 @@ Real Case::beta(int64_t map) const {
     case Betas::per_map: return 0.25L + static_cast<Real>(map) / 8;
     case Betas::negative: return -1.5L;
     case Betas::zero: return 0;
+    case Betas::tiny: return -0x1p-110L;
     case Betas::nan: return kNan;
   }
   return 0;
@@ -245,11 +246,11 @@ void add_channels(std::vector<Case>& cases) {
       add(cases, c);
     }
   }
-  // Images above 96 KB: parts of some rows, or of one.
+  // Images above 96 KB: parts of some rows, of one, or of a row: signals.
   const struct {
     int64_t channels;
     Size size;
-  } split[] = {{17, {64, 48}}, {8, {96, 72}}, {16, {3, 2200}}, {5, {40, 300}}, {133, {18, 24}}, {520, {20, 12}}};
+  } split[] = {{17, {64, 48}}, {8, {96, 72}}, {16, {3, 2200}}, {5, {40, 300}}, {133, {18, 24}}, {520, {20, 12}}, {17, {1, 6001}}, {16, {2, 3100}}};
   for (const auto& s : split) {
     Case c = maps("channels-split", 2, s.channels, s.size);
     c.channels_last = true;
@@ -399,6 +400,21 @@ void add_moments(std::vector<Case>& cases) {
         c.betas = values == Values::border ? Betas::value : Betas::negative;
         if (values == Values::ties) c.betas = variant % 2 ? Betas::zero : Betas::tensor;
         c.orders = 2;
+        add(cases, c);
+      }
+    }
+  }
+  // What scales with beta lies below the smallest float32 here; dbeta does not.
+  for (const bool channels_last : {false, true}) {
+    for (const Betas betas : {Betas::zero, Betas::tiny}) {
+      for (const Counts counts : {Counts::all, Counts::own}) {
+        Case c = maps("moments", 2, 4, {32, 40});
+        c.channels_last = channels_last;
+        c.betas = betas;
+        c.counts = counts;
+        c.moments = true;
+        c.upstream_fields = counts == Counts::all ? kMeanGradient : kAllGradients;
+        c.orders = 1;
         add(cases, c);
       }
     }

@@ -13,7 +13,7 @@
 
 namespace harness {
 
-enum class Betas { value, tensor, per_keypoint, per_sample, per_map, negative, zero, nan };
+enum class Betas { value, tensor, per_keypoint, per_sample, per_map, negative, zero, tiny, nan };
 enum class Upstream { dense, expanded, transposed };  // how grad_coordinates lies in memory
 
 // Which pixels count: all; a mask of every map's own, one for all maps, one row of it for all rows, one whose channels are

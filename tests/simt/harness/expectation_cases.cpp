@@ -125,6 +125,10 @@ void add_split(std::vector<ExpectationCase>& cases) {
     c.channels = 2;
     c.share_outer = c.share_inner = c.kind == ValueKind::tensor;
     cases.push_back(c);
+    // A row in parts.
+    c.maps.height = 1, c.maps.width = 64 * 48 * 2;
+    c.maps.counts = dtype == Dtype::float32 ? Counts::all : Counts::own;
+    cases.push_back(c);
   }
   for (const ValueKind kind : {ValueKind::coordinates, ValueKind::window}) {
     ExpectationCase c = of_maps("expectation-split", 1, 5, {257, 512});

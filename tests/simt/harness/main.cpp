@@ -12,6 +12,7 @@
 
 #include "access.h"
 #include "expectation.h"
+#include "places.h"
 #include "run.h"
 
 #if defined(KPFUSED_SIMT_ASAN)
@@ -92,6 +93,7 @@ std::vector<Test> all_tests() {
     add(c, c.name(), [c](const auto& orders, uint64_t seed) { return harness::run_case(c, orders, seed); });
   for (const harness::ExpectationCase& c : harness::expectation_cases())
     add(c.maps, c.name(), [c](const auto& orders, uint64_t seed) { return harness::run_expectation(c, orders, seed); });
+  tests.push_back({"places", "places", 1, [](const auto&, uint64_t) { return harness::run_places(); }});
   return tests;
 }
 
