@@ -77,7 +77,7 @@ def _seconds(function: Callable[[], Any], calls: int, synchronize: Callable[[], 
     return seconds
 
 
-def measure(device: str, rounds: int = 15, calls: int = 200) -> list[dict[str, Any]]:
+def measure(device: str, rounds: int = 40, calls: int = 100) -> list[dict[str, Any]]:
     """Rows of every peer and direction. ``calls`` stays below what a CUDA stream queues before it blocks the host."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     before = torch.get_num_threads()
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     rows = measure(options.device, options.rounds)
     if options.json:

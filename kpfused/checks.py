@@ -24,7 +24,7 @@ def check_heatmap(heatmap: Tensor, dims: str = "HW") -> None:
         raise TypeError(f"heatmap must be a torch.Tensor; got {type(heatmap).__name__}")
     if heatmap.dtype not in _DTYPES:
         raise TypeError(f"heatmap must be float32, float64, float16 or bfloat16; got {heatmap.dtype}")
-    if heatmap.layout != torch.strided:
+    if heatmap.layout is not torch.strided:
         raise TypeError(f"heatmap must be a strided tensor; got layout {heatmap.layout}")
     shape = heatmap.shape  # made anew at every access
     if len(shape) < len(dims):
@@ -77,7 +77,9 @@ def check_sharpness(name: str, value: Tensor | float) -> None:
 def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float | None) -> None:
     """Accepts one of the two; ``beta`` counts as not given while it has its default, the number 1."""
     if temperature is None:
-        check_sharpness("beta", beta)
+        # What nearly every call gives, ahead of what takes as long as a small kernel.
+        if type(beta) is not float or not -_MOST_BETA <= beta <= _MOST_BETA:
+            check_sharpness("beta", beta)
         return
     check_sharpness("temperature", temperature)
     check_sharpness("beta", beta)

@@ -47,7 +47,7 @@ def _items(indices: tuple[int, ...]) -> Any:
     return operator.itemgetter(*indices if len(indices) > 1 else (slice(indices[0], indices[0] + 1),))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class _Kernel:
     """A forward op and its backward op.
 
@@ -78,17 +78,13 @@ class _Kernel:
     def __post_init__(self) -> None:
         ops = torch.ops.kpfused
         # Once, since every call pays for it: looking an overload up costs as much as a small kernel.
-        object.__setattr__(self, "differentiable", tuple(i for i in range(len(self.sizes)) if i not in self.constant))
-        object.__setattr__(self, "has_one_result", self.differentiable == (0,))
-        object.__setattr__(self, "own", 2 + len(self.kept))
-        object.__setattr__(self, "keep", _items(self.kept))
-        object.__setattr__(self, "given", _items(self.differentiable))
-        for name in ("forward", "backward"):
-            op = self.name if name == "forward" else f"{self.name}_backward"
-            object.__setattr__(self, name, getattr(ops, op).default)
-            eager = getattr(ops, f"_{op}").default
-            object.__setattr__(self, f"eager_{name}", eager)
-            object.__setattr__(self, f"launch_{name}", eager._op)
+        self.differentiable = tuple(i for i in range(len(self.sizes)) if i not in self.constant)
+        self.has_one_result = self.differentiable == (0,)
+        self.keep = _items(self.kept)
+        self.forward, self.backward = getattr(ops, self.name).default, getattr(ops, f"{self.name}_backward").default
+        self.eager_forward = getattr(ops, f"_{self.name}").default
+        self.eager_backward = getattr(ops, f"_{self.name}_backward").default
+        self.launch_forward, self.launch_backward = self.eager_forward._op, self.eager_backward._op
 
     forward: Any = dataclasses.field(init=False)
     backward: Any = dataclasses.field(init=False)
@@ -97,16 +93,14 @@ class _Kernel:
     launch_forward: Any = dataclasses.field(init=False)
     """What ``eager_forward`` calls, which is all that it does: a frame of Python for nothing."""
     launch_backward: Any = dataclasses.field(init=False)
+    eager: Callable[..., Any] = dataclasses.field(init=False)
+    transformable: Callable[..., tuple[Tensor, ...]] = dataclasses.field(init=False)
     differentiable: tuple[int, ...] = dataclasses.field(init=False)
     """Outputs with a gradient."""
     has_one_result: bool = dataclasses.field(init=False)
     """Of which a caller wants nothing else."""
-    own: int = dataclasses.field(init=False)
-    """How many tensors backward is given ahead of the settings but for gradients: heatmap, what is kept, and beta."""
     keep: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = dataclasses.field(init=False)
     """Of the outputs, those that backward reads."""
-    given: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]] = dataclasses.field(init=False)
-    """Of gradients of the outputs, those that there can be."""
 
     @property
     def grads(self) -> int:
@@ -285,7 +279,7 @@ def _call(
     settings = (beta_value, setting, *pixels)
     result: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
-        result = _TRANSFORMABLE[kernel.name].apply(heatmap, beta, *settings)
+        result = kernel.transformable(heatmap, beta, *settings)
     elif not is_plain(heatmap, beta, pixels):
         heatmap, beta, *pixels = prepare_distributed(heatmap, beta, *pixels)
         result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
@@ -293,7 +287,7 @@ def _call(
         result = kernel.forward(heatmap, beta, *settings)
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
         beta = None if beta is None else _unwrap_if_dead(beta)
-        output = _EAGER[kernel.name](_unwrap_if_dead(heatmap), beta, settings)
+        output = kernel.eager(_unwrap_if_dead(heatmap), beta, settings)
         result = (output,) if kernel.has_one_result else output
     else:
         result = kernel.launch_forward(heatmap, beta, *settings)
@@ -387,7 +381,7 @@ def _eager(kernel: _Kernel) -> Any:
 
     One for each kernel, and with all that is no tensor in one argument: every argument costs, and every attribute.
     """
-    launch, keep, given, has_one_result = kernel.launch_forward, kernel.keep, kernel.given, kernel.has_one_result
+    launch, keep, has_one_result = kernel.launch_forward, kernel.keep, kernel.has_one_result
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -403,14 +397,12 @@ def _eager(kernel: _Kernel) -> Any:
             ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
             return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():
-                op = kernel.backward
-            else:
-                op = kernel.eager_backward if torch.compiler.is_compiling() else kernel.launch_backward
-            return *_input_gradients(kernel, op, ctx, ctx.needs_input_grad[1], given(grads)), None
+        backward = staticmethod(_backward_of(kernel, kernel.backward))
 
+    # What the engine calls: it is torch's to look for backward, which compilers trace, and takes as long as a kernel.
+    if hasattr(Eager, "_backward_cls"):
+        backward = _backward_of(kernel, kernel.backward, kernel.launch_backward)
+        Eager._backward_cls.apply = backward  # type: ignore[attr-defined]
     # Without what Function.apply does first, which is to look for setup_context, and whether any argument at all
     # outlived a transform.
     return super(torch.autograd.Function, Eager).apply
@@ -418,26 +410,38 @@ def _eager(kernel: _Kernel) -> Any:
 
 def _keep(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     heatmap, beta, *ctx.settings = inputs
-    ctx.rest = (None,) * len(ctx.settings)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
     ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *ctx.settings[2:4])
 
 
-def _input_gradients(
-    kernel: _Kernel, op: Any, ctx: Any, of_beta: bool, grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of heatmap and beta from those of the differentiable outputs."""
-    if grads[0] is None and all(grad is None for grad in grads):
-        return None, None
-    saved, settings = ctx.saved_tensors, ctx.settings
-    own = kernel.own
-    if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
-        sources = (saved[0], saved[own - 1])
-        gradients = _composed_gradients(kernel, grads, *sources, *settings[:2], *saved[own:], *settings[4:])
-    else:
-        gradients = op(*grads, *saved[:own], *settings[:2], of_beta, *saved[own:], *settings[4:])
-    return gradients[0], _sum_to(gradients[1], saved[own - 1].shape) if of_beta else None
+def _backward_of(kernel: _Kernel, op: Any, launch: Any = None) -> Callable[..., tuple[Tensor | None, ...]]:
+    """From gradients of the outputs to those of heatmap and beta, through a backward op.
+
+    ``launch`` is the op where nothing is to be differentiated once more, and no compiler looks on.
+    """
+    differentiable, own = kernel.differentiable, 2 + len(kernel.kept)  # heatmap, what is kept, beta; then the pixels
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if len(grads) > 1:
+            grads = tuple([grads[i] for i in differentiable])
+        saved, settings = ctx.saved_tensors, ctx.settings
+        of_settings = [None] * len(settings)
+        if grads[0] is None and all(grad is None for grad in grads):
+            return None, None, *of_settings
+        of_beta = ctx.needs_input_grad[1]
+        if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
+            sources = (saved[0], saved[own - 1])
+            gradients = _composed_gradients(kernel, grads, *sources, *settings[:2], *saved[own:], *settings[4:])
+        else:
+            use = op if launch is None or torch.is_grad_enabled() else launch
+            if len(saved) == own:  # all pixels count; slices that leave nothing out cost as much as those that do
+                gradients = use(*grads, *saved, *settings, of_beta)
+            else:
+                gradients = use(*grads, *saved[:own], *settings[:2], of_beta, *saved[own:], *settings[4:])
+        return gradients[0], _sum_to(gradients[1], saved[own - 1].shape) if of_beta else None, *of_settings
+
+    return backward
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -515,12 +519,9 @@ def _transformable(kernel: _Kernel) -> Any:
         forward = staticmethod(kernel.eager_forward)
         setup_context = staticmethod(functools.partial(_keep, kernel))
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            of_beta = ctx.needs_input_grad[1]
-            return *_input_gradients(kernel, Backward.apply, ctx, of_beta, kernel.given(grads)), *ctx.rest
+        backward = staticmethod(_backward_of(kernel, Backward.apply))
 
-    return Forward
+    return Forward.apply
 
 
 # ---- vmap -----------------------------------------------------------------------------------------------------------
@@ -630,13 +631,12 @@ def _fake_backward(kernel: _Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _register(kernel: _Kernel) -> None:
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_beta = ctx.needs_input_grad[1]
-        return *_input_gradients(kernel, kernel.backward, ctx, of_beta, kernel.given(grads)), *ctx.rest
+    kernel.eager, kernel.transformable = _eager(kernel), _transformable(kernel)
 
     bind = functools.partial
     library = torch.library
-    library.register_autograd(kernel.forward, backward, setup_context=bind(_keep, kernel))
+    setup = bind(_keep, kernel)
+    library.register_autograd(kernel.forward, _backward_of(kernel, kernel.backward), setup_context=setup)
     library.register_autograd(
         kernel.backward, bind(_second_gradients, kernel), setup_context=bind(_keep_second, kernel)
     )
@@ -658,10 +658,6 @@ def _fake_window_mass_at(heatmap: Tensor, stats: Tensor, *_: Any) -> Tensor:
 
 # What is left to do of window_mass2d where the stats and the pixel are known: for parts of a map.
 torch.library.register_fake("kpfused::_window_mass2d_at", _fake_window_mass_at)
-
-
-_EAGER = {kernel.name: _eager(kernel) for kernel in _KERNELS}
-_TRANSFORMABLE = {kernel.name: _transformable(kernel) for kernel in _KERNELS}
 
 
 def foldable(tensor: Tensor, leading: torch.Size, trailing: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import grad, jacrev, jvp, vmap
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -164,6 +165,21 @@ def test_compiled_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     heatmap = maps(2, "cpu")
     got = torch.compile(kpfused.soft_argmax2d, fullgraph=True, backend=without_kernels)(heatmap, 2.0)
     torch.testing.assert_close(got, reference.soft_argmax2d(heatmap, 2.0))
+
+
+def test_compiled_backward_of_an_eager_call(device: str) -> None:
+    """Compiled autograd traces the Python that the engine would have called."""
+    heatmap, beta = maps(2, device).requires_grad_(), torch.full((5,), 2.0, device=device, requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        moments = kpfused.spatial_moments2d(heatmap, beta)
+        loss = kpfused.soft_argmax2d(heatmap, beta).square().sum() + moments.covariance.sum() + moments.entropy.sum()
+        return torch.autograd.grad(loss, (heatmap, beta))
+
+    expected = gradients()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        actual = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def without_kernels(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
