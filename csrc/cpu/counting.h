@@ -126,6 +126,7 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
     v = choose<T>(mask + i, v, other);
     __builtin_memcpy(to + i, &v, sizeof(v));
     prefetch(from + i, kReadAhead);
+    if (j == 0) prefetch(mask + i, kReadAhead);
     seen(v, j);
   };
   int64_t i = 0;

@@ -131,10 +131,16 @@ struct LanesCounting {
     const int64_t stride_x = each[0].stride_x;
     if (between == 1 && stride_x == to_next && channels == to_next) return invert(mask, cols * to_next, to);
     if (stride_x == 1 && cols >= 16 && channels >= 8) {
-      for (int64_t c = 0; c < cols; c += 16) {
+      // Lines of eight channels at a time: where maps lie a power of two apart, the cache has room for no more of them.
+      for (int64_t line = 0; line < cols; line += 64) {
         for (int64_t k = 0; k < channels; k += 8) {
-          const int64_t col = at_most(c, cols - 16), channel = at_most(k, channels - 8);
-          turn(mask + channel * between + col, to_next, to + col * to_next + channel);
+          const int64_t channel = at_most(k, channels - 8), next = k + 8 < channels ? at_most(k + 8, channels - 8) : 0;
+          const uint8_t* const then = mask + next * between + (next ? line : line + 64);
+          for (int i = 0; i < 8; ++i) prefetch(then, i * between);
+          for (int64_t c = line; c < at_most(line + 64, cols); c += 16) {
+            const int64_t col = at_most(c, cols - 16);
+            turn(mask + channel * between + col, to_next, to + col * to_next + channel);
+          }
         }
       }
       return;

@@ -36,7 +36,7 @@ KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t
     for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = none;
-      const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded) __attribute__((always_inline)) {
+      const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded, const T*) __attribute__((always_inline)) {
         for (int j = 0; j < N; ++j) {
           top[j] = maximum(key<kCounts>(p, offset[j], flip[j], excluded), top[j]);
         }
@@ -69,7 +69,7 @@ KPFUSED_INLINE void place_peaks(const LanesChunk<T>& chunk, int64_t offset, cons
     const uint32_t index = uint32_t(segment[i]), row = index / segments;
     const int64_t first = int64_t(index - row * segments) * kSegment;
     Vec<A> left = splat(-kNowhere<A>);
-    const auto pixel = [&](const T* p, Vec<A> at, const uint8_t* excluded) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> at, const uint8_t* excluded, const T*) __attribute__((always_inline)) {
       left = maximum(key<kCounts>(p, offset, flip, excluded) == peak.peak ? -at : splat(-kNowhere<A>), left);
     };
     for_pixels<kCounts>(chunk, row, first, at_most(first + kSegment, pixels_of_row<kCounts>(chunk, row)), pixel);
@@ -111,14 +111,14 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, 
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {}, row_xx[N] = {}, distances[N] = {};
-    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded, const T* next) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
         const Mask<A> counts = ~excluded_lanes<kCounts, A>(excluded, offset[j]);
         const Vec<A> dx = x - more[j].at_x, d = keep<A>(distance(load(p + offset[j]), of[j]), counts);
         Vec<A> w[1] = {d};
         exp2<A, 1>(w, of[j].scale);
         w[0] = keep<A>(w[0], counts);
-        if (j * kLanes<A> * int(sizeof(T)) % 64 == 0) prefetch(p + offset[j], chunk.ahead);
+        fetch_ahead<kCounts>(chunk, next, offset[j], j);
         const Vec<A> weighed = w[0] * dx;
         row[j] += w[0];
         row_x[j] += weighed;

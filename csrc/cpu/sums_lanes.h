@@ -31,15 +31,19 @@ KPFUSED_INLINE int64_t pixels_of_row(const LanesChunk<T>& chunk, int64_t row) {
   return chunk.cols;
 }
 
-// Calls body(pixel, its x, the bytes of its channels) for these, from the one with number `begin` to `end`.
+// Calls body(pixel, its x, the bytes of its channels, a pixel to fetch ahead for) for these, from the one with number
+// `begin` to `end`. The next chunk has another list: for it, two pixels are fetched ahead for each of this one's, evenly.
 template <Counts kCounts, class T, class Body>
 KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Body& body) {
   using A = Acc<T>;
   const T* p = chunk.p + row * chunk.stride_y;
   if constexpr (kCounts == Counts::listed) {
     const uint16_t* const columns = chunk.list->columns + chunk.list->begins[row];
-    for (int64_t i = begin; i < end; ++i) {
-      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), nullptr);
+    const int64_t step = (chunk.cols << 16) / at_least(end, 1);
+    int64_t even = begin * step;
+    for (int64_t i = begin; i < end; ++i, even += step) {
+      const T* const fetched = p + (even >> 16) * chunk.stride_x;
+      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), nullptr, fetched);
     }
   } else {
     const uint8_t* excluded = nullptr;
@@ -47,10 +51,18 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     Vec<A> x = splat(chunk.x0 + A(begin));
     p += begin * chunk.stride_x;
     for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += A(1)) {
-      body(p, x, excluded);
+      body(p, x, excluded, p);
       if constexpr (kCounts == Counts::by_bytes) excluded += chunk.channels;
     }
   }
+}
+
+// Fetches ahead what vector j of N has of a pixel: each line once.
+template <Counts kCounts, class T>
+KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, const T* pixel, int64_t channel, int j) {
+  if (j * kLanes<Acc<T>> * int(sizeof(T)) % 64 != 0) return;
+  prefetch(pixel + channel, chunk.ahead);
+  if (kCounts == Counts::listed) prefetch(pixel + channel + chunk.stride_x, chunk.ahead);
 }
 
 // Ones in the lanes whose channel does not count.
@@ -93,7 +105,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   }
   for (int j = 0; j < N; ++j) peak[j] = splat(Limits<A>::lowest);
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded, const T*) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
         peak[j] = maximum(key<kCounts>(p, offset[j], flip[j], excluded), peak[j]);
       }
@@ -107,11 +119,11 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
-    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded, const T* next) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
         Vec<A> w = weight(p + offset[j], of[j]);
         w = keep<A>(w, ~excluded_lanes<kCounts, A>(excluded, offset[j]));
-        if (j * kLanes<A> * int(sizeof(T)) % 64 == 0) prefetch(p + offset[j], chunk.ahead);
+        fetch_ahead<kCounts>(chunk, next, offset[j], j);
         row[j] += w;
         row_x[j] += w * x;
       }
