@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT
+// Products of tiles: of P of some maps and of the values of some channels, over the pixels that they share.
+#pragma once
+
+#include "simd.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+template <class A>
+KPFUSED_INLINE void add_vector(A* to, Vec<A> v) {
+  store_vector(to, load_vector(to) + v);
+}
+
+// sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them, each in U sums over the same lanes, since sums
+// that follow on each other cost their latency. With as many for any M and C, a map gets the same bits whatever stands
+// beside it.
+template <class A, int M, int C>
+KPFUSED_INLINE void add_products(const A* const* p, const A* const* v, int64_t pixels, A* sums, int64_t channels) {
+  constexpr int L = kLanes<A>, U = 2;
+  Vec<A> sum[U][M][C] = {};
+  const auto add = [&](int64_t i, int u) __attribute__((always_inline)) {
+    Vec<A> of_channel[C];
+    for (int c = 0; c < C; ++c) of_channel[c] = load_vector(v[c] + i);
+    for (int m = 0; m < M; ++m) {
+      const Vec<A> of_map = load_vector(p[m] + i);
+      for (int c = 0; c < C; ++c) sum[u][m][c] += of_map * of_channel[c];
+    }
+  };
+  int64_t i = 0;
+  for (; i + U * L <= pixels; i += U * L) {
+    for (int u = 0; u < U; ++u) add(i + u * L, u);
+  }
+  for (; i < pixels; i += L) add(i, 0);
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) {
+      Vec<A> total = sum[0][m][c];
+      for (int u = 1; u < U; ++u) total += sum[u][m][c];
+      sums[m * channels + c] += reduce_generic<A>(total);
+    }
+  }
+}
+
+template <class A, int M>
+KPFUSED_INLINE void add_products_of_channels(const A* const* p, const A* const* v, int count, int64_t pixels, A* sums,
+                                             int64_t channels) {
+  int c = 0;
+  for (; c + 3 <= count; c += 3) add_products<A, M, 3>(p, v + c, pixels, sums + c, channels);
+  for (; c < count; ++c) add_products<A, M, 1>(p, v + c, pixels, sums + c, channels);
+}
+
+// `maps` that share their values, or one alone.
+template <class A>
+void add_all_products(const A* const* p, int maps, const A* const* v, int count, int64_t pixels, A* sums,
+                      int64_t channels) {
+  constexpr int M = KPFUSED_AVX512 ? 4 : 2;  // as many as there are registers for their sums
+  int m = 0;
+  for (; m + M <= maps; m += M) {
+    add_products_of_channels<A, M>(p + m, v, count, pixels, sums + m * channels, channels);
+  }
+  for (; m < maps; ++m) add_products_of_channels<A, 1>(p + m, v, count, pixels, sums + m * channels, channels);
+}
+
+// sums[m * stride + c] += sum over n pixels of p[m][i] v[i * stride_x + c], for M maps and C vectors of channels. These few
+// are summed before they are added: pixel after pixel, the sums would lose digits.
+template <class T, int M, int C>
+KPFUSED_INLINE void add_pixels(const Acc<T>* const* p, int64_t at, int64_t n, const T* v, int64_t stride_x, Acc<T>* sums,
+                               int64_t stride) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[M][C] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    Vec<A> of_channels[C];
+    for (int c = 0; c < C; ++c) of_channels[c] = load(v + i * stride_x + c * L);
+    for (int m = 0; m < M; ++m) {
+      const Vec<A> of_map = splat(p[m][at + i]);
+      for (int c = 0; c < C; ++c) sum[m][c] += of_map * of_channels[c];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int c = 0; c < C; ++c) add_vector(sums + m * stride + c * L, sum[m][c]);
+  }
+}
+
+// As add_all_products(), of whole vectors of channels that stand side by side, pixel after pixel.
+template <class T>
+void add_all_pixels(const Acc<T>* const* p, int maps, int64_t at, int64_t n, const T* v, int64_t stride_x,
+                    int64_t channels, Acc<T>* sums, int64_t stride) {
+  constexpr int L = kLanes<Acc<T>>, kNear = 32;  // pixels whose values stay near for all maps
+  for (int64_t i = 0; i < n; i += kNear) {
+    const int64_t some = at_most(n - i, kNear);
+    const T* const from = v + i * stride_x;
+    int64_t c = 0;
+    const auto block = [&](auto size) __attribute__((always_inline)) {
+      constexpr int C = decltype(size)::value;
+      int m = 0;
+      for (; m + 4 <= maps; m += 4) add_pixels<T, 4, C>(p + m, at + i, some, from + c, stride_x, sums + m * stride + c, stride);
+      for (; m < maps; ++m) add_pixels<T, 1, C>(p + m, at + i, some, from + c, stride_x, sums + m * stride + c, stride);
+      c += C * L;
+    };
+    while (c + 3 * L <= channels) block(Count<3>{});
+    while (c + L <= channels) block(Count<1>{});
+  }
+}
+
+template <class A>
+KPFUSED_INLINE A sum_of(const A* p, int64_t count) {
+  constexpr int U = 4, L = kLanes<A>;
+  Vec<A> sum[U] = {};
+  int64_t i = 0;
+  for (; i + U * L <= count; i += U * L) {
+    for (int u = 0; u < U; ++u) sum[u] += load_vector(p + i + u * L);
+  }
+  for (; i < count; i += L) sum[0] += load_vector(p + i);
+  return reduce_generic<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// finish(i, start(i) + sum over j of factor(j) * of[j][i]), a vector at a time.
+template <class A, class Factor, class Start, class Finish>
+KPFUSED_INLINE void weighted_sums(const A* const* of, int count, const Factor& factor, int64_t pixels, const Start& start,
+                                  const Finish& finish) {
+  constexpr int N = 4, L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + N * L <= pixels; i += N * L) {
+    Vec<A> sum[N];
+    for (int k = 0; k < N; ++k) sum[k] = start(i + k * L);
+    for (int j = 0; j < count; ++j) {
+      const Vec<A> f = splat(factor(j));
+      for (int k = 0; k < N; ++k) sum[k] += f * load_vector(of[j] + i + k * L);
+    }
+    for (int k = 0; k < N; ++k) finish(i + k * L, sum[k]);
+  }
+  for (; i < pixels; i += L) {
+    Vec<A> sum = start(i);
+    for (int j = 0; j < count; ++j) sum += splat(factor(j)) * load_vector(of[j] + i);
+    finish(i, sum);
+  }
+}
+
+}  // namespace kpfused::cpu::KPFUSED_ISA

@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: MIT
+// Tiles of P and of values: runs of the accumulation dtype that stay in the nearest cache, whatever the layouts are.
+#pragma once
+
+#include <memory>
+
+#include "lanes.h"
+#include "planes.h"
+#include "products.h"
+#include "sums_rows.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+constexpr int kTileMaps = 8, kTileChannels = 16;
+
+// What P needs of one map.
+template <class A>
+struct SoftmaxMap {
+  Falloff<A> of;
+  A inverse, beta;  // 1 / sum
+  bool empty;       // gives the value of empty maps
+  Counting counting;
+};
+
+template <class A>
+KPFUSED_INLINE bool is_finite(A value) {
+  return value - value == A(0);
+}
+
+template <class A>
+KPFUSED_INLINE Stats<A> stats_of(const SoftmaxParams& params, int64_t map) {
+  const A* const of_map = static_cast<const A*>(params.stats) + map * params.stats_stride;
+  return {of_map[0], of_map[1], of_map[2], of_map[3]};
+}
+
+// P of whole maps that is kept stays in the second-level cache.
+template <class A>
+constexpr int64_t kKept = 131072 / int64_t(sizeof(A));
+
+// P of some maps side by side, tile by tile.
+template <class T>
+class SoftmaxTiles {
+ public:
+  using A = Acc<T>;
+  static constexpr int L = kLanes<A>;
+
+  // `at_once`: how many maps come at once, at most.
+  explicit SoftmaxTiles(const SoftmaxParams& params, int64_t at_once = 1)
+      : params_(params), can_keep_(params.view.height * params.view.width * at_once <= kKept<A>) {}
+
+  const A* const* p() const { return p_; }
+  const A* p(int m) const { return p_[m]; }
+  const SoftmaxMap<A>& map(int m) const { return maps_[m]; }
+  // Null where all pixels count.
+  const Counting* counting(int m) const { return params_.pixels.all() ? nullptr : &maps_[m].counting; }
+
+  // With `keep`, P of whole maps is kept from its first reading for the next, as far as there is room.
+  void start(int64_t first_map, int count, bool keep = false) {
+    place(first_map, count, keep);
+    for (int m = 0; m < count && !params_.is_probability; ++m) {
+      const Stats<A> stats = stats_of<A>(params_, first_map + m);
+      set_stats(m, sharpness(maps_[m].beta), stats.peak, stats.sum);
+    }
+  }
+
+  // Whether whole maps can be kept, of which the stats are not known yet: they are found on the way to P, and written, but
+  // for the mean.
+  __attribute__((noinline)) bool start_with_stats(int64_t first_map, int count, Stats<A>* stats) {
+    if (!can_keep_) return false;
+    place(first_map, count, true);
+    ahead_ = room_ * int64_t(sizeof(T));  // this map has been read
+    A peak[kTileMaps];
+    for (int m = 0; m < count; ++m) peak[m] = empty_state<A>().peak;
+    for_tiles([&](int64_t first, int64_t pixels) {
+      read(first, pixels);
+      const int64_t whole = whole_vectors<A>(pixels);
+      for (int m = 0; m < count; ++m) {
+        for (int64_t i = pixels; i < whole; ++i) buffer_[m][i] = run_[m][0];
+        peak[m] = larger(peak[m], peak_of<T>({run_[m], whole, 1, whole, A(0), A(0), 0}, maps_[m].of.sign));
+      }
+    });
+    for (int m = 0; m < count; ++m) set_stats(m, sharpness(maps_[m].beta), peak[m], A(1));
+    A sums[kTileMaps] = {};
+    for_tiles([&](int64_t first, int64_t pixels) {
+      load(first, pixels);
+      for (int m = 0; m < count; ++m) sums[m] += sum_of(p_[m], whole_vectors<A>(pixels));
+    });
+    for (int m = 0; m < count; ++m) {
+      const A sum = sums[m];
+      set_stats(m, sharpness(maps_[m].beta), peak[m], sum);
+      stats[first_map + m] = {peak[m], sum, A(0), A(0)};
+      A* const p = memory_.get() + m * whole_vectors<A>(room_);
+      const Vec<A> inverse = splat(maps_[m].inverse);
+      for (int64_t i = 0; i < room_; i += L) store_vector(p + i, load_vector(p + i) * inverse);
+      if (counting(m) && sum != sum) clear_uncounted(p, maps_[m].counting, planes_.width, 0, room_);
+    }
+    return true;
+  }
+
+  // From here on, pixels of the one map are those of a box.
+  void narrow(const Box& box) {
+    planes_.p = planes_.at(0, box.top, box.left);
+    planes_.width = box.right - box.left;
+    if (!counting(0)) return;
+    Counting& c = maps_[0].counting;
+    c.rows -= box.top, c.cols -= box.left;
+    if (c.mask) c.mask += box.top * c.stride_y + box.left * c.stride_x;
+  }
+
+  // P of the maps at pixels [first, first + count), with zeros up to a whole vector. With `keys`, for distance_at() too.
+  __attribute__((noinline)) void load(int64_t first, int64_t count, bool keys = false) {
+    first_ = first, pixels_ = count;
+    const bool kept = first + count <= kept_;
+    if (!kept || keys) read(first, count);
+    // Room for the last vector of the last tile of every map.
+    const int64_t stride = whole_vectors<A>(room_);
+    for (int m = 0; m < count_; ++m) {
+      A* const p = room_ ? memory_.get() + m * stride + first : tile_[m];
+      p_[m] = p;
+      if (!kept) load_map(maps_[m], counting(m), run_[m], first, count, p);
+    }
+    if (room_ && first == kept_) kept_ = first + count;
+  }
+
+  // Zero in place of what does not count, in a tile of the pixels at hand.
+  void clear(int m, A* tile) const { clear_uncounted(tile, maps_[m].counting, planes_.width, first_, pixels_); }
+
+  // How far the keys of the tile at hand lie below the peak.
+  KPFUSED_INLINE Vec<A> distance_at(int m, int64_t i) const {
+    return distance(kpfused::cpu::KPFUSED_ISA::load(run_[m] + i), in_lanes(maps_[m].of));
+  }
+
+ private:
+  // Where maps lie, and all that is known of them before their stats are.
+  void place(int64_t first_map, int count, bool keep) {
+    const MapView& view = params_.view;
+    count_ = count;
+    kept_ = 0;
+    ahead_ = kReadAhead;
+    room_ = keep && can_keep_ ? view.height * view.width : 0;
+    if (room_ && !memory_) memory_.reset(new A[kKept<A> + kTileMaps * L]);
+    const T* const heatmap = static_cast<const T*>(params_.heatmap);
+    planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
+    for (int m = 0; m < count; ++m) {
+      SoftmaxMap<A>& map = maps_[m];
+      if (!params_.pixels.all()) map.counting = counting_of(params_.pixels, view, first_map + m);
+      map.empty = false;
+      if (params_.is_probability) continue;
+      map.beta = beta_of<A>(params_.beta, first_map + m);
+      map.of.sign = sharpness(map.beta).sign;
+    }
+  }
+
+  void set_stats(int m, const Sharpness<A>& sharp, A peak, A sum) {
+    maps_[m].of = falloff(sharp, peak);
+    maps_[m].inverse = A(1) / sum;
+    maps_[m].empty = is_empty(params_.pixels, sum);
+  }
+
+  template <class F>
+  void for_tiles(const F& tile) const {
+    for (int64_t first = 0; first < room_; first += kTile<A>) tile(first, at_most(room_ - first, kTile<A>));
+  }
+
+  void read(int64_t first, int64_t count) {
+    T otherwise[kTileMaps];
+    const Counting* of_maps[kTileMaps];
+    for (int m = 0; m < count_; ++m) {
+      of_maps[m] = counting(m);
+      otherwise[m] = params_.is_probability || !of_maps[m] ? T{} : weightless<T>(maps_[m].of.sign);
+    }
+    read_planes<T>(planes_, count_, first, count, of_maps, otherwise, buffer_[0], run_);
+  }
+
+  void load_map(const SoftmaxMap<A>& map, const Counting* counting, const T* run, int64_t first, int64_t count, A* p) const {
+    const int64_t whole = whole_vectors<A>(count);
+    if (params_.is_probability) {
+      for (int64_t i = 0; i < whole; i += L) store_vector(p + i, kpfused::cpu::KPFUSED_ISA::load(run + i));
+    } else {
+      weights(run, whole, map, ahead_, p);
+      // A map of NaN has it even where nothing weighs.
+      if (counting && map.inverse != map.inverse) clear_uncounted(p, *counting, planes_.width, first, count);
+    }
+    for (int64_t i = count; i < whole; ++i) p[i] = A(0);
+  }
+
+  static KPFUSED_INLINE void weights(const T* run, int64_t count, const SoftmaxMap<A>& map, int64_t ahead, A* p) {
+    const Falloff<Vec<A>> of = in_lanes(map.of);
+    int64_t i = 0;
+    const auto block = [&](auto size) __attribute__((always_inline)) {
+      constexpr int N = decltype(size)::value;
+      Vec<A> w[N];
+      for (int j = 0; j < N; ++j) {
+        w[j] = distance(kpfused::cpu::KPFUSED_ISA::load(run + i + j * L), of);
+        prefetch(run + i + j * L, ahead);
+      }
+      exp2<A, N>(w, of.scale);
+      for (int j = 0; j < N; ++j) store_vector(p + i + j * L, w[j] * map.inverse);
+      i += N * L;
+    };
+    while (i + kBlock * L <= count) block(Count<kBlock>{});
+    while (i < count) block(Count<1>{});
+  }
+
+  const SoftmaxParams& params_;
+  const bool can_keep_;
+  Planes<const T> planes_;
+  int count_ = 0;
+  int64_t first_ = 0, pixels_ = 0;  // of the tile at hand
+  int64_t room_ = 0, kept_ = 0;  // pixels of a map
+  int64_t ahead_ = 0;            // bytes from what is read to what is fetched meanwhile
+  SoftmaxMap<A> maps_[kTileMaps];
+  const T* run_[kTileMaps];
+  const A* p_[kTileMaps];
+  alignas(64) T buffer_[kTileMaps][kTile<A>];
+  alignas(64) A tile_[kTileMaps][kTile<A>];
+  std::unique_ptr<A[]> memory_;
+};
+
+// Values of some channels of some maps, tile by tile.
+template <class T>
+class ValueTiles {
+ public:
+  using A = Acc<T>;
+
+  ValueTiles(const Values& values, const SoftmaxParams& softmax)
+      : values_(values), softmax_(softmax), shared_(share_values(values, softmax)) {}
+
+  // Whether maps side by side have the same values, and the same of them count.
+  static bool share_values(const Values& values, const SoftmaxParams& softmax) {
+    return values.view.stride_inner == 0 && values.kind != ValueKind::window &&
+           counts_of(softmax.pixels, softmax.view) != Counts::by_bytes;
+  }
+
+  bool shared() const { return shared_; }
+
+  // Values of `count` maps, as of(m, maps, c, channels, runs): channels [c, c + channels), for maps [m, m + maps) of them,
+  // are the runs at pixels [first, first + pixels), with zeros up to a whole vector.
+  template <class F>
+  void for_each(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, const F& of,
+                int64_t first_channel = 0) {
+    const int64_t channels = values_.view.channels;
+    // Maps side by side are read together.
+    const bool adjacent = !shared_ && values_.kind == ValueKind::tensor && values_.view.stride_inner == 1;
+    const int maps = shared_ || adjacent ? count : 1, most = adjacent && maps > 1 ? 1 : kTileChannels;
+    for (int m = 0; m < count; m += maps) {
+      for (int64_t c = first_channel; c < channels; c += most) {
+        const int some = int(at_most(channels - c, most));
+        if (adjacent && maps > 1) {
+          for (int i = 0; i < maps; ++i) counting_[i] = tiles.counting(i);
+          load(first_map, maps, values_.view.stride_inner, c, first, pixels);
+          for (int i = 0; i < maps; ++i) of(i, 1, c, 1, run_ + i);
+          continue;
+        }
+        for (int i = 0; i < some; ++i) counting_[i] = tiles.counting(m);
+        load(first_map + m, some, values_.view.stride_channel, c, first, pixels);
+        of(m, maps, c, some, run_);
+      }
+    }
+  }
+
+  // E of as many channels as are whole vectors of one pixel, which then need not be transposed; returns their number.
+  int64_t add_channels(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, A* sums,
+                       int64_t stride) {
+    constexpr int64_t L = kLanes<A>, kMost = kTileChannels * kTile<A> / kTileMaps;
+    const ValueView& view = values_.view;
+    const int64_t channels = view.channels / L * L;
+    // What does not count may be NaN, and no weight of zero takes that away.
+    if (values_.kind != ValueKind::tensor || view.stride_channel != 1 || channels == 0 || tiles.counting(0)) return 0;
+    const int maps = shared_ ? count : 1;
+    A* const of_tile = buffer_[0];
+    for (int m = 0; m < count; m += maps) {
+      for (int64_t c = 0; c < channels; c += kMost) {
+        const int64_t some = at_most(channels - c, kMost);
+        const Planes<const T> planes = planes_of(first_map + m, c, 1);
+        for (int64_t i = 0; i < maps * some; i += L) store_vector(of_tile + i, Vec<A>{});
+        for_pieces(first, pixels, planes.row_length(first + pixels), [&](int64_t at, int64_t row, int64_t col, int64_t n) {
+          add_all_pixels<T>(tiles.p() + m, maps, at, n, planes.at(0, row, col), view.stride_x, some, of_tile, some);
+        });
+        for (int i = 0; i < maps; ++i) {
+          A* const to = sums + (m + i) * stride + c;
+          for (int64_t k = 0; k < some; k += L) add_vector(to + k, load_vector(of_tile + i * some + k));
+        }
+      }
+    }
+    return channels;
+  }
+
+ private:
+  Planes<const T> planes_of(int64_t n, int64_t channel, int64_t stride) const {
+    const ValueView& view = values_.view;
+    const int64_t outer = n / softmax_.view.inner, inner = n - outer * softmax_.view.inner;
+    const T* const from = static_cast<const T*>(values_.data) + outer * view.stride_outer + inner * view.stride_inner +
+                          channel * view.stride_channel;
+    return {from, stride, view.stride_y, view.stride_x, softmax_.view.width};
+  }
+
+  // `count` planes, from `channel` of map n on.
+  void load(int64_t n, int count, int64_t stride, int64_t channel, int64_t first, int64_t pixels) {
+    const int64_t whole = whole_vectors<A>(pixels);
+    for (int i = 0; i < count; ++i) run_[i] = buffer_[i];
+    if (values_.kind != ValueKind::tensor) {
+      for (int i = 0; i < count; ++i) {
+        values_.kind == ValueKind::window ? window(n, first, pixels, buffer_[i])
+                                          : coordinates(channel + i, first, pixels, buffer_[i]);
+        for (int64_t k = pixels; k < whole; ++k) buffer_[i][k] = A(0);
+      }
+      return;
+    }
+    const Planes<const T> planes = planes_of(n, channel, stride);
+    const T none[kTileChannels] = {};
+    if constexpr (std::is_same_v<T, A>) {
+      read_planes<T>(planes, count, first, pixels, counting_, none, buffer_[0], run_);
+    } else {
+      alignas(64) T narrow[kTileChannels][kTile<A>];
+      const T* run[kTileChannels];
+      read_planes<T>(planes, count, first, pixels, counting_, none, narrow[0], run);
+      for (int i = 0; i < count; ++i) {
+        for (int64_t k = 0; k < whole; k += kLanes<A>) {
+          store_vector(buffer_[i] + k, kpfused::cpu::KPFUSED_ISA::load(run[i] + k));
+        }
+      }
+    }
+  }
+
+  void coordinates(int64_t channel, int64_t first, int64_t count, A* to) const {
+    const Units& units = values_.units;
+    const MapView& maps = softmax_.view;
+    for_pieces(first, count, maps.width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
+      for (int64_t k = 0; k < n; ++k) {
+        to[i + k] = channel == 0 ? A(units.scale_x * centred<double>(col + k, maps.width) + units.offset_x)
+                                 : A(units.scale_y * centred<double>(row, maps.height) + units.offset_y);
+      }
+    });
+  }
+
+  void window(int64_t map, int64_t first, int64_t count, A* to) const {
+    const Box box = window_of<A>(values_, softmax_.view, stats_of<A>(softmax_, map), map);
+    for_pieces(first, count, softmax_.view.width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
+      for (int64_t k = 0; k < n; ++k) to[i + k] = A(box.has(row, col + k));
+    });
+  }
+
+  const Values& values_;
+  const SoftmaxParams& softmax_;
+  const bool shared_;
+  const Counting* counting_[kTileChannels];
+  const A* run_[kTileChannels];
+  alignas(64) A buffer_[kTileChannels][kTile<A>];
+};
+
+}  // namespace kpfused::cpu::KPFUSED_ISA
