@@ -27,6 +27,8 @@ from kpfused import _C, checks, reference
 from kpfused.results import SpatialMoments
 from kpfused.volume import merge_slices
 
+# By names of their own: each dot of the way to them is a look into a dictionary, at every call.
+is_compiling, transforms_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _HAS_CUDA = bool(_C.build_info()["cuda"])
 _PEAK, _FIELDS = SpatialMoments._fields.index("peak"), len(SpatialMoments._fields)
 _STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
@@ -278,12 +280,12 @@ def _call(
         return kernel.composition(heatmap, beta, beta_value, setting, *pixels)
     settings = (beta_value, setting, *pixels)
     result: tuple[Tensor, ...]
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         result = kernel.transformable(heatmap, beta, *settings)
     elif not is_plain(heatmap, beta, pixels):
         heatmap, beta, *pixels = prepare_distributed(heatmap, beta, *pixels)
         result = kernel.forward(heatmap, beta, beta_value, setting, *pixels)
-    elif torch.compiler.is_compiling():
+    elif is_compiling():
         result = kernel.forward(heatmap, beta, *settings)
     elif torch.is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
         beta = None if beta is None else _unwrap_if_dead(beta)
@@ -299,20 +301,14 @@ _unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # of a tensor that outlive
 
 def takes_composition(heatmap: Tensor) -> bool:
     """Devices without a kernel, forward-mode derivatives, transforms inside a compiled graph, and export to ONNX."""
-    if not _is_on_kernel_device(heatmap):
-        if not torch.compiler.is_compiling():
+    # Not by its device: to make a device object costs as much as all other checks together.
+    if not (heatmap.is_cpu or (heatmap.is_cuda and _HAS_CUDA) or heatmap.is_meta):
+        if not is_compiling():
             _warn_of_slow_path(heatmap.device.type)
         return True
     if forward_ad._current_level >= 0:
         return True
-    return torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export()
-    )
-
-
-def _is_on_kernel_device(heatmap: Tensor) -> bool:
-    # Not by its device: to make a device object costs as much as all other checks together.
-    return heatmap.is_cpu or (heatmap.is_cuda and _HAS_CUDA) or heatmap.is_meta
+    return is_compiling() and (transforms_active() or torch.onnx.is_in_onnx_export())
 
 
 def is_plain(heatmap: Tensor, beta: Tensor | None, pixels: Sequence[Any]) -> bool:
