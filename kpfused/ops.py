@@ -385,7 +385,7 @@ def _eager(kernel: _Kernel) -> Any:
             ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: tuple[Any, ...]
         ) -> Tensor | tuple[Tensor, ...]:
             output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
-            ctx.settings = settings
+            ctx.settings = settings if len(settings) == 2 else _without_tensors(settings)
             ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
             if has_one_result:  # more of them cost twice: here, and where each is told of its gradient
                 return output[0]
@@ -405,10 +405,16 @@ def _eager(kernel: _Kernel) -> Any:
 
 
 def _keep(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    heatmap, beta, *ctx.settings = inputs
+    heatmap, beta, *settings = inputs
+    ctx.settings = _without_tensors(settings)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
-    ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *ctx.settings[2:4])
+    ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *settings[2:4])
+
+
+def _without_tensors(settings: Sequence[Any]) -> tuple[Any, ...]:
+    """Mask and valid size are saved: what is kept beside them would be kept from hooks that send them elsewhere."""
+    return *settings[:2], *[None] * len(settings[2:4]), *settings[4:]
 
 
 def _backward_of(kernel: _Kernel, op: Any, launch: Any = None) -> Callable[..., tuple[Tensor | None, ...]]:

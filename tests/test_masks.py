@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import kpfused
 from kpfused import reference
@@ -200,3 +201,21 @@ def test_bad_input(function: str, error: type[Exception], words: str, keywords: 
     mine, _ = FUNCTIONS[function]
     with pytest.raises(error, match=words):
         mine(MAP, **keywords)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("function", [kpfused.soft_argmax2d, kpfused.spatial_softmax2d, kpfused.spatial_moments2d])
+def test_hooks_may_send_the_mask_elsewhere(device: str, function: Callable[..., Any]) -> None:
+    """As to the host, until backward: nothing but what autograd saves keeps it."""
+    heatmap = cases.random((2, 3, 8, 9)).float().to(device).requires_grad_()
+    mask = torch.rand(2, 1, 8, 9, device=device) < 0.7
+    expected = torch.autograd.grad(real(function(heatmap, mask=mask)).square().sum(), heatmap)
+    storage = StorageWeakRef(mask.untyped_storage())
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        result = real(function(heatmap, mask=mask))
+    del mask
+    assert storage.expired()
+    assert torch.equal(torch.autograd.grad(result.square().sum(), heatmap)[0], expected[0])
+
+
+def real(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result.covariance
