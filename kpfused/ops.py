@@ -14,9 +14,9 @@ import itertools
 import math
 import operator
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -346,7 +346,7 @@ def refuse_distributed(heatmap: Tensor) -> None:
         raise NotImplementedError("second derivatives of a heatmap that is a DTensor")
 
 
-def _distributed() -> ModuleType:
+def _distributed() -> types.ModuleType:
     """The sharding rules, which it registers: slow to import."""
     from kpfused import distributed
 
@@ -379,29 +379,28 @@ def _eager(kernel: _Kernel) -> Any:
     """
     launch, keep, has_one_result = kernel.launch_forward, kernel.keep, kernel.has_one_result
 
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: tuple[Any, ...]
-        ) -> Tensor | tuple[Tensor, ...]:
-            output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
-            ctx.settings = settings if len(settings) == 2 else _without_tensors(settings)
-            ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
-            if has_one_result:  # more of them cost twice: here, and where each is told of its gradient
-                return output[0]
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
-            return output
+    def forward(
+        ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: tuple[Any, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
+        ctx.settings = settings if len(settings) == 2 else _without_tensors(settings)
+        ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
+        if has_one_result:  # more of them cost twice: here, and where each is told of its gradient
+            return output[0]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
+        return output
 
-        backward = staticmethod(_backward_of(kernel, kernel.backward))
-
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(_backward_of(kernel, kernel.backward))}
+    # What users read of a tensor's grad_fn, followed by Backward.
+    name = "".join(map(str.capitalize, kernel.name.split("_")))
+    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda own: own.update(methods))
     # What the engine calls: it is torch's to look for backward, which compilers trace, and takes as long as a kernel.
-    if hasattr(Eager, "_backward_cls"):
-        backward = _backward_of(kernel, kernel.backward, kernel.launch_backward)
-        Eager._backward_cls.apply = backward  # type: ignore[attr-defined]
+    if hasattr(function, "_backward_cls"):
+        function._backward_cls.apply = _backward_of(kernel, kernel.backward, kernel.launch_backward)
     # Without what Function.apply does first, which is to look for setup_context, and whether any argument at all
     # outlived a transform.
-    return super(torch.autograd.Function, Eager).apply
+    return super(torch.autograd.Function, function).apply
 
 
 def _keep(kernel: _Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -427,10 +426,11 @@ def _backward_of(kernel: _Kernel, op: Any, launch: Any = None) -> Callable[..., 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if len(grads) > 1:
             grads = tuple([grads[i] for i in differentiable])
-        saved, settings = ctx.saved_tensors, ctx.settings
+        settings = ctx.settings
         of_settings = [None] * len(settings)
         if grads[0] is None and all(grad is None for grad in grads):
             return None, None, *of_settings
+        saved = ctx.saved_tensors
         of_beta = ctx.needs_input_grad[1]
         if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
             sources = (saved[0], saved[own - 1])

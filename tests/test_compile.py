@@ -170,9 +170,10 @@ def test_compiled_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> N
 def test_compiled_backward_of_an_eager_call(device: str) -> None:
     """Compiled autograd traces the Python that the engine would have called."""
     heatmap, beta = maps(2, device).requires_grad_(), torch.full((5,), 2.0, device=device, requires_grad=True)
+    mask = torch.rand(heatmap.shape[-2:], device=device) < 0.7
 
     def gradients() -> tuple[Tensor, ...]:
-        moments = kpfused.spatial_moments2d(heatmap, beta)
+        moments = kpfused.spatial_moments2d(heatmap, beta, mask=mask, empty_value=0.0)
         loss = kpfused.soft_argmax2d(heatmap, beta).square().sum() + moments.covariance.sum() + moments.entropy.sum()
         return torch.autograd.grad(loss, (heatmap, beta))
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -311,10 +314,31 @@ def test_strided_upstream(device: str) -> None:
     )
 
 
+def test_which_devices_have_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning where CUDA tensors could have one, which a compiler is spared."""
+    cuda: Any = SimpleNamespace(is_cpu=False, is_cuda=True, is_meta=False, device=torch.device("cuda"))
+    other: Any = SimpleNamespace(is_cpu=False, is_cuda=False, is_meta=False, device=torch.device("mps"))
+    assert not ops.takes_composition(torch.ones(3, 3))
+    assert not ops.takes_composition(torch.ones(3, 3, device="meta"))
+    assert ops.takes_composition(other)
+    monkeypatch.setattr(ops, "_HAS_CUDA", True)
+    assert not ops.takes_composition(cuda)
+    monkeypatch.setattr(ops, "_HAS_CUDA", False)
+    ops._warn_of_slow_path.cache_clear()
+    with monkeypatch.context() as compiler:
+        compiler.setattr(ops, "is_compiling", lambda: True)
+        assert ops.takes_composition(cuda)
+    with pytest.warns(UserWarning, match="built without CUDA kernels"):
+        assert ops.takes_composition(cuda)
+    assert ops.takes_composition(cuda)
+
+
 def test_devices_without_a_kernel_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     heatmap, beta = cases.random((2, 3, 4, 5)).float(), torch.rand(3)
     monkeypatch.setattr(ops, "takes_composition", lambda _: True)
-    monkeypatch.setattr(ops._SOFT_ARGMAX2D, "eager", None)
+    for name in ("eager", "launch_forward"):
+        monkeypatch.setattr(ops._SOFT_ARGMAX2D, name, None)
+    heatmap.requires_grad_()
     actual = kpfused.soft_argmax2d(heatmap, beta, coordinates="unit")
     assert torch.equal(actual, reference.soft_argmax2d(heatmap, beta, coordinates="unit"))
     assert torch.equal(kpfused.soft_argmax2d(heatmap, 2.0), reference.soft_argmax2d(heatmap, 2.0))
