@@ -123,6 +123,9 @@ class SoftArgmax3d(_Layer):
         super().__init__(beta, **settings)
         self.depth = depth
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() if self.depth is None else f"{super().extra_repr()}, depth={self.depth}"
+
     def forward(self, heatmap: Tensor, mask: Tensor | None = None) -> Tensor:
         """Coordinates ``(..., 3)``, (x, y, z), of ``heatmap`` ``(..., D, H, W)``."""
         return soft_argmax3d(heatmap, depth=self.depth, mask=mask, **self._settings())

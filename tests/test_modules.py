@@ -65,6 +65,7 @@ def test_rows_and_volumes() -> None:
     torch.testing.assert_close(learnt(volume), expected)
     joint = kpfused.SoftArgmax3d(2.0, depth=4)
     torch.testing.assert_close(joint(volume.flatten(1, 2)), expected, rtol=0, atol=0)
+    assert repr(joint) == "SoftArgmax3d(beta=2.0, coordinates='pixel', depth=4)"
     nothing = torch.zeros(6, dtype=torch.bool)
     assert (kpfused.SoftArgmax3d(depth=4, empty_value=-1.0)(volume.flatten(1, 2), nothing) == -1).all()
 
