@@ -135,8 +135,8 @@ struct LanesCounting {
       for (int64_t line = 0; line < cols; line += 64) {
         for (int64_t k = 0; k < channels; k += 8) {
           const int64_t channel = at_most(k, channels - 8), next = k + 8 < channels ? at_most(k + 8, channels - 8) : 0;
-          const uint8_t* const then = mask + next * between + (next ? line : line + 64);
-          for (int i = 0; i < 8; ++i) prefetch(then, i * between);
+          const int64_t ahead = next * between + (next ? line : line + 64);
+          for (int i = 0; i < 8; ++i) prefetch(mask, ahead + i * between);
           for (int64_t c = line; c < at_most(line + 64, cols); c += 16) {
             const int64_t col = at_most(c, cols - 16);
             turn(mask + channel * between + col, to_next, to + col * to_next + channel);

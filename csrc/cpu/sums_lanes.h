@@ -62,7 +62,7 @@ template <Counts kCounts, class T>
 KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, const T* pixel, int64_t channel, int j) {
   if (j * kLanes<Acc<T>> * int(sizeof(T)) % 64 != 0) return;
   prefetch(pixel + channel, chunk.ahead);
-  if (kCounts == Counts::listed) prefetch(pixel + channel + chunk.stride_x, chunk.ahead);
+  if (kCounts == Counts::listed) prefetch(pixel + channel, chunk.ahead + chunk.stride_x * int64_t(sizeof(T)));
 }
 
 // Ones in the lanes whose channel does not count.
