@@ -14,8 +14,8 @@ using CurrentStream = AOTITorchError (*)(int32_t, void**);
 // weak symbol, which a linker that drops libraries without a strong one leaves null: torch keeps its own to itself.
 CurrentStream find() {
   void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* const found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-  return reinterpret_cast<CurrentStream>(found);
+  // A library of another name may still be open to all.
+  return reinterpret_cast<CurrentStream>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
 }
 
 CurrentStream accessor() {
@@ -28,7 +28,7 @@ CurrentStream accessor() {
 bool has_cuda_streams() { return accessor() != nullptr; }
 
 void* current_cuda_stream(int32_t device) {
-  STD_TORCH_CHECK(has_cuda_streams(), "kpfused: this build of torch has no CUDA streams (see python -m kpfused.info)");
+  STD_TORCH_CHECK(has_cuda_streams(), "kpfused: the CUDA streams of torch were not found (see python -m kpfused.info)");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(accessor()(device, &stream));
   return stream;
