@@ -26,7 +26,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Tiny, vectors and single elements; usual; odd; beyond what one block takes, vectors and single elements.
 ROWS = [(2, 3, 3, 3), (3, 5, 7, 9), (2, 3, 12, 16), (2, 2, 64, 48), (1, 2, 47, 53), (1, 1, 520, 512), (1, 1, 521, 511)]
-# Channels of whole vectors and not, fewer and more than a tile; an image that is split.
+# Channels of whole vectors and not, fewer and more than a tile; images that are split, by rows and, where these are
+# long, by columns.
 CHANNELS = [
     (2, 3, 3, 3),
     (2, 17, 7, 9),
@@ -35,9 +36,11 @@ CHANNELS = [
     (1, 520, 3, 4),
     (1, 8, 112, 80),
     (1, 17, 96, 72),
+    (1, 17, 1, 6001),
+    (1, 16, 2, 3100),
 ]
 # For the other functions: whole vectors along rows and channels, and single elements of maps that channels_last splits.
-FUNCTION_SHAPES = [(2, 8, 9, 16), (1, 3, 201, 123)]
+FUNCTION_SHAPES = [(2, 8, 9, 16), (1, 3, 201, 123), (1, 8, 1, 6144)]
 
 
 def layouts(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
