@@ -110,6 +110,14 @@ def note(what: str, failure: Exception) -> None:
     skipped.append(f"{what}: {type(failure).__name__}")
 
 
+def until_failure(lines: Iterator[Comparison]) -> Iterator[Comparison]:
+    """Those ahead of the first whose inputs cannot be made."""
+    try:
+        yield from lines
+    except Exception as failure:
+        note("a line whose inputs could not be made, and all behind it", failure)
+
+
 def forward_backward(function: Callable[..., Any], *inputs: Tensor) -> Thunk:
     """Gradients of all real-valued results at once."""
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -295,7 +303,7 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
     """Rows, one after the other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    for each in comparisons(device, tiny):
+    for each in until_failure(comparisons(device, tiny)):
         try:
             ours, other, ratio = medians(each.thunk, each.other, rounds, device)
         except Exception as failure:
@@ -311,7 +319,11 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
     shape = (2, 3, 16, 16, 16) if tiny else (32, 18, 64, 64, 64)
     h = torch.randn(shape, device=device)
     for name, function in (("soft_argmax3d", kpfused.soft_argmax3d), ("composition", expectation3d)):
-        beyond = peak_bytes_beyond(function, h)
+        try:
+            beyond = peak_bytes_beyond(function, h)
+        except Exception as failure:
+            note(f"peak memory of {name}", failure)
+            continue
         share = beyond / h.nbytes
         label = ",".join(map(str, shape))
         question = f"peak memory of {name} beyond input and gradient"

@@ -117,7 +117,7 @@ def _reference(case: Case, device: str) -> tuple[Tensor, Tensor]:
 def source_digest() -> str:
     """A digest of what is measured, for checkouts that carry no version control."""
     digest = hashlib.sha256()
-    for pattern in ("csrc/**/*", "kpfused/*.py", "benchmarks/*.py"):
+    for pattern in ("csrc/**/*", "kpfused/**/*.py", "benchmarks/*.py"):
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

@@ -95,6 +95,8 @@ def measure(device: str, rounds: int = 40, calls: int = 100) -> list[dict[str, A
                 thunk = call(function, heatmap, direction, gradient)
                 thunk()
             except Exception as failure:
+                if name == OURS:
+                    raise
                 traceback.print_exception(failure)
                 skipped.append(f"{name}, host time, {direction}: {type(failure).__name__}")
             else:
@@ -122,7 +124,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options.device, options.rounds)
     if options.json:
-        write(options.json, head(options.device, "python -m benchmarks.host_time"), rows)
+        machine = head(options.device, "python -m benchmarks.host_time")
+        write(options.json, {**machine, "skipped": skipped}, rows)
     ours = {r["extra_info"]["direction"]: r["stats"]["median"] for r in rows if r["extra_info"]["peer"] == OURS}
     print(f"{'direction':18} {'peer':18} {'median, us':>11} {'min, us':>9} {'of kpfused':>11}")
     for found in rows:
