@@ -27,6 +27,8 @@ __all__ = ["prepare", "prepare_values", "together", "with_whole_depth"]
 def _register(name: str, rule: Callable[..., Any]) -> None:
     def dispatch(_: type, op: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch.no_grad():  # autograd is above: DTensors come apart here without a trace
+            # Redistributed, one with a gradient is detached in place, for which torch 2.11 has no rule.
+            args = [a.detach() if isinstance(a, DTensor) and a.requires_grad else a for a in args]
             return rule(op, *args, **(kwargs or {}))
 
     torch.library.register_torch_dispatch(name, DTensor, dispatch)
