@@ -62,14 +62,12 @@ def map_backward(
     own = tuple(share.take(tensor) for tensor in rest[:kept])
     is_map = grad.shape == heatmap.shape
     own_grad = grad.redistribute(placements=share.placements).to_local() if is_map else share.take(grad)
-    beta, beta_value, setting, needs_grad_beta, *pixels = rest[kept:]
-    own_pixels = share.take_pixels(*pixels, **named_pixels)
-    settings = (share.take_broadcast(beta), beta_value, setting, needs_grad_beta, *own_pixels)
+    settings = share.take_settings(*rest[kept:], **named_pixels)
     if not share.spread:
         return kernel_gradients(op, share, (own_grad,), own, settings)
     # Also on ranks without pixels, which may have to take part in merging.
     grad_heatmap, grad_beta = spread(op, share, own_grad, *own, *settings)
-    return share.wrap_heatmap(grad_heatmap), share.wrap_grad_beta(grad_beta, needs_grad_beta)
+    return share.wrap_heatmap(grad_heatmap), share.wrap_grad_beta(grad_beta, settings[3])
 
 
 def _expectation(

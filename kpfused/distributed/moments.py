@@ -200,8 +200,8 @@ def backward(
     grad, own_stats = share.take(grad_coordinates), share.take(stats)
     if share.spread:
         grad, own_stats, coordinates = *_as_of_own_map(share, grad, own_stats, coordinates), PIXEL
-    settings = (share.take_broadcast(beta), beta_value, coordinates, needs_grad_beta)
-    return kernel_gradients(op, share, (grad,), (own_stats,), (*settings, *share.take_pixels(*pixels, **named_pixels)))
+    settings = share.take_settings(beta, beta_value, coordinates, needs_grad_beta, *pixels, **named_pixels)
+    return kernel_gradients(op, share, (grad,), (own_stats,), settings)
 
 
 def _as_of_own_map(share: Share, grad_mean: Any, stats: Tensor, coordinates: int) -> tuple[Any, Tensor]:
@@ -247,14 +247,9 @@ def moments_backward(
             logsumexp = logsumexp.masked_fill(~is_here, 0)
             chance = torch.zeros_like(logsumexp) if chance is None else chance
             chance = torch.where(is_here, chance, chance - constant)
-    settings = (share.take_broadcast(beta), beta_value, coordinates, needs_grad_beta)
-    return kernel_gradients(
-        op,
-        share,
-        (mean, covariance, entropy, logsumexp, chance),
-        (own_stats, own_peak),
-        (*settings, *share.take_pixels(*pixels, **named_pixels)),
-    )
+    settings = share.take_settings(beta, beta_value, coordinates, needs_grad_beta, *pixels, **named_pixels)
+    own_grads = (mean, covariance, entropy, logsumexp, chance)
+    return kernel_gradients(op, share, own_grads, (own_stats, own_peak), settings)
 
 
 def _local_peak(share: Share, peak: Tensor) -> tuple[Tensor, Tensor]:

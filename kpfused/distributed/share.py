@@ -149,6 +149,12 @@ class Share:
             size = torch.stack([n - self.first(dim) for n, dim in zip(size.unbind(-1), (-2, -1), strict=True)], -1)
         return None if mask is None else self._take_mask(mask), size, empty_value
 
+    def take_settings(
+        self, beta: DTensor | None, beta_value: float, setting: int, needs_grad_beta: bool, *pixels: Any, **named: Any
+    ) -> tuple[Any, ...]:
+        """What a backward op is told behind the maps, of this rank's."""
+        return self.take_broadcast(beta), beta_value, setting, needs_grad_beta, *self.take_pixels(*pixels, **named)
+
     def _take_mask(self, mask: DTensor) -> Tensor:
         """This rank's part of a mask of the heatmap's shape, as a view where it can be: a mask that was expanded is
         the size of the heatmap, but not in memory."""
