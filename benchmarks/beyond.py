@@ -17,7 +17,6 @@ import gc
 import os
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 
 import kpfused
 from benchmarks.baselines import axes
-from benchmarks.cases import Case, head, heatmaps, row, skipped, write
+from benchmarks.cases import Case, head, heatmaps, not_measured, row, skipped, write
 from benchmarks.memory import peak_bytes_beyond
 
 Thunk = Callable[[], Any]
@@ -100,14 +99,9 @@ def agrees(name: str, ours: Callable[..., Tensor], composition: Callable[..., Te
     try:
         torch.testing.assert_close(ours(*inputs).float(), composition(*inputs).float(), rtol=1e-3, atol=1e-3)
     except Exception as failure:
-        note(name, failure)
+        not_measured(name, failure)
         return False
     return True
-
-
-def note(what: str, failure: Exception) -> None:
-    traceback.print_exception(failure)
-    skipped.append(f"{what}: {type(failure).__name__}")
 
 
 def until_failure(lines: Iterator[Comparison]) -> Iterator[Comparison]:
@@ -115,7 +109,7 @@ def until_failure(lines: Iterator[Comparison]) -> Iterator[Comparison]:
     try:
         yield from lines
     except Exception as failure:
-        note("a line whose inputs could not be made, and all behind it", failure)
+        not_measured("a line whose inputs could not be made, and all behind it", failure)
 
 
 def forward_backward(function: Callable[..., Any], *inputs: Tensor) -> Thunk:
@@ -307,7 +301,7 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
         try:
             ours, other, ratio = medians(each.thunk, each.other, rounds, device)
         except Exception as failure:
-            note(f"{each.question} at {each.case}", failure)
+            not_measured(f"{each.question} at {each.case}", failure)
             continue
         figure = ratio if each.cost else 1 / ratio
         stats = {"median": ours, "other": other, "ratio": figure, "rounds": rounds}
@@ -322,7 +316,7 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
         try:
             beyond = peak_bytes_beyond(function, h)
         except Exception as failure:
-            note(f"peak memory of {name}", failure)
+            not_measured(f"peak memory of {name}", failure)
             continue
         share = beyond / h.nbytes
         label = ",".join(map(str, shape))
@@ -344,7 +338,7 @@ def main() -> None:
     try:
         check(options.device)
     except Exception as failure:
-        note("a composition beside kpfused on a small map", failure)
+        not_measured("a composition beside kpfused on a small map", failure)
     rows: list[dict[str, Any]] = []
     for found in measure(options.device, options.rounds, options.dry_run):
         rows.append(found)

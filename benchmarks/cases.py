@@ -10,7 +10,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +114,18 @@ def _reference(case: Case, device: str) -> tuple[Tensor, Tensor]:
     result = reference.soft_argmax2d(maps)
     gradient = torch.autograd.grad(result, maps, upstream(case, device, torch.float64)[ends])[0]
     return result.detach(), gradient
+
+
+def not_measured(what: str, failure: Exception) -> str:
+    """Shows a failure in full, and notes it for the head of a file, in the one line that is returned.
+
+    That is the first of its message, or the last where a Triton kernel is quoted before it.
+    """
+    traceback.print_exception(failure)
+    lines = str(failure).strip().splitlines() or [""]
+    line = lines[-1] if re.match(r"at \d+:\d+:", lines[0]) else lines[0]
+    skipped.append(f"{what}: {type(failure).__name__}: {line.strip()[:160]}")
+    return skipped[-1]
 
 
 def source_digest() -> str:

@@ -13,9 +13,7 @@ copies for backward, both one after the other for forward+backward.
 from __future__ import annotations
 
 import argparse
-import re
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import host_time, memory
 from benchmarks.baselines import OURS, Function, Peer, available
-from benchmarks.cases import DTYPES, Case, call, error, head, heatmaps, row, skipped, upstream, write
+from benchmarks.cases import DTYPES, Case, call, error, head, heatmaps, not_measured, row, skipped, upstream, write
 from benchmarks.gpu_timing import HOT_CALLS, Thunk, Timer
 from kpfused import ops
 
@@ -87,9 +85,7 @@ class Run:
         try:
             yield
         except Exception as failure:
-            traceback.print_exception(failure)
-            note = f"{peer} {what}: {_short(failure)}"
-            skipped.append(note)
+            note = not_measured(f"{peer} {what}", failure)
             if peer == OURS:
                 self.failures.append(note)
             self.timer.synchronize()
@@ -235,13 +231,6 @@ class Run:
                 label = f"{extra['peer']}, the best of all cases"
                 rates[label] = max(rates.get(label, 0.0), extra["gigabytes_per_second"])
         return rates
-
-
-def _short(failure: Exception) -> str:
-    """One line of a failure: the first, or the last where a Triton kernel is quoted before the message."""
-    lines = str(failure).strip().splitlines() or [""]
-    line = lines[-1] if re.match(r"at \d+:\d+:", lines[0]) else lines[0]
-    return f"{type(failure).__name__}: {line.strip()[:160]}"
 
 
 def short_table(rows: list[dict[str, Any]]) -> str:

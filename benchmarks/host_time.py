@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import OURS, Function, available
-from benchmarks.cases import Case, call, head, heatmaps, row, skipped, upstream, write
+from benchmarks.cases import Case, call, head, heatmaps, not_measured, row, skipped, upstream, write
 
 CASE = Case((1, 1, 8, 8))
 NAMES = (OURS, "eager", "marginals", "dsntnn", "kornia")
@@ -97,8 +96,7 @@ def measure(device: str, rounds: int = 40, calls: int = 100) -> list[dict[str, A
             except Exception as failure:
                 if name == OURS:
                     raise
-                traceback.print_exception(failure)
-                skipped.append(f"{name}, host time, {direction}: {type(failure).__name__}")
+                not_measured(f"{name}, host time, {direction}", failure)
             else:
                 thunks[name] = thunk
         seconds: dict[str, list[float]] = {name: [] for name in thunks}
