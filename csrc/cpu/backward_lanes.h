@@ -40,7 +40,7 @@ struct GradientChunk {
   int64_t stride_y, stride_x, out_y, out_x, rows, cols, row, col;
   int64_t channels;  // at least one vector of them
   PixelMask mask;           // where all channels count alike
-  const uint8_t* excluded;  // where each counts by itself: `channels` bytes a pixel, dense
+  const Bits<Acc<T>>* excluded;  // where each counts by itself: `channels` words for the pixels of each
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -83,8 +83,8 @@ class BackwardLanes {
       const int64_t first_map = outer * view_.inner + first;
       if (channels < L) {
         buffered(all, first_map, lanes);
-      } else if (counts_of(params_.pixels, view_) == Counts::by_bytes) {
-        counted_by_bytes(all, first_map, lanes);
+      } else if (counts_of(params_.pixels, view_) == Counts::by_bits) {
+        counted_by_bits(all, first_map, lanes);
       } else {
         counted(all, counting_of(params_.pixels, view_, first_map), lanes);
       }
@@ -143,17 +143,17 @@ class BackwardLanes {
     }
   }
 
-  void counted_by_bytes(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
-    const Tiling chunks = lane_chunks<T>(Counts::by_bytes, all.rows, all.cols, all.channels);
-    ExcludedBytes bytes(params_.pixels, view_, first_map, all.channels);
+  void counted_by_bits(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
+    const Tiling chunks = lane_chunks<T>(Counts::by_bits, all.rows, all.cols, all.channels);
+    Excluded<A> excluded(params_.pixels, view_, first_map, all.channels);
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
         GradientChunk<T> chunk = all;
         chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
         chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x, chunk.cols = chunks.x.size(j);
-        chunk.excluded = bytes.of({chunk.row, chunk.rows, chunk.col, chunk.cols}, all.channels);
-        pixels<true>(chunk, lanes);
+        chunk.excluded = excluded.of({chunk.row, chunk.rows, chunk.col, chunk.cols}, all.channels);
+        chunk.excluded ? pixels<true>(chunk, lanes) : pixels<false>(chunk, lanes);
       }
     }
   }
@@ -162,7 +162,7 @@ class BackwardLanes {
     for (int64_t g = 0; g < ceil_div(channels, L); ++g) store(out + group_begin<A>(g, channels), Vec<A>{});
   }
 
-  template <bool kBytes>
+  template <bool kByChannel>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
     const int64_t groups = ceil_div(chunk.channels, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -180,12 +180,16 @@ class BackwardLanes {
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       const uint8_t* const mask = chunk.mask.row(r);
-      const uint8_t* excluded = kBytes ? chunk.excluded + r * chunk.cols * chunk.channels : nullptr;
+      const Bits<A>* const of_row = kByChannel ? chunk.excluded + r * words_of<A>(chunk.cols) * chunk.channels : nullptr;
+      PixelBit<A> bit = {};
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
       for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += A(1)) {
         if (!chunk.mask.at(mask, c)) {
           clear(out, chunk.channels);
           continue;
+        }
+        if constexpr (kByChannel) {
+          c % kBits<A> == 0 ? void(bit = PixelBit<A>(of_row, chunk.channels, c)) : void(bit.bit += bit.bit);
         }
         for (int64_t g = 0; g < groups; ++g) {
           auto& m = lanes.group[g];
@@ -199,15 +203,13 @@ class BackwardLanes {
             q[0] = m.x * dx + m.of_row;
           }
           gradient<A, kBeta, kMoments, 1>(v, q, m.of, by_distance, m.beta, dbeta);
-          if constexpr (kBytes) {
-            const Mask<A> counts = ~(Mask<A>)load_bytes<A>(excluded + k);
-            v[0] = keep<A>(v[0], counts);
-            if (kBeta) dbeta[0] = keep<A>(dbeta[0], counts);
+          if constexpr (kByChannel) {
+            v[0] = bit.choose(k, v[0], Vec<A>{});
+            if (kBeta) dbeta[0] = bit.choose(k, dbeta[0], Vec<A>{});
           }
           store(out + k, v[0]);
           if (kBeta) m.dbeta += dbeta[0];
         }
-        if constexpr (kBytes) excluded += chunk.channels;
       }
     }
   }
@@ -216,7 +218,7 @@ class BackwardLanes {
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
     const int64_t padded = padded_channels<A>(all.channels);
     const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.channels);
-    ExcludedBytes bytes(params_.pixels, view_, first_map, all.channels);
+    Excluded<A> excluded(params_.pixels, view_, first_map, all.channels);
     T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
     __builtin_memset(from, 0, sizeof(from));
     for (int64_t i = 0; i < chunks.y.count; ++i) {
@@ -228,12 +230,8 @@ class BackwardLanes {
                     range.rows, range.cols, all.channels);
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
                                   range.cols, range.row, range.col, padded, {},       nullptr};
-        if (params_.pixels.all()) {
-          pixels<false>(chunk, lanes);
-        } else {
-          chunk.excluded = bytes.of(range, padded);
-          pixels<true>(chunk, lanes);
-        }
+        if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
+        chunk.excluded ? pixels<true>(chunk, lanes) : pixels<false>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
                     range.cols, all.channels);
       }

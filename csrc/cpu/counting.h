@@ -59,11 +59,7 @@ using SignedVector = typename VectorOf<std::make_signed_t<Bits<T>>>::type;
 // __builtin_convertvector apart.
 template <class T>
 KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
-#if KPFUSED_AVX512
-  if constexpr (sizeof(T) == 8) return (BitsVector<T>)_mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i*)p));
-  if constexpr (sizeof(T) == 4) return (BitsVector<T>)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
-  if constexpr (sizeof(T) == 2) return (BitsVector<T>)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
-#elif KPFUSED_AVX2
+#if KPFUSED_AVX2
   if constexpr (sizeof(T) == 8) {
     int32_t bits;
     __builtin_memcpy(&bits, p, sizeof(bits));

@@ -40,7 +40,7 @@ class ForwardLanes {
         switch (counts_of(params_.pixels, view_)) {
           case Counts::all: run_part<Counts::all>(base, next, part, first_map, channels, lanes); break;
           case Counts::listed: run_part<Counts::listed>(base, next, part, first_map, channels, lanes); break;
-          case Counts::by_bytes: run_part<Counts::by_bytes>(base, next, part, first_map, channels, lanes); break;
+          case Counts::by_bits: run_part<Counts::by_bits>(base, next, part, first_map, channels, lanes); break;
         }
       }
       for (int64_t c = 0; c < channels; ++c) {
@@ -95,7 +95,7 @@ class ForwardLanes {
   template <Counts kCounts>
   void run_part(const T* base, const T* next, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     Counting counting = counting_of(params_.pixels, view_, first_map);
-    // Sizes of their own are in the bytes.
+    // Sizes of their own are in the bits.
     if (!one_size(params_.pixels, view_)) counting.rows = view_.height, counting.cols = view_.width;
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
     const int64_t row = parts_.y.begin(i), col = parts_.x.begin(j);
@@ -109,7 +109,7 @@ class ForwardLanes {
                                        chunks.x.begin(n % chunks.x.count) * view_.stride_x;
     };
     std::conditional_t<kCounts == Counts::listed, ColumnList, Nothing> list;
-    std::conditional_t<kCounts == Counts::by_bytes, ExcludedBytes, Nothing> bytes(params_.pixels, view_, first_map, channels);
+    std::conditional_t<kCounts == Counts::by_bits, Excluded<A>, Nothing> excluded(params_.pixels, view_, first_map, channels);
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
       const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj), chunks.x.size(cj)};
@@ -117,7 +117,13 @@ class ForwardLanes {
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
                              (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), channels, n == 0, nullptr, nullptr};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_bytes) chunk.excluded = bytes.of(range, channels);
+      if constexpr (kCounts == Counts::by_bits) {
+        chunk.excluded = excluded.of(range, channels);
+        if (!chunk.excluded) {
+          run_chunk<Counts::all>(chunk, lanes);
+          continue;
+        }
+      }
       run_chunk<kCounts>(chunk, lanes);
     }
   }
@@ -136,7 +142,7 @@ class ForwardLanes {
   void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
     const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
-    ExcludedBytes bytes(params_.pixels, view_, first_map, channels);
+    Excluded<A> excluded(params_.pixels, view_, first_map, channels);
     alignas(64) T buffer[kGatherBytes / sizeof(T)];
     __builtin_memset(buffer, 0, sizeof(buffer));
     for (int64_t n = 0; n < chunks.count(); ++n) {
@@ -148,12 +154,8 @@ class ForwardLanes {
       LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, n == 0,
                              nullptr, nullptr};
-      if (params_.pixels.all()) {
-        run_chunk<Counts::all>(chunk, lanes);
-      } else {
-        chunk.excluded = bytes.of(range, padded);
-        run_chunk<Counts::by_bytes>(chunk, lanes);
-      }
+      if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
+      chunk.excluded ? run_chunk<Counts::by_bits>(chunk, lanes) : run_chunk<Counts::all>(chunk, lanes);
     }
   }
 

@@ -23,7 +23,7 @@ constexpr int kLaneVectors = 4;
 enum class Counts {
   all,
   listed,    // the same for all channels: a list of columns
-  by_bytes,  // for each channel by itself: a byte of ones where it does not
+  by_bits,   // for each channel by itself: a bit
 };
 
 // Whether all channels of a pixel count, or none. Kernels then read none that does not count.
@@ -32,7 +32,7 @@ KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
   return !pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0;
 }
 KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
-  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bytes;
+  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bits;
   return pixels.mask ? Counts::listed : Counts::all;
 }
 
@@ -45,7 +45,7 @@ KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int
   const int64_t at_once = at_most(channels, kLaneVectors * kLanes<Acc<T>>);
   int64_t pixels = kChunkBytes / (at_once * int64_t(sizeof(T)));
   if (counts == Counts::listed) pixels = at_most(pixels, kListed);
-  if (counts == Counts::by_bytes) pixels = at_most(pixels, kGatherBytes / channels);
+  if (counts == Counts::by_bits) pixels = at_most(pixels, kGatherBytes / channels);
   return tile(rows, cols, pixels, 1);
 }
 
@@ -78,113 +78,182 @@ struct ColumnList {
   }
 };
 
-typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+// Bytes of a mask that are looked at together.
+constexpr int kByteVector = 16;
 
-// The bytes of two in turn, of eight from `first` on.
-template <int first>
-KPFUSED_INLINE Bytes16 interleave(Bytes16 a, Bytes16 b) {
-#ifdef __SSE2__
-  const __m128i x = (__m128i)a, y = (__m128i)b;
-  return (Bytes16)(first == 0 ? _mm_unpacklo_epi8(x, y) : _mm_unpackhi_epi8(x, y));
-#else
-  Bytes16 turned;
-  for (int i = 0; i < 8; ++i) turned[2 * i] = a[first + i], turned[2 * i + 1] = b[first + i];
-  return turned;
-#endif
+// Words of bits, each for one channel and as many pixels of a row as it has bits: ones where they do not count.
+template <class A>
+constexpr int kBits = 8 * int(sizeof(A));
+template <class A>
+KPFUSED_INLINE int64_t words_of(int64_t cols) {
+  return ceil_div(cols, kBits<A>);
 }
 
-// Which pixels count for each channel of a block.
-struct LanesCounting {
-  int64_t channels;
-  bool same_size;
-  int64_t between;  // the masks of two channels
-  Counting each[2 * kChannelBlock];
+// The lowest `count` bits.
+template <class A>
+KPFUSED_INLINE Bits<A> low_bits(int64_t count) {
+  return count >= kBits<A> ? ~Bits<A>(0) : Bits<A>((Bits<A>(1) << at_least(count, 0)) - 1);
+}
 
-  LanesCounting(const PixelView& pixels, const MapView& view, int64_t first_map, int64_t count)
-      : channels(count), same_size(one_size(pixels, view)), between(pixels.mask_view.stride_inner) {
-    for (int64_t k = 0; k < channels; ++k) each[k] = counting_of(pixels, view, first_map + k);
-  }
+// One pixel in the words of all channels.
+template <class A>
+struct PixelBit {
+  const Bits<A>* words;
+  BitsVector<A> bit;
 
-  // A byte for each channel of each pixel, pixel after pixel, `to_next` bytes apart: ones where it does not count.
-  void exclude(const PixelRange& range, int64_t to_next, uint8_t* to) const {
-    for (int64_t r = 0; r < range.rows; ++r, to += range.cols * to_next) {
-      const int64_t row = range.row + r;
-      if (each[0].mask) {
-        exclude_masked(each[0].mask + row * each[0].stride_y + range.col * each[0].stride_x, range.cols, to_next, to);
-      } else {
-        __builtin_memset(to, 0, range.cols * to_next);
-      }
-      if (row < each[0].rows && range.col + range.cols <= each[0].cols && same_size) continue;
-      uint16_t valid[2 * kChannelBlock];  // columns of this range
-      for (int64_t k = 0; k < channels; ++k) {
-        valid[k] = uint16_t(row < each[k].rows ? at_most(at_least(each[k].cols - range.col, 0), range.cols) : 0);
-      }
-      for (int64_t c = 0; c < range.cols; ++c) {
-        for (int64_t k = 0; k < channels; ++k) to[c * to_next + k] |= uint8_t(-(c >= valid[k]));
-      }
-    }
-  }
+  PixelBit() = default;
+  KPFUSED_INLINE PixelBit(const Bits<A>* of_row, int64_t channels, int64_t col)
+      : words(of_row + col / kBits<A> * channels), bit((BitsVector<A>{} + 1) << Bits<A>(col % kBits<A>)) {}
 
- private:
-  // One row.
-  KPFUSED_INLINE void exclude_masked(const uint8_t* mask, int64_t cols, int64_t to_next, uint8_t* to) const {
-    const int64_t stride_x = each[0].stride_x;
-    if (between == 1 && stride_x == to_next && channels == to_next) return invert(mask, cols * to_next, to);
-    if (stride_x == 1 && cols >= 16 && channels >= 8) {
-      // Lines of eight channels at a time: where maps lie a power of two apart, the cache has room for no more of them.
-      for (int64_t line = 0; line < cols; line += 64) {
-        for (int64_t k = 0; k < channels; k += 8) {
-          const int64_t channel = at_most(k, channels - 8), next = k + 8 < channels ? at_most(k + 8, channels - 8) : 0;
-          const int64_t ahead = next * between + (next ? line : line + 64);
-          for (int i = 0; i < 8; ++i) prefetch(mask, ahead + i * between);
-          for (int64_t c = line; c < at_most(line + 64, cols); c += 16) {
-            const int64_t col = at_most(c, cols - 16);
-            turn(mask + channel * between + col, to_next, to + col * to_next + channel);
-          }
-        }
-      }
-      return;
+  // v, or `otherwise` in the lanes whose channel does not count.
+  KPFUSED_INLINE Vec<A> choose(int64_t channel, Vec<A> v, Vec<A> otherwise) const {
+    BitsVector<A> of_lanes;
+    __builtin_memcpy(&of_lanes, words + channel, sizeof(of_lanes));
+#if KPFUSED_AVX512  // one instruction, whose result others take along
+    if constexpr (sizeof(A) == 4) {
+      const __mmask16 counts = _mm512_testn_epi32_mask((__m512i)of_lanes, (__m512i)bit);
+      return (Vec<A>)_mm512_mask_mov_ps((__m512)otherwise, counts, (__m512)v);
     }
-    for (int64_t c = 0; c < cols; ++c) {
-      for (int64_t k = 0; k < channels; ++k) to[c * to_next + k] = uint8_t(-(mask[k * between + c * stride_x] == 0));
-    }
-  }
-
-  static void invert(const uint8_t* mask, int64_t n, uint8_t* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = uint8_t(-(mask[i] == 0));
-  }
-
-  // 8 channels of 16 pixels. The place of a byte, three bits of its channel and four of its pixel, goes around by one bit
-  // at each of three steps.
-  KPFUSED_INLINE void turn(const uint8_t* mask, int64_t to_next, uint8_t* to) const {
-    Bytes16 v[8], turned[8];
-    for (int i = 0; i < 8; ++i) {
-      __builtin_memcpy(&v[i], mask + i * between, 16);
-      v[i] = (Bytes16)(v[i] == 0);
-    }
-    for (int step = 0; step < 3; ++step) {
-      for (int i = 0; i < 4; ++i) {
-        turned[2 * i] = interleave<0>(v[i], v[i + 4]);
-        turned[2 * i + 1] = interleave<8>(v[i], v[i + 4]);
-      }
-      for (int i = 0; i < 8; ++i) v[i] = turned[i];
-    }
-    for (int i = 0; i < 16; ++i) __builtin_memcpy(to + i * to_next, reinterpret_cast<const uint8_t*>(v) + i * 8, 8);
+#endif
+    return (of_lanes & bit) != 0 ? otherwise : v;
   }
 };
 
-// The bytes of one chunk after the other.
-struct ExcludedBytes {
-  LanesCounting counting;
-  uint8_t bytes[kGatherBytes];
+// Ones for each byte that is zero, of 32.
+KPFUSED_INLINE uint32_t zero_bytes(const uint8_t* p) {
+#if KPFUSED_AVX512
+  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+  return _mm256_testn_epi8_mask(bytes, bytes);
+#elif KPFUSED_AVX2
+  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+  return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
+#elif KPFUSED_SSE2
+  const __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)(p + 16));
+  const __m128i zero = _mm_setzero_si128();
+  return uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(low, zero))) |
+         uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(high, zero))) << 16;
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= uint32_t(p[i] == 0) << i;
+  return bits;
+#endif
+}
 
-  ExcludedBytes(const PixelView& pixels, const MapView& view, int64_t first_map, int64_t channels)
-      : counting(pixels, view, first_map, channels) {}
+// Which pixels of a chunk do not count, for each channel of a block: the words of all channels side by side.
+template <class A>
+class Excluded {
+ public:
+  using Word = Bits<A>;
 
-  const uint8_t* of(const PixelRange& range, int64_t to_next) {
-    counting.exclude(range, to_next, bytes);
-    return bytes;
+  Excluded(const PixelView& pixels, const MapView& view, int64_t first_map, int64_t count)
+      : channels_(count), same_size_(one_size(pixels, view)), between_(pixels.mask_view.stride_inner) {
+    for (int64_t k = 0; k < count; ++k) each_[k] = counting_of(pixels, view, first_map + k);
   }
+
+  // Words of the next channel of a row follow, those of the next pixels are `to_next` words further. Null if all count.
+  const Word* of(const PixelRange& range, int64_t to_next) {
+    const int64_t words = words_of<A>(range.cols);
+    Word any = 0;
+    for (int64_t r = 0; r < range.rows; ++r) {
+      const int64_t row = range.row + r;
+      Word* const to = words_ + r * words * to_next;
+      if (each_[0].mask) {
+        masked(each_[0].mask + row * each_[0].stride_y + range.col * each_[0].stride_x, range.cols, to_next, to);
+      } else {
+        __builtin_memset(to, 0, words * to_next * sizeof(Word));
+      }
+      if (row >= each_[0].rows || range.col + range.cols > each_[0].cols || !same_size_) invalid(row, range, to_next, to);
+      for (int64_t w = 0; w < words; ++w) {
+        for (int64_t k = 0; k < channels_; ++k) any |= to[w * to_next + k];
+      }
+    }
+    return any ? words_ : nullptr;
+  }
+
+ private:
+  void invalid(int64_t row, const PixelRange& range, int64_t to_next, Word* to) const {
+    for (int64_t k = 0; k < channels_; ++k) {
+      const int64_t valid = row < each_[k].rows ? at_least(each_[k].cols - range.col, 0) : 0;
+      for (int64_t c = 0; c < range.cols; c += kBits<A>) {
+        to[c / kBits<A> * to_next + k] |= low_bits<A>(range.cols - c) & ~low_bits<A>(valid - c);
+      }
+    }
+  }
+
+  // One row.
+  KPFUSED_INLINE void masked(const uint8_t* mask, int64_t cols, int64_t to_next, Word* to) const {
+    const int64_t stride_x = each_[0].stride_x;
+    if (stride_x == 1 && channels_ >= 8) return planes(mask, cols, to_next, to);
+    if (between_ == 1 && channels_ >= kByteVector) return side_by_side(mask, stride_x, cols, to_next, to);
+    __builtin_memset(to, 0, words_of<A>(cols) * to_next * sizeof(Word));
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t k = 0; k < channels_; ++k) {
+        to[c / kBits<A> * to_next + k] |= Word(mask[k * between_ + c * stride_x] == 0) << (c % kBits<A>);
+      }
+    }
+  }
+
+  // Lines of eight channels at a time: where maps lie a power of two apart, the cache has room for no more of them.
+  KPFUSED_INLINE void planes(const uint8_t* mask, int64_t cols, int64_t to_next, Word* to) const {
+    for (int64_t line = 0; line < cols; line += 64) {
+      for (int64_t k = 0; k < channels_; k += 8) {
+        const int64_t channel = at_most(k, channels_ - 8), next = k + 8 < channels_ ? at_most(k + 8, channels_ - 8) : 0;
+        const int64_t ahead = next * between_ + (next ? line : line + 64);
+        for (int i = 0; i < 8; ++i) prefetch(mask, ahead + i * between_);
+        for (int64_t c = line; c < at_most(line + 64, cols); c += kBits<A>) {
+          const int64_t count = at_most(cols - c, kBits<A>);
+          for (int i = 0; i < 8; ++i) {
+            to[c / kBits<A> * to_next + channel + i] = word(mask + (channel + i) * between_ + c, count);
+          }
+        }
+      }
+    }
+  }
+
+  static KPFUSED_INLINE Word word(const uint8_t* mask, int64_t count) {
+    if (count == kBits<A>) {
+      Word bits = zero_bytes(mask);
+      if constexpr (kBits<A> == 64) bits |= Word(zero_bytes(mask + 32)) << 32;
+      return bits;
+    }
+    Word bits = 0;
+    for (int64_t i = 0; i < count; ++i) bits |= Word(mask[i] == 0) << i;
+    return bits;
+  }
+
+  // A byte of each channel for eight pixels at a time.
+  KPFUSED_INLINE void side_by_side(const uint8_t* mask, int64_t stride_x, int64_t cols, int64_t to_next, Word* to) const {
+    typedef uint8_t Bytes __attribute__((vector_size(kByteVector)));
+    for (int64_t c = 0; c < cols; c += kBits<A>, to += to_next) {
+      for (int64_t k = 0; k < channels_; k += kByteVector) {
+        const int64_t channel = at_most(k, channels_ - kByteVector);
+        Word words[kByteVector] = {};
+        for (int64_t first = c; first < at_most(cols, c + kBits<A>); first += 8) {
+          const uint8_t* from = mask + first * stride_x + channel;
+          Bytes bits = {}, bit = Bytes{} + 1;
+          const auto pixels = [&](int64_t count) __attribute__((always_inline)) {
+            for (int64_t i = 0; i < count; ++i, from += stride_x, bit += bit) {
+              Bytes bytes;
+              __builtin_memcpy(&bytes, from, sizeof(bytes));
+              bits |= (Bytes)(bytes == 0) & bit;
+            }
+          };
+          first + 8 <= cols ? pixels(8) : pixels(cols - first);
+          uint8_t each[kByteVector];
+          __builtin_memcpy(each, &bits, sizeof(each));
+          for (int i = 0; i < kByteVector; ++i) words[i] |= Word(each[i]) << (first - c);
+        }
+        __builtin_memcpy(to + channel, words, sizeof(words));
+      }
+    }
+  }
+
+  int64_t channels_;
+  bool same_size_;
+  int64_t between_;  // the masks of two channels
+  Counting each_[2 * kChannelBlock];
+  // A word for each pixel of each channel, for chunks of one column.
+  Word words_[kGatherBytes];
 };
 
 // Copies pixels of `channels` elements each between rows of them.

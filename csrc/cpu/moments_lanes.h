@@ -36,9 +36,9 @@ KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t
     for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = none;
-      const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded, const T*) __attribute__((always_inline)) {
+      const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
         for (int j = 0; j < N; ++j) {
-          top[j] = maximum(key<kCounts>(p, offset[j], flip[j], excluded), top[j]);
+          top[j] = counted<kCounts, A>(bit, offset[j], maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
         }
       };
       for_pixels<kCounts>(chunk, r, i, at_most(i + kSegment, count), pixel);
@@ -69,8 +69,9 @@ KPFUSED_INLINE void place_peaks(const LanesChunk<T>& chunk, int64_t offset, cons
     const uint32_t index = uint32_t(segment[i]), row = index / segments;
     const int64_t first = int64_t(index - row * segments) * kSegment;
     Vec<A> left = splat(-kNowhere<A>);
-    const auto pixel = [&](const T* p, Vec<A> at, const uint8_t* excluded, const T*) __attribute__((always_inline)) {
-      left = maximum(key<kCounts>(p, offset, flip, excluded) == peak.peak ? -at : splat(-kNowhere<A>), left);
+    const auto pixel = [&](const T* p, Vec<A> at, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
+      const Vec<A> here = key(p, offset, flip) == peak.peak ? -at : splat(-kNowhere<A>);
+      left = counted<kCounts, A>(bit, offset, maximum(here, left), left);
     };
     for_pixels<kCounts>(chunk, row, first, at_most(first + kSegment, pixels_of_row<kCounts>(chunk, row)), pixel);
     A columns[L];
@@ -111,13 +112,13 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, 
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {}, row_xx[N] = {}, distances[N] = {};
-    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded, const T* next) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
-        const Mask<A> counts = ~excluded_lanes<kCounts, A>(excluded, offset[j]);
-        const Vec<A> dx = x - more[j].at_x, d = keep<A>(distance(load(p + offset[j]), of[j]), counts);
+        const Vec<A> dx = x - more[j].at_x;
+        const Vec<A> d = counted<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]));
         Vec<A> w[1] = {d};
         exp2<A, 1>(w, of[j].scale);
-        w[0] = keep<A>(w[0], counts);
+        w[0] = counted<kCounts, A>(bit, offset[j], w[0]);
         fetch_ahead<kCounts>(chunk, next, offset[j], j);
         const Vec<A> weighed = w[0] * dx;
         row[j] += w[0];

@@ -21,7 +21,7 @@ struct LanesChunk {
   int64_t channels;  // at least one vector of them
   bool first;        // no state to merge with yet
   const ColumnList* list;   // Counts::listed
-  const uint8_t* excluded;  // Counts::by_bytes: `channels` bytes a pixel, dense
+  const Bits<A>* excluded;  // Counts::by_bits: `channels` words for the pixels of each
 };
 
 // Pixels of a row that are to be read.
@@ -31,7 +31,7 @@ KPFUSED_INLINE int64_t pixels_of_row(const LanesChunk<T>& chunk, int64_t row) {
   return chunk.cols;
 }
 
-// Calls body(pixel, its x, the bytes of its channels, a pixel to fetch ahead for) for these, from the one with number
+// Calls body(pixel, its x, its bit, a pixel to fetch ahead for) for these, from the one with number
 // `begin` to `end`. The next chunk has another list: for it, two pixels are fetched ahead for each of this one's, evenly.
 template <Counts kCounts, class T, class Body>
 KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Body& body) {
@@ -43,16 +43,20 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     int64_t even = begin * step;
     for (int64_t i = begin; i < end; ++i, even += step) {
       const T* const fetched = p + (even >> 16) * chunk.stride_x;
-      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), nullptr, fetched);
+      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), PixelBit<A>{}, fetched);
     }
   } else {
-    const uint8_t* excluded = nullptr;
-    if constexpr (kCounts == Counts::by_bytes) excluded = chunk.excluded + (row * chunk.cols + begin) * chunk.channels;
     Vec<A> x = splat(chunk.x0 + A(begin));
     p += begin * chunk.stride_x;
-    for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += A(1)) {
-      body(p, x, excluded, p);
-      if constexpr (kCounts == Counts::by_bytes) excluded += chunk.channels;
+    if constexpr (kCounts == Counts::by_bits) {
+      const Bits<A>* const of_row = chunk.excluded + row * words_of<A>(chunk.cols) * chunk.channels;
+      for (int64_t i = begin; i < end;) {
+        const int64_t stop = at_most(end, (i / kBits<A> + 1) * kBits<A>);
+        PixelBit<A> bit(of_row, chunk.channels, i);
+        for (; i < stop; ++i, p += chunk.stride_x, x += A(1), bit.bit += bit.bit) body(p, x, bit, p);
+      }
+    } else {
+      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += A(1)) body(p, x, PixelBit<A>{}, p);
     }
   }
 }
@@ -65,11 +69,11 @@ KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, const T* pixel, int6
   if (kCounts == Counts::listed) prefetch(pixel + channel, chunk.ahead + chunk.stride_x * int64_t(sizeof(T)));
 }
 
-// Ones in the lanes whose channel does not count.
+// v, or `otherwise` in the lanes whose channel does not count.
 template <Counts kCounts, class A>
-KPFUSED_INLINE Mask<A> excluded_lanes(const uint8_t* excluded, int64_t channel) {
-  if constexpr (kCounts == Counts::by_bytes) return (Mask<A>)load_bytes<A>(excluded + channel);
-  return Mask<A>{};
+KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t channel, Vec<A> v, Vec<A> otherwise = Vec<A>{}) {
+  if constexpr (kCounts == Counts::by_bits) return bit.choose(channel, v, otherwise);
+  return v;
 }
 
 // S: State or Moments of vectors.
@@ -84,11 +88,10 @@ template <class A>
 KPFUSED_INLINE Mask<A> flip_of(Vec<A> sign) {
   return (Mask<A>)sign & (Mask<A>)splat(A(-0.0));
 }
-// The logit times the sign. Where the channel does not count it is a NaN, which is never a maximum.
-template <Counts kCounts, class T>
-KPFUSED_INLINE Vec<Acc<T>> key(const T* pixel, int64_t channel, Mask<Acc<T>> flip, const uint8_t* excluded) {
-  using A = Acc<T>;
-  return (Vec<A>)(((Mask<A>)load(pixel + channel) ^ flip) | excluded_lanes<kCounts, A>(excluded, channel));
+// The logit times the sign.
+template <class T>
+KPFUSED_INLINE Vec<Acc<T>> key(const T* pixel, int64_t channel, Mask<Acc<T>> flip) {
+  return (Vec<Acc<T>>)((Mask<Acc<T>>)load(pixel + channel) ^ flip);
 }
 
 // N vectors of channels over all pixels of a chunk.
@@ -105,9 +108,9 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   }
   for (int j = 0; j < N; ++j) peak[j] = splat(Limits<A>::lowest);
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    const auto pixel = [&](const T* p, Vec<A>, const uint8_t* excluded, const T*) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
-        peak[j] = maximum(key<kCounts>(p, offset[j], flip[j], excluded), peak[j]);
+        peak[j] = counted<kCounts, A>(bit, offset[j], maximum(key(p, offset[j], flip[j]), peak[j]), peak[j]);
       }
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
@@ -119,10 +122,10 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
-    const auto pixel = [&](const T* p, Vec<A> x, const uint8_t* excluded, const T* next) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
         Vec<A> w = weight(p + offset[j], of[j]);
-        w = keep<A>(w, ~excluded_lanes<kCounts, A>(excluded, offset[j]));
+        w = counted<kCounts, A>(bit, offset[j], w);
         fetch_ahead<kCounts>(chunk, next, offset[j], j);
         row[j] += w;
         row_x[j] += w * x;
