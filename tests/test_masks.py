@@ -24,6 +24,7 @@ PIXELS: dict[str, Callable[[tuple[int, int, int, int]], dict[str, Any]]] = {
     "image": lambda s: {"mask": torch.rand(s[0], 1, *s[2:]) < 0.6},
     "keypoint": lambda s: {"mask": torch.rand(s[1], 1, s[3]) < 0.6},
     "all": lambda s: {"mask": torch.rand(s) < 0.6},
+    "all_channels_last": lambda s: {"mask": (torch.rand(s) < 0.6).contiguous(memory_format=torch.channels_last)},
     "strided": lambda s: {"mask": (torch.rand(s[3], s[2]) < 0.6).mT},
     "numbers": lambda s: {"valid_size": ((s[2] + 1) // 2, (s[3] + 2) // 3)},
     "size_of_image": lambda s: {
