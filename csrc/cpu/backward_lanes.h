@@ -39,8 +39,8 @@ struct GradientChunk {
   T* out;
   int64_t stride_y, stride_x, out_y, out_x, rows, cols, row, col;
   int64_t channels;  // at least one vector of them
-  PixelMask mask;           // where all channels count alike
-  const Bits<Acc<T>>* excluded;  // where each counts by itself: `channels` words for the pixels of each
+  PixelMask mask;                // where all channels count alike
+  const Bits<Acc<T>>* excluded;  // where each counts by itself, or null: all do
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -153,7 +153,7 @@ class BackwardLanes {
         chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
         chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x, chunk.cols = chunks.x.size(j);
         chunk.excluded = excluded.of({chunk.row, chunk.rows, chunk.col, chunk.cols}, all.channels);
-        chunk.excluded ? pixels<true>(chunk, lanes) : pixels<false>(chunk, lanes);
+        pixels<true>(chunk, lanes);
       }
     }
   }
@@ -164,6 +164,7 @@ class BackwardLanes {
 
   template <bool kByChannel>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
+    if (kByChannel && !chunk.excluded) return pixels<false>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.channels, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
@@ -189,7 +190,11 @@ class BackwardLanes {
           continue;
         }
         if constexpr (kByChannel) {
-          c % kBits<A> == 0 ? void(bit = PixelBit<A>(of_row, chunk.channels, c)) : void(bit.bit += bit.bit);
+          if (c % kBits<A> == 0) {
+            bit = PixelBit<A>(of_row, chunk.channels, c);
+          } else {
+            bit.bit += bit.bit;
+          }
         }
         for (int64_t g = 0; g < groups; ++g) {
           auto& m = lanes.group[g];
@@ -231,7 +236,7 @@ class BackwardLanes {
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
                                   range.cols, range.row, range.col, padded, {},       nullptr};
         if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
-        chunk.excluded ? pixels<true>(chunk, lanes) : pixels<false>(chunk, lanes);
+        pixels<true>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
                     range.cols, all.channels);
       }

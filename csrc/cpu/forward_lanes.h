@@ -117,13 +117,7 @@ class ForwardLanes {
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
                              (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), channels, n == 0, nullptr, nullptr};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_bits) {
-        chunk.excluded = excluded.of(range, channels);
-        if (!chunk.excluded) {
-          run_chunk<Counts::all>(chunk, lanes);
-          continue;
-        }
-      }
+      if constexpr (kCounts == Counts::by_bits) chunk.excluded = excluded.of(range, channels);
       run_chunk<kCounts>(chunk, lanes);
     }
   }
@@ -155,7 +149,7 @@ class ForwardLanes {
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, n == 0,
                              nullptr, nullptr};
       if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
-      chunk.excluded ? run_chunk<Counts::by_bits>(chunk, lanes) : run_chunk<Counts::all>(chunk, lanes);
+      run_chunk<Counts::by_bits>(chunk, lanes);
     }
   }
 
@@ -170,6 +164,7 @@ class ForwardLanes {
 
   template <Counts kCounts>
   static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
+    if (kCounts == Counts::by_bits && !chunk.excluded) return run_chunk<Counts::all>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.channels, kLanes<A>);
     int64_t g = 0;
     for (; g + kLaneVectors <= groups; g += kLaneVectors) run_block<kLaneVectors, kCounts>(chunk, g, lanes);

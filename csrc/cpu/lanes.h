@@ -78,9 +78,6 @@ struct ColumnList {
   }
 };
 
-// Bytes of a mask that are looked at together.
-constexpr int kByteVector = 16;
-
 // Words of bits, each for one channel and as many pixels of a row as it has bits: ones where they do not count.
 template <class A>
 constexpr int kBits = 8 * int(sizeof(A));
@@ -139,6 +136,14 @@ KPFUSED_INLINE uint32_t zero_bytes(const uint8_t* p) {
 #endif
 }
 
+// The same of as many bytes as a word has bits.
+template <class A>
+KPFUSED_INLINE Bits<A> word_of(const uint8_t* p) {
+  Bits<A> bits = zero_bytes(p);
+  if constexpr (kBits<A> == 64) bits |= Bits<A>(zero_bytes(p + 32)) << 32;
+  return bits;
+}
+
 // Which pixels of a chunk do not count, for each channel of a block: the words of all channels side by side.
 template <class A>
 class Excluded {
@@ -171,6 +176,8 @@ class Excluded {
   }
 
  private:
+  static constexpr int kByteVector = 16;
+
   void invalid(int64_t row, const PixelRange& range, int64_t to_next, Word* to) const {
     for (int64_t k = 0; k < channels_; ++k) {
       const int64_t valid = row < each_[k].rows ? at_least(each_[k].cols - range.col, 0) : 0;
@@ -183,7 +190,7 @@ class Excluded {
   // One row.
   KPFUSED_INLINE void masked(const uint8_t* mask, int64_t cols, int64_t to_next, Word* to) const {
     const int64_t stride_x = each_[0].stride_x;
-    if (stride_x == 1 && channels_ >= 8) return planes(mask, cols, to_next, to);
+    if (stride_x == 1) return planes(mask, cols, to_next, to);
     if (between_ == 1 && channels_ >= kByteVector) return side_by_side(mask, stride_x, cols, to_next, to);
     __builtin_memset(to, 0, words_of<A>(cols) * to_next * sizeof(Word));
     for (int64_t c = 0; c < cols; ++c) {
@@ -195,27 +202,26 @@ class Excluded {
 
   // Lines of eight channels at a time: where maps lie a power of two apart, the cache has room for no more of them.
   KPFUSED_INLINE void planes(const uint8_t* mask, int64_t cols, int64_t to_next, Word* to) const {
+    const int64_t some = at_most(channels_, 8);
     for (int64_t line = 0; line < cols; line += 64) {
-      for (int64_t k = 0; k < channels_; k += 8) {
-        const int64_t channel = at_most(k, channels_ - 8), next = k + 8 < channels_ ? at_most(k + 8, channels_ - 8) : 0;
+      for (int64_t k = 0; k < channels_; k += some) {
+        const int64_t channel = at_most(k, channels_ - some);
+        const int64_t next = k + some < channels_ ? at_most(k + some, channels_ - some) : 0;
         const int64_t ahead = next * between_ + (next ? line : line + 64);
-        for (int i = 0; i < 8; ++i) prefetch(mask, ahead + i * between_);
+        for (int64_t i = 0; i < some; ++i) prefetch(mask, ahead + i * between_);
         for (int64_t c = line; c < at_most(line + 64, cols); c += kBits<A>) {
-          const int64_t count = at_most(cols - c, kBits<A>);
-          for (int i = 0; i < 8; ++i) {
-            to[c / kBits<A> * to_next + channel + i] = word(mask + (channel + i) * between_ + c, count);
-          }
+          Word* const words = to + c / kBits<A> * to_next + channel;
+          for (int64_t i = 0; i < some; ++i) words[i] = word(mask + (channel + i) * between_, c, cols);
         }
       }
     }
   }
 
-  static KPFUSED_INLINE Word word(const uint8_t* mask, int64_t count) {
-    if (count == kBits<A>) {
-      Word bits = zero_bytes(mask);
-      if constexpr (kBits<A> == 64) bits |= Word(zero_bytes(mask + 32)) << 32;
-      return bits;
-    }
+  // Of the pixels from `col` on. The last ones of a row come with those before them, which are then shifted out.
+  static KPFUSED_INLINE Word word(const uint8_t* mask, int64_t col, int64_t cols) {
+    const int64_t count = cols - col;
+    if (count >= kBits<A>) return word_of<A>(mask + col);
+    if (cols >= kBits<A>) return word_of<A>(mask + cols - kBits<A>) >> (kBits<A> - count);
     Word bits = 0;
     for (int64_t i = 0; i < count; ++i) bits |= Word(mask[i] == 0) << i;
     return bits;

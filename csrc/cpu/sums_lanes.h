@@ -21,7 +21,7 @@ struct LanesChunk {
   int64_t channels;  // at least one vector of them
   bool first;        // no state to merge with yet
   const ColumnList* list;   // Counts::listed
-  const Bits<A>* excluded;  // Counts::by_bits: `channels` words for the pixels of each
+  const Bits<A>* excluded;  // Counts::by_bits, or null: all count
 };
 
 // Pixels of a row that are to be read.
@@ -31,8 +31,8 @@ KPFUSED_INLINE int64_t pixels_of_row(const LanesChunk<T>& chunk, int64_t row) {
   return chunk.cols;
 }
 
-// Calls body(pixel, its x, its bit, a pixel to fetch ahead for) for these, from the one with number
-// `begin` to `end`. The next chunk has another list: for it, two pixels are fetched ahead for each of this one's, evenly.
+// Calls body(pixel, its x, its bit, a pixel to fetch ahead for) for these, from the one with number `begin` to `end`. The
+// next chunk has another list: for it, two pixels are fetched ahead for each of this one's, evenly.
 template <Counts kCounts, class T, class Body>
 KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Body& body) {
   using A = Acc<T>;
