@@ -11,7 +11,7 @@
 namespace kpfused::cpu::KPFUSED_ISA {
 
 // Vectors side by side: with two more sums a column, and distances kept beside weights, fewer fit the registers.
-constexpr int kMomentBlock = 2;
+constexpr int kMomentBlock = KPFUSED_AVX512 ? 4 : 2;
 
 struct Pixel {
   int64_t row, col;  // negative where there is none
@@ -88,8 +88,9 @@ void moment_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<
     for (int j = 0; j < N; ++j) {
       column[j] += w[j];
       cross[j] += w[j] * y;
-      distances += w[j] * d[j];
+      d[0] = j ? d[0] + w[j] * d[j] : w[0] * d[0];
     }
+    distances += d[0];
     for (int j = 1; j < N; ++j) w[0] += w[j];
     sum_yy += w[0] * (y * y);
   }
@@ -104,6 +105,17 @@ void moment_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<
   }
   sums.yy += sum_yy;
   sums.distance += distances;
+}
+
+template <class T, bool Tail>
+KPFUSED_INLINE void moment_block(int64_t n, const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>& of,
+                                 MomentSums<Acc<T>>& sums) {
+  if constexpr (kMomentBlock > 2) {
+    if (n == 4) return moment_columns<T, 4, Tail>(chunk, first, of, sums);
+    if (n == 3) return moment_columns<T, 3, Tail>(chunk, first, of, sums);
+  }
+  if (n == 2) return moment_columns<T, 2, Tail>(chunk, first, of, sums);
+  return moment_columns<T, 1, Tail>(chunk, first, of, sums);
 }
 
 template <class T>
@@ -122,15 +134,17 @@ Moments<Acc<T>> chunk_moments(RowsChunk<T> chunk, const Sharpness<Acc<T>>& sharp
   const Falloff<A> of = falloff(sharp, peak);
   MomentSums<A> sums = {};
   const bool tail = chunk.cols % L != 0;
-  for (int64_t left = ceil_div(chunk.cols, L), first = 0; left > 0;) {
-    const int64_t n = at_most(left, kMomentBlock);
-    const bool ends = tail && n == left;
-    if (n == 2) {
-      ends ? moment_columns<T, 2, true>(chunk, first, of, sums) : moment_columns<T, 2, false>(chunk, first, of, sums);
+  const int64_t vectors = ceil_div(chunk.cols, L), blocks = ceil_div(vectors, kMomentBlock);
+  const int64_t narrow = vectors / blocks, wide = vectors % blocks;
+  int64_t first = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t n = narrow + (b < wide);
+    if (tail && b == blocks - 1) {
+      moment_block<T, true>(n, chunk, first, of, sums);
     } else {
-      ends ? moment_columns<T, 1, true>(chunk, first, of, sums) : moment_columns<T, 1, false>(chunk, first, of, sums);
+      moment_block<T, false>(n, chunk, first, of, sums);
     }
-    left -= n, first += n * L;
+    first += n * L;
   }
   return moments_of(peak, at_x, at_y, sums);
 }
