@@ -16,10 +16,14 @@ class ForwardLanes {
  public:
   using A = Acc<T>;
   using S = std::conditional_t<kMoments, Moments<A>, State<A>>;
-  using Lanes = LaneStates<A, std::conditional_t<kMoments, Moments<A, Vec<A>>, State<Vec<A>>>>;
+  using Lanes = std::conditional_t<kMoments, MomentLanes<A>, LaneStates<A, State<Vec<A>>>>;
 
   explicit ForwardLanes(const ForwardParams& params)
-      : params_(params), view_(params.view), parts_(part_tiling(view_)), blocks_(channel_blocks(view_.inner)) {}
+      : params_(params),
+        view_(params.view),
+        parts_(part_tiling(view_)),
+        blocks_(channel_blocks(view_.inner)),
+        abreast_(pixels_abreast<A>(view_, parts_)) {}
 
   void run(int64_t begin, int64_t end) const {
     const int64_t parts = parts_.count();
@@ -34,10 +38,10 @@ class ForwardLanes {
       const T* const next =
           origin(then / blocks_.count / parts, then / blocks_.count % parts, blocks_.begin(then % blocks_.count));
       const int64_t first_map = outer * view_.inner + first;
-      if (channels < kLanes<A>) {
+      if (channels * abreast_ < kLanes<A>) {
         run_buffered(base, part, first_map, channels, lanes);
       } else {
-        switch (counts_of(params_.pixels, view_)) {
+        switch (counts()) {
           case Counts::all: run_part<Counts::all>(base, next, part, first_map, channels, lanes); break;
           case Counts::listed: run_part<Counts::listed>(base, next, part, first_map, channels, lanes); break;
           case Counts::by_bits: run_part<Counts::by_bits>(base, next, part, first_map, channels, lanes); break;
@@ -55,28 +59,36 @@ class ForwardLanes {
   // In place of what a kind of counting needs none of.
   struct Nothing {
     Nothing() = default;
-    Nothing(const PixelView&, const MapView&, int64_t, int64_t) {}
+    Nothing(const PixelView&, const MapView&, int64_t, int64_t, int64_t) {}
   };
+
+  // A list of columns has no place for pixels abreast.
+  Counts counts() const {
+    if (abreast_ == 1) return counts_of(params_.pixels, view_);
+    return params_.pixels.all() ? Counts::all : Counts::by_bits;
+  }
 
   // Lanes beyond the channels of a padded buffer get the beta of the last.
   void load_beta(int64_t map, int64_t channels, Lanes& lanes) const {
     constexpr int L = kLanes<A>;
-    const int64_t padded = at_least(channels, L), groups = ceil_div(padded, L);
+    const int64_t padded = at_least(channels * abreast_, L), groups = ceil_div(padded, L);
     Sharpness<A> sharp = sharpness(params_.beta.values ? A(1) : A(params_.beta.value));
     for (int64_t g = 0; g < groups; ++g) {
-      A sign[L], scale[L];
+      A sign[L], scale[L], pixel[L];
       for (int i = 0; i < L; ++i) {
-        const int64_t c = group_begin<A>(g, padded) + i;
-        if (params_.beta.values && c < channels) sharp = sharpness(beta_of<A>(params_.beta, map + c));
-        sign[i] = sharp.sign, scale[i] = sharp.scale;
+        const int64_t lane = group_begin<A>(g, padded) + i, a = at_most(lane / channels, abreast_ - 1);
+        const int64_t c = at_most(lane - a * channels, channels - 1);
+        if (params_.beta.values) sharp = sharpness(beta_of<A>(params_.beta, map + c));
+        sign[i] = sharp.sign, scale[i] = sharp.scale, pixel[i] = A(a);
       }
       lanes.sign[g] = load_vector(sign);
       lanes.scale[g] = load_vector(scale);
+      lanes.pixel[g] = load_vector(pixel);
     }
   }
 
-  static S state_of(const Lanes& lanes, int64_t c, int64_t channels) {
-    const int64_t padded = at_least(channels, kLanes<A>), g = c / kLanes<A>, i = c - group_begin<A>(g, padded);
+  S state_of(const Lanes& lanes, int64_t c, int64_t channels) const {
+    const int64_t g = c / kLanes<A>, i = c - group_begin<A>(g, at_least(channels * abreast_, kLanes<A>));
     const auto& s = lanes.state[g];
     if constexpr (kMoments) {
       return {s.peak[i], s.sum[i], s.at_x[i], s.at_y[i], s.x[i], s.y[i], s.xx[i], s.xy[i], s.yy[i], s.distance[i]};
@@ -102,22 +114,25 @@ class ForwardLanes {
     const int64_t rows = at_most(parts_.y.size(i), counting.rows - row);
     const int64_t cols = at_most(parts_.x.size(j), counting.cols - col);
     if (rows <= 0 || cols <= 0) return clear(channels, lanes);
-    const Tiling chunks = lane_chunks<T>(kCounts, rows, cols, channels);
+    const int64_t n_lanes = channels * abreast_, stride_x = view_.stride_x * abreast_;
+    const Tiling chunks = lane_chunks<T>(kCounts, rows, ceil_div(cols, abreast_), n_lanes, abreast_);
     const auto begin = [&](int64_t n) {
       return n == chunks.count() ? next
                                  : base + chunks.y.begin(n / chunks.x.count) * view_.stride_y +
-                                       chunks.x.begin(n % chunks.x.count) * view_.stride_x;
+                                       chunks.x.begin(n % chunks.x.count) * stride_x;
     };
     std::conditional_t<kCounts == Counts::listed, ColumnList, Nothing> list;
-    std::conditional_t<kCounts == Counts::by_bits, Excluded<A>, Nothing> excluded(params_.pixels, view_, first_map, channels);
+    std::conditional_t<kCounts == Counts::by_bits, Excluded<A>, Nothing> excluded(params_.pixels, view_, first_map, channels,
+                                                                                  abreast_);
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
-      const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj), chunks.x.size(cj)};
-      LanesChunk<T> chunk = {begin(n), view_.stride_y, view_.stride_x, range.rows, range.cols,
+      const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj) * abreast_,
+                                chunks.x.size(cj) * abreast_};
+      LanesChunk<T> chunk = {begin(n), view_.stride_y, stride_x, range.rows, chunks.x.size(cj),
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
-                             (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), channels, n == 0, nullptr, nullptr};
+                             (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, nullptr};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_bits) chunk.excluded = excluded.of(range, channels);
+      if constexpr (kCounts == Counts::by_bits) chunk.excluded = excluded.of(range, n_lanes);
       run_chunk<kCounts>(chunk, lanes);
     }
   }
@@ -146,37 +161,66 @@ class ForwardLanes {
       copy_pixels(base + y * view_.stride_y + x * view_.stride_x, view_.stride_y, view_.stride_x, buffer,
                   range.cols * padded, padded, range.rows, range.cols, channels);
       LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
-                             centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, n == 0,
+                             centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, 1, n == 0,
                              nullptr, nullptr};
       if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
       run_chunk<Counts::by_bits>(chunk, lanes);
     }
   }
 
-  template <int N, Counts kCounts>
-  static void run_block(const LanesChunk<T>& chunk, int64_t group, Lanes& lanes) {
-    if constexpr (kMoments) {
-      lane_moments<T, N, kCounts>(chunk, group, lanes);
+  // Peaks, then sums: of a few vectors at a time where nothing passes between pixels abreast.
+  template <Counts kCounts>
+  static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
+    if (kCounts == Counts::by_bits && !chunk.excluded) return run_chunk<Counts::all>(chunk, lanes);
+    const int64_t groups = ceil_div(chunk.lanes, kLanes<A>);
+    if (chunk.abreast > 1) {
+      for_blocks(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
+      settle_peaks<kCounts>(chunk, 0, groups, lanes);
+      for_blocks(groups, [&](auto n, int64_t g) { lane_sums<T, n, kCounts>(chunk, g, lanes); });
+      fold_sums<A>(chunk.lanes, chunk.abreast, lanes.chunk);
     } else {
-      lane_sums<T, N, kCounts>(chunk, group, lanes);
+      for_blocks(groups, [&](auto n, int64_t g) {
+        lane_peaks<T, n, kCounts>(chunk, g, lanes);
+        settle_peaks<kCounts>(chunk, g, n, lanes);
+        lane_sums<T, n, kCounts>(chunk, g, lanes);
+      });
+    }
+    for (int64_t g = 0; g < ceil_div(chunk.lanes / chunk.abreast, kLanes<A>); ++g) {
+      auto& state = lanes.state[g];
+      state = chunk.first ? lanes.chunk[g] : merge(state, lanes.chunk[g], lanes.scale[g], VectorExp2{});
     }
   }
 
   template <Counts kCounts>
-  static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
-    if (kCounts == Counts::by_bits && !chunk.excluded) return run_chunk<Counts::all>(chunk, lanes);
-    const int64_t groups = ceil_div(chunk.channels, kLanes<A>);
-    int64_t g = 0;
-    for (; g + kLaneVectors <= groups; g += kLaneVectors) run_block<kLaneVectors, kCounts>(chunk, g, lanes);
-    if (groups - g == 3) run_block<3, kCounts>(chunk, g, lanes);
-    if (groups - g == 2) run_block<2, kCounts>(chunk, g, lanes);
-    if (groups - g == 1) run_block<1, kCounts>(chunk, g, lanes);
+  static KPFUSED_INLINE void settle_peaks(const LanesChunk<T>& chunk, int64_t group, int64_t count, Lanes& lanes) {
+    if constexpr (kMoments) {
+      place_peaks<kCounts>(chunk, group, count, lanes);
+    } else if (chunk.abreast > 1) {
+      share_peaks<A>(chunk.lanes, chunk.abreast, lanes.peak);
+    }
+  }
+
+  // Blocks of vectors, as equal as possible.
+  template <class Body>
+  static KPFUSED_INLINE void for_blocks(int64_t groups, const Body& body) {
+    const int64_t blocks = ceil_div(groups, kLaneVectors), narrow = groups / blocks, wide = groups % blocks;
+    for (int64_t b = 0, g = 0; b < blocks; ++b) {
+      const int64_t n = narrow + (b < wide);
+      switch (n) {
+        case 4: body(std::integral_constant<int, 4>{}, g); break;
+        case 3: body(std::integral_constant<int, 3>{}, g); break;
+        case 2: body(std::integral_constant<int, 2>{}, g); break;
+        default: body(std::integral_constant<int, 1>{}, g);
+      }
+      g += n;
+    }
   }
 
   const ForwardParams& params_;
   const MapView& view_;
   Tiling parts_;
   ChannelBlocks blocks_;
+  int64_t abreast_;
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -6,15 +6,60 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// Vectors that hold the channels of one work item.
-template <class A>
-constexpr int kGroups = int(2 * kChannelBlock / kLanes<A>);
+// Channels of a map whose pixels may stand abreast.
+constexpr int64_t kAbreastChannels = 32;
 
-// First channel of a group.
+// How many pixels of a row stand abreast in the lanes: a power of two of them, such that lane a * channels + c is channel c
+// of pixel a of a group, as they lie in memory. So channels fill vectors whatever their number. One where there is
+// nothing to gain, or rows are no whole groups.
 template <class A>
-KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t channels) {
-  return at_most(group * kLanes<A>, channels - kLanes<A>);
+KPFUSED_INLINE int64_t pixels_abreast(const MapView& view, const Tiling& parts) {
+  constexpr int64_t L = kLanes<A>;
+  const int64_t channels = view.inner, vectors = ceil_div(channels, L);
+  if (channels > kAbreastChannels || view.stride_x != channels || parts.x.count > 1) return 1;
+  for (int64_t n = L; n > 1; n /= 2) {
+    if (view.width % n != 0 || n * channels < L || view.width * view.height < 8 * n) continue;
+    // What is done at the end of a chunk has to be won back.
+    if (channels < L || 8 * ceil_div(n * channels, L) <= 7 * n * vectors) return n;
+  }
+  return 1;
 }
+
+// Vectors that hold the lanes of one work item.
+template <class A>
+constexpr int kGroups = int(at_least(2 * kChannelBlock / kLanes<A>, kAbreastChannels));
+
+// First lane of a group.
+template <class A>
+KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t lanes) {
+  return at_most(group * kLanes<A>, lanes - kLanes<A>);
+}
+
+// The lanes of all groups one after the other, for what is done between channels and the pixels that stand abreast.
+template <class A>
+struct LaneRow {
+  static constexpr int64_t L = kLanes<A>;
+  A values[(kGroups<A> + 1) * L];
+
+  KPFUSED_INLINE void set(int64_t group, int64_t lanes, Vec<A> v) { store_vector(values + group_begin<A>(group, lanes), v); }
+  KPFUSED_INLINE Vec<A> get(int64_t group, int64_t lanes) const { return load_vector(values + group_begin<A>(group, lanes)); }
+
+  // Leaves op over the pixels in each channel. The last vector of a half takes lanes along that were used already.
+  template <class Op>
+  KPFUSED_INLINE void fold(int64_t abreast, int64_t channels, const Op& op) {
+    for (int64_t half = abreast / 2 * channels; half >= channels; half = half / channels / 2 * channels) {
+      for (int64_t i = 0; i < half; i += L) {
+        store_vector(values + i, op(load_vector(values + i), load_vector(values + half + i)));
+      }
+    }
+  }
+  // Gives all pixels what their channel has. What is written beyond one is overwritten by the next.
+  KPFUSED_INLINE void spread(int64_t abreast, int64_t channels) {
+    for (int64_t a = 1; a < abreast; ++a) {
+      for (int64_t c = 0; c < channels; c += L) store_vector(values + a * channels + c, load_vector(values + c));
+    }
+  }
+};
 
 // Vectors of channels that a chunk is read for at once.
 constexpr int kLaneVectors = 4;
@@ -39,14 +84,15 @@ KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
 // Pixels that a list has room for.
 constexpr int64_t kListed = 2048;
 
-// Chunks of pixels, each with all channels of a block. What is read twice in a row has kChunkBytes at most.
+// Chunks of groups of pixels, each with all lanes. What is read twice in a row has kChunkBytes at most, or twice as many where
+// it is all lanes of the chunk.
 template <class T>
-KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t channels) {
-  const int64_t at_once = at_most(channels, kLaneVectors * kLanes<Acc<T>>);
-  int64_t pixels = kChunkBytes / (at_once * int64_t(sizeof(T)));
-  if (counts == Counts::listed) pixels = at_most(pixels, kListed);
-  if (counts == Counts::by_bits) pixels = at_most(pixels, kGatherBytes / channels);
-  return tile(rows, cols, pixels, 1);
+KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast = 1) {
+  const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
+  int64_t groups = abreast == 1 ? kChunkBytes / (at_once * int64_t(sizeof(T))) : 2 * kChunkBytes / (lanes * int64_t(sizeof(T)));
+  if (counts == Counts::listed) groups = at_most(groups, kListed);
+  if (counts == Counts::by_bits) groups = at_most(groups, kGatherBytes / lanes);
+  return tile(rows, cols, groups, 1);
 }
 
 // Channels of a block as a buffer holds them: at least a vector.
@@ -144,32 +190,32 @@ KPFUSED_INLINE Bits<A> word_of(const uint8_t* p) {
   return bits;
 }
 
-// Which pixels of a chunk do not count, for each channel of a block: the words of all channels side by side.
+// Which pixels of a chunk do not count, for each channel of a block: the words of all lanes side by side.
 template <class A>
 class Excluded {
  public:
   using Word = Bits<A>;
 
-  Excluded(const PixelView& pixels, const MapView& view, int64_t first_map, int64_t count)
-      : channels_(count), same_size_(one_size(pixels, view)), between_(pixels.mask_view.stride_inner) {
+  Excluded(const PixelView& pixels, const MapView& view, int64_t first_map, int64_t count, int64_t abreast = 1)
+      : channels_(count), abreast_(abreast), same_size_(one_size(pixels, view)), between_(pixels.mask_view.stride_inner) {
     for (int64_t k = 0; k < count; ++k) each_[k] = counting_of(pixels, view, first_map + k);
   }
 
-  // Words of the next channel of a row follow, those of the next pixels are `to_next` words further. Null if all count.
+  // Words of the next lane of a row follow, those of the next groups are `to_next` words further. Null if all count.
   const Word* of(const PixelRange& range, int64_t to_next) {
-    const int64_t words = words_of<A>(range.cols);
+    const int64_t words = words_of<A>(range.cols / abreast_);
     Word any = 0;
     for (int64_t r = 0; r < range.rows; ++r) {
       const int64_t row = range.row + r;
       Word* const to = words_ + r * words * to_next;
       if (each_[0].mask) {
-        masked(each_[0].mask + row * each_[0].stride_y + range.col * each_[0].stride_x, range.cols, to_next, to);
+        masked(each_[0].mask + row * each_[0].stride_y + range.col * each_[0].stride_x, range.cols / abreast_, to_next, to);
       } else {
         __builtin_memset(to, 0, words * to_next * sizeof(Word));
       }
       if (row >= each_[0].rows || range.col + range.cols > each_[0].cols || !same_size_) invalid(row, range, to_next, to);
       for (int64_t w = 0; w < words; ++w) {
-        for (int64_t k = 0; k < channels_; ++k) any |= to[w * to_next + k];
+        for (int64_t k = 0; k < abreast_ * channels_; ++k) any |= to[w * to_next + k];
       }
     }
     return any ? words_ : nullptr;
@@ -179,23 +225,59 @@ class Excluded {
   static constexpr int kByteVector = 16;
 
   void invalid(int64_t row, const PixelRange& range, int64_t to_next, Word* to) const {
+    const int64_t groups = range.cols / abreast_;
     for (int64_t k = 0; k < channels_; ++k) {
       const int64_t valid = row < each_[k].rows ? at_least(each_[k].cols - range.col, 0) : 0;
-      for (int64_t c = 0; c < range.cols; c += kBits<A>) {
-        to[c / kBits<A> * to_next + k] |= low_bits<A>(range.cols - c) & ~low_bits<A>(valid - c);
+      for (int64_t a = 0; a < abreast_; ++a) {
+        const int64_t valid_groups = (valid + abreast_ - 1 - a) / abreast_;
+        for (int64_t g = 0; g < groups; g += kBits<A>) {
+          to[g / kBits<A> * to_next + a * channels_ + k] |= low_bits<A>(groups - g) & ~low_bits<A>(valid_groups - g);
+        }
       }
     }
   }
 
   // One row.
-  KPFUSED_INLINE void masked(const uint8_t* mask, int64_t cols, int64_t to_next, Word* to) const {
-    const int64_t stride_x = each_[0].stride_x;
-    if (stride_x == 1) return planes(mask, cols, to_next, to);
-    if (between_ == 1 && channels_ >= kByteVector) return side_by_side(mask, stride_x, cols, to_next, to);
-    __builtin_memset(to, 0, words_of<A>(cols) * to_next * sizeof(Word));
-    for (int64_t c = 0; c < cols; ++c) {
+  KPFUSED_INLINE void masked(const uint8_t* mask, int64_t groups, int64_t to_next, Word* to) const {
+    const int64_t stride_x = each_[0].stride_x, lanes = abreast_ * channels_;
+    if (stride_x == 1 && abreast_ == 1) return planes(mask, groups, to_next, to);
+    if (stride_x == 1) {
+      switch (abreast_) {
+        case 2: return planes_abreast<2>(mask, groups, to_next, to);
+        case 4: return planes_abreast<4>(mask, groups, to_next, to);
+        case 8: return planes_abreast<8>(mask, groups, to_next, to);
+        case 16: return planes_abreast<16>(mask, groups, to_next, to);
+      }
+    }
+    const bool in_line = between_ == 1 && (abreast_ == 1 || stride_x == channels_);
+    if (in_line && lanes >= kByteVector) return side_by_side(mask, stride_x * abreast_, groups, lanes, to_next, to);
+    __builtin_memset(to, 0, words_of<A>(groups) * to_next * sizeof(Word));
+    for (int64_t c = 0; c < groups * abreast_; ++c) {
+      const int64_t group = c / abreast_;
+      Word* const words = to + group / kBits<A> * to_next + c % abreast_ * channels_;
       for (int64_t k = 0; k < channels_; ++k) {
-        to[c / kBits<A> * to_next + k] |= Word(mask[k * between_ + c * stride_x] == 0) << (c % kBits<A>);
+        words[k] |= Word(mask[k * between_ + c * stride_x] == 0) << (group % kBits<A>);
+      }
+    }
+  }
+
+  // One channel after the other, or one for all.
+  template <int kPixels>
+  KPFUSED_INLINE void planes_abreast(const uint8_t* mask, int64_t groups, int64_t to_next, Word* to) const {
+    static_assert(kPixels <= kByteVector);
+    for (int64_t k = 0; k < (between_ == 0 ? 1 : channels_); ++k) {
+      for (int64_t g = 0; g < groups; g += kBits<A>) {
+        Word words[kPixels];
+        words_of_bytes<kPixels>(mask + k * between_ + g * kPixels, kPixels, at_most(kBits<A>, groups - g), words);
+        Word* const each = to + g / kBits<A> * to_next + k;
+        for (int a = 0; a < kPixels; ++a) each[a * channels_] = words[a];
+      }
+    }
+    if (between_ != 0) return;
+    for (int64_t w = 0; w < words_of<A>(groups); ++w) {
+      for (int64_t a = 0; a < kPixels; ++a) {
+        Word* const each = to + w * to_next + a * channels_;
+        for (int64_t k = 1; k < channels_; ++k) each[k] = each[0];
       }
     }
   }
@@ -227,34 +309,41 @@ class Excluded {
     return bits;
   }
 
-  // A byte of each channel for eight pixels at a time.
-  KPFUSED_INLINE void side_by_side(const uint8_t* mask, int64_t stride_x, int64_t cols, int64_t to_next, Word* to) const {
-    typedef uint8_t Bytes __attribute__((vector_size(kByteVector)));
-    for (int64_t c = 0; c < cols; c += kBits<A>, to += to_next) {
-      for (int64_t k = 0; k < channels_; k += kByteVector) {
-        const int64_t channel = at_most(k, channels_ - kByteVector);
-        Word words[kByteVector] = {};
-        for (int64_t first = c; first < at_most(cols, c + kBits<A>); first += 8) {
-          const uint8_t* from = mask + first * stride_x + channel;
-          Bytes bits = {}, bit = Bytes{} + 1;
-          const auto pixels = [&](int64_t count) __attribute__((always_inline)) {
-            for (int64_t i = 0; i < count; ++i, from += stride_x, bit += bit) {
-              Bytes bytes;
-              __builtin_memcpy(&bytes, from, sizeof(bytes));
-              bits |= (Bytes)(bytes == 0) & bit;
-            }
-          };
-          first + 8 <= cols ? pixels(8) : pixels(cols - first);
-          uint8_t each[kByteVector];
-          __builtin_memcpy(each, &bits, sizeof(each));
-          for (int i = 0; i < kByteVector; ++i) words[i] |= Word(each[i]) << (first - c);
-        }
-        __builtin_memcpy(to + channel, words, sizeof(words));
+  // A byte of each lane for eight groups at a time.
+  KPFUSED_INLINE void side_by_side(const uint8_t* mask, int64_t stride, int64_t groups, int64_t lanes, int64_t to_next,
+                                   Word* to) const {
+    for (int64_t g = 0; g < groups; g += kBits<A>, to += to_next) {
+      for (int64_t k = 0; k < lanes; k += kByteVector) {
+        const int64_t lane = at_most(k, lanes - kByteVector);
+        Word words[kByteVector];
+        words_of_bytes<kByteVector>(mask + g * stride + lane, stride, at_most(kBits<A>, groups - g), words);
+        __builtin_memcpy(to + lane, words, sizeof(words));
       }
     }
   }
 
-  int64_t channels_;
+  // The words of kBytes lanes side by side from their first `count` groups, no more than a word has bits.
+  template <int kBytes>
+  static KPFUSED_INLINE void words_of_bytes(const uint8_t* from, int64_t stride, int64_t count, Word (&words)[kBytes]) {
+    typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
+    for (int i = 0; i < kBytes; ++i) words[i] = 0;
+    for (int64_t first = 0; first < count; first += 8) {
+      Bytes bits = {}, bit = Bytes{} + 1;
+      const auto groups = [&](int64_t some) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < some; ++i, from += stride, bit += bit) {
+          Bytes bytes;
+          __builtin_memcpy(&bytes, from, sizeof(bytes));
+          bits |= (Bytes)(bytes == 0) & bit;
+        }
+      };
+      first + 8 <= count ? groups(8) : groups(count - first);
+      uint8_t each[kBytes];
+      __builtin_memcpy(each, &bits, sizeof(each));
+      for (int i = 0; i < kBytes; ++i) words[i] |= Word(each[i]) << first;
+    }
+  }
+
+  int64_t channels_, abreast_;
   bool same_size_;
   int64_t between_;  // the masks of two channels
   Counting each_[2 * kChannelBlock];

@@ -17,19 +17,25 @@ KPFUSED_INLINE int64_t segments_of_row(const LanesChunk<T>& chunk) {
   return ceil_div(chunk.cols, kSegment);
 }
 
-// The peak of every lane, and the first segment of the chunk that has it.
 template <class A>
-struct LanePeak {
-  Vec<A> peak, segment;
+struct MomentLanes : LaneStates<A, Moments<A, Vec<A>>> {
+  Vec<A> segment[kGroups<A>];  // of the chunk, the first that has the peak
 };
 
-template <Counts kCounts, class T, int N>
-KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t (&offset)[N],
-                                       const Mask<Acc<T>> (&flip)[N], LanePeak<Acc<T>> (&at)[N]) {
+// The peaks of N vectors of lanes, and their segments.
+template <class T, int N, Counts kCounts>
+void lane_peaks(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& lanes) {
   using A = Acc<T>;
   // Below all logits that weigh, of which the lowest may be all there is.
   const Vec<A> none = splat(A(-INFINITY));
-  for (int j = 0; j < N; ++j) at[j] = {none, splat(kNowhere<A>)};
+  int64_t offset[N];
+  Mask<A> flip[N];
+  Vec<A> peak[N], at[N];
+  for (int j = 0; j < N; ++j) {
+    offset[j] = group_begin<A>(group + j, chunk.lanes);
+    flip[j] = flip_of<A>(lanes.sign[group + j]);
+    peak[j] = none, at[j] = splat(kNowhere<A>);
+  }
   for (int64_t r = 0; r < chunk.rows; ++r) {
     Vec<A> segment = splat(A(r * segments_of_row(chunk)));
     const int64_t count = pixels_of_row<kCounts>(chunk, r);
@@ -43,78 +49,112 @@ KPFUSED_INLINE void peaks_and_segments(const LanesChunk<T>& chunk, const int64_t
       };
       for_pixels<kCounts>(chunk, r, i, at_most(i + kSegment, count), pixel);
       for (int j = 0; j < N; ++j) {
-        const Mask<A> higher = top[j] > at[j].peak;
-        at[j] = {higher ? top[j] : at[j].peak, higher ? segment : at[j].segment};
+        const Mask<A> higher = top[j] > peak[j];
+        peak[j] = higher ? top[j] : peak[j], at[j] = higher ? segment : at[j];
       }
     }
   }
-  for (int j = 0; j < N; ++j) at[j].peak = maximum(at[j].peak, splat(Limits<A>::lowest));
+  for (int j = 0; j < N; ++j) {
+    lanes.peak[group + j] = maximum(peak[j], splat(Limits<A>::lowest));
+    lanes.segment[group + j] = at[j];
+  }
 }
 
-// Makes the pixels of the peaks what the sums are about, except where an earlier chunk has a higher one.
+template <class A>
+struct Place {
+  A x, y;
+};
+
+// Where the peak of a lane is first, in a segment that has it.
 template <Counts kCounts, class T>
-KPFUSED_INLINE void place_peaks(const LanesChunk<T>& chunk, int64_t offset, const Mask<Acc<T>>& flip,
-                                const LanePeak<Acc<T>>& peak, const Mask<Acc<T>>& earlier,
-                                Moments<Acc<T>, Vec<Acc<T>>>& m) {
+KPFUSED_INLINE Place<Acc<T>> find_in_segment(const LanesChunk<T>& chunk, const MomentLanes<Acc<T>>& lanes, int64_t lane,
+                                             Acc<T> segment) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  const uint32_t segments = uint32_t(segments_of_row(chunk));
-  m.at_x = earlier ? m.at_x : splat(kNowhere<A>);
-  m.at_y = earlier ? m.at_y : splat(kNowhere<A>);
-  A x[L], y[L], segment[L];
-  store_vector(x, m.at_x), store_vector(y, m.at_y), store_vector(segment, peak.segment);
-  // Which lanes, and how far it is to their peaks, could not be predicted: bit by bit, and through all of a segment.
-  for (uint32_t bits = lane_bits<A>(~earlier & (peak.segment < kNowhere<A>)); bits != 0; bits &= bits - 1) {
-    const int i = __builtin_ctz(bits);
-    const uint32_t index = uint32_t(segment[i]), row = index / segments;
-    const int64_t first = int64_t(index - row * segments) * kSegment;
-    Vec<A> left = splat(-kNowhere<A>);
-    const auto pixel = [&](const T* p, Vec<A> at, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
-      const Vec<A> here = key(p, offset, flip) == peak.peak ? -at : splat(-kNowhere<A>);
-      left = counted<kCounts, A>(bit, offset, maximum(here, left), left);
-    };
-    for_pixels<kCounts>(chunk, row, first, at_most(first + kSegment, pixels_of_row<kCounts>(chunk, row)), pixel);
-    A columns[L];
-    store_vector(columns, left);
-    x[i] = -columns[i];
-    y[i] = chunk.y0 + A(row);
-  }
-  m.at_x = load_vector(x), m.at_y = load_vector(y);
+  const uint32_t segments = uint32_t(segments_of_row(chunk)), index = uint32_t(segment), row = index / segments;
+  const int64_t begin = int64_t(index - row * segments) * kSegment;
+  const int64_t end = at_most(begin + kSegment, pixels_of_row<kCounts>(chunk, row));
+  const int64_t group = at_most(lane / L, ceil_div(chunk.lanes, L) - 1), offset = group_begin<A>(group, chunk.lanes);
+  const Mask<A> flip = flip_of<A>(lanes.sign[group]);
+  const Vec<A> peak = lanes.peak[group];
+  // How far it is to the peak could not be predicted: through all of the segment.
+  Vec<A> left = splat(-kNowhere<A>);
+  const auto pixel = [&](const T* p, Vec<A> at, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
+    const Vec<A> here = key(p, offset, flip) == peak ? -at : splat(-kNowhere<A>);
+    left = counted<kCounts, A>(bit, offset, maximum(here, left), left);
+  };
+  for_pixels<kCounts>(chunk, row, begin, end, pixel);
+  A columns[L];
+  store_vector(columns, left);
+  return {-columns[lane - offset], chunk.y0 + A(row)};
 }
 
-// N vectors of channels over all pixels of a chunk.
+// Makes the pixels of the peaks what the sums of `count` groups are about, except where an earlier chunk has a higher one.
+template <Counts kCounts, class T>
+void place_peaks(const LanesChunk<T>& chunk, int64_t group, int64_t count, MomentLanes<Acc<T>>& lanes) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t channels = chunk.lanes / chunk.abreast;
+  const Vec<A> nowhere = splat(kNowhere<A>);
+  LaneRow<A> each, first, x, y;  // the segments of each lane and of each channel, and the pixels of the peaks
+  for (int64_t g = group; g < group + count; ++g) each.set(g, chunk.lanes, lanes.segment[g]);
+  if (chunk.abreast > 1) {
+    LaneRow<A> own;
+    for (int64_t g = group; g < group + count; ++g) own.set(g, chunk.lanes, lanes.peak[g]);
+    share_peaks<A>(chunk.lanes, chunk.abreast, lanes.peak);
+    for (int64_t g = group; g < group + count; ++g) {
+      each.set(g, chunk.lanes, own.get(g, chunk.lanes) == lanes.peak[g] ? lanes.segment[g] : nowhere);
+    }
+    first = each;
+    first.fold(chunk.abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a < b ? a : b; });
+  }
+  const LaneRow<A>& segment = chunk.abreast > 1 ? first : each;
+  for (int64_t g = group; g < group + at_most(count, ceil_div(channels, L)); ++g) {
+    Mask<A> earlier = {};
+    if (!chunk.first) earlier = lanes.peak[g] < lanes.state[g].peak;
+    x.set(g, chunk.lanes, earlier ? lanes.state[g].at_x : nowhere);
+    y.set(g, chunk.lanes, earlier ? lanes.state[g].at_y : nowhere);
+    // Which lanes these are could not be predicted: bit by bit.
+    uint32_t bits = lane_bits<A>(~earlier & (segment.get(g, chunk.lanes) < nowhere));
+    for (; bits != 0; bits &= bits - 1) {
+      const int64_t c = group_begin<A>(g, chunk.lanes) + __builtin_ctz(bits);
+      for (int64_t a = 0; a < chunk.abreast && c < channels; ++a) {
+        const int64_t lane = a * channels + c;
+        if (each.values[lane] != segment.values[c]) continue;
+        const Place<A> place = find_in_segment<kCounts>(chunk, lanes, lane, segment.values[c]);
+        x.values[c] = larger(-x.values[c], -(place.x + A(a))) * A(-1);
+        y.values[c] = place.y;
+      }
+    }
+  }
+  if (chunk.abreast > 1) x.spread(chunk.abreast, channels), y.spread(chunk.abreast, channels);
+  for (int64_t g = group; g < group + count; ++g) {
+    lanes.chunk[g].at_x = x.get(g, chunk.lanes) - lanes.pixel[g];
+    lanes.chunk[g].at_y = y.get(g, chunk.lanes);
+  }
+}
+
+// The sums of N vectors of lanes over all pixels of a chunk, about these pixels.
 template <class T, int N, Counts kCounts>
-void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Moments<Acc<T>, Vec<Acc<T>>>>& lanes) {
+void lane_sums(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& lanes) {
   using A = Acc<T>;
   int64_t offset[N];
-  Mask<A> flip[N];
-  LanePeak<A> at[N];
-  for (int j = 0; j < N; ++j) {
-    offset[j] = group_begin<A>(group + j, chunk.channels);
-    flip[j] = flip_of<A>(lanes.sign[group + j]);
-  }
-  peaks_and_segments<kCounts, T, N>(chunk, offset, flip, at);
   Falloff<Vec<A>> of[N];
-  Moments<A, Vec<A>> more[N];
+  Moments<A, Vec<A>> sums[N];
   for (int j = 0; j < N; ++j) {
-    const Vec<A> scale = lanes.scale[group + j];
-    of[j] = {lanes.sign[group + j], at[j].peak, scale, Exp2Constants<A>::kLowest / scale};
-    Mask<A> earlier = {};
-    more[j] = empty_moments<A, Vec<A>>();
-    more[j].peak = at[j].peak;
-    if (!chunk.first) {
-      const Moments<A, Vec<A>>& state = lanes.state[group + j];
-      earlier = at[j].peak < state.peak;
-      more[j].at_x = state.at_x, more[j].at_y = state.at_y;
-    }
-    place_peaks<kCounts>(chunk, offset[j], flip[j], at[j], earlier, more[j]);
+    const int64_t g = group + j;
+    offset[j] = group_begin<A>(g, chunk.lanes);
+    of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], Exp2Constants<A>::kLowest / lanes.scale[g]};
+    sums[j] = empty_moments<A, Vec<A>>();
+    sums[j].peak = lanes.peak[g];
+    sums[j].at_x = lanes.chunk[g].at_x, sums[j].at_y = lanes.chunk[g].at_y;
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {}, row_xx[N] = {}, distances[N] = {};
     const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
-        const Vec<A> dx = x - more[j].at_x;
+        const Vec<A> dx = x - sums[j].at_x;
         const Vec<A> d = counted<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]));
         Vec<A> w[1] = {d};
         exp2<A, 1>(w, of[j].scale);
@@ -129,20 +169,17 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, 
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
     for (int j = 0; j < N; ++j) {
-      const Vec<A> dy = y - more[j].at_y, weighed = row[j] * dy;
-      more[j].sum += row[j];
-      more[j].x += row_x[j];
-      more[j].y += weighed;
-      more[j].xx += row_xx[j];
-      more[j].xy += row_x[j] * dy;
-      more[j].yy += weighed * dy;
-      more[j].distance += distances[j];
+      const Vec<A> dy = y - sums[j].at_y, weighed = row[j] * dy;
+      sums[j].sum += row[j];
+      sums[j].x += row_x[j];
+      sums[j].y += weighed;
+      sums[j].xx += row_xx[j];
+      sums[j].xy += row_x[j] * dy;
+      sums[j].yy += weighed * dy;
+      sums[j].distance += distances[j];
     }
   }
-  for (int j = 0; j < N; ++j) {
-    Moments<A, Vec<A>>& state = lanes.state[group + j];
-    state = chunk.first ? more[j] : merge(state, more[j], lanes.scale[group + j], VectorExp2{});
-  }
+  for (int j = 0; j < N; ++j) lanes.chunk[group + j] = sums[j];
 }
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -18,7 +18,8 @@ struct LanesChunk {
   int64_t stride_y, stride_x, rows, cols;
   A x0, y0;
   int64_t ahead;
-  int64_t channels;  // at least one vector of them
+  int64_t lanes;     // at least one vector of them
+  int64_t abreast;   // pixels in them: a "pixel" below is a group of these, and x that of the group's first
   bool first;        // no state to merge with yet
   const ColumnList* list;   // Counts::listed
   const Bits<A>* excluded;  // Counts::by_bits, or null: all count
@@ -46,17 +47,18 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
       body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), PixelBit<A>{}, fetched);
     }
   } else {
-    Vec<A> x = splat(chunk.x0 + A(begin));
+    const A step = A(chunk.abreast);
+    Vec<A> x = splat(chunk.x0 + A(begin) * step);
     p += begin * chunk.stride_x;
     if constexpr (kCounts == Counts::by_bits) {
-      const Bits<A>* const of_row = chunk.excluded + row * words_of<A>(chunk.cols) * chunk.channels;
+      const Bits<A>* const of_row = chunk.excluded + row * words_of<A>(chunk.cols) * chunk.lanes;
       for (int64_t i = begin; i < end;) {
         const int64_t stop = at_most(end, (i / kBits<A> + 1) * kBits<A>);
-        PixelBit<A> bit(of_row, chunk.channels, i);
-        for (; i < stop; ++i, p += chunk.stride_x, x += A(1), bit.bit += bit.bit) body(p, x, bit, p);
+        PixelBit<A> bit(of_row, chunk.lanes, i);
+        for (; i < stop; ++i, p += chunk.stride_x, x += step, bit.bit += bit.bit) body(p, x, bit, p);
       }
     } else {
-      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += A(1)) body(p, x, PixelBit<A>{}, p);
+      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step) body(p, x, PixelBit<A>{}, p);
     }
   }
 }
@@ -80,8 +82,45 @@ KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t channel, Vec<A> v,
 template <class A, class S>
 struct LaneStates {
   Vec<A> sign[kGroups<A>], scale[kGroups<A>];
-  S state[kGroups<A>];
+  Vec<A> pixel[kGroups<A>];  // which of those abreast a lane is
+  Vec<A> peak[kGroups<A>];   // of the chunk at hand
+  S chunk[kGroups<A>];       // its sums
+  S state[kGroups<A>];       // of all before: of channels, as the first lanes are
 };
+
+// What pixels abreast have summed up is left to their channel.
+template <class A, class S>
+KPFUSED_INLINE void fold_sum(int64_t lanes, int64_t abreast, S (&sums)[kGroups<A>], Vec<A> S::*field) {
+  const int64_t channels = lanes / abreast, groups = ceil_div(lanes, kLanes<A>);
+  LaneRow<A> row;
+  for (int64_t g = 0; g < groups; ++g) row.set(g, lanes, sums[g].*field);
+  row.fold(abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a + b; });
+  for (int64_t g = 0; g < ceil_div(channels, kLanes<A>); ++g) sums[g].*field = row.get(g, lanes);
+}
+// They are relative to the same peak, and pixel of it.
+template <class A>
+KPFUSED_INLINE void fold_sums(int64_t lanes, int64_t abreast, State<Vec<A>> (&sums)[kGroups<A>]) {
+  using S = State<Vec<A>>;
+  for (const auto field : {&S::sum, &S::sum_x, &S::sum_y}) fold_sum<A>(lanes, abreast, sums, field);
+}
+template <class A>
+KPFUSED_INLINE void fold_sums(int64_t lanes, int64_t abreast, Moments<A, Vec<A>> (&sums)[kGroups<A>]) {
+  using S = Moments<A, Vec<A>>;
+  for (const auto field : {&S::sum, &S::x, &S::y, &S::xx, &S::xy, &S::yy, &S::distance}) {
+    fold_sum<A>(lanes, abreast, sums, field);
+  }
+}
+
+// The peak of a channel is that of all its pixels abreast.
+template <class A>
+KPFUSED_INLINE void share_peaks(int64_t lanes, int64_t abreast, Vec<A> (&peak)[kGroups<A>]) {
+  const int64_t channels = lanes / abreast, groups = ceil_div(lanes, kLanes<A>);
+  LaneRow<A> row;
+  for (int64_t g = 0; g < groups; ++g) row.set(g, lanes, peak[g]);
+  row.fold(abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return maximum(a, b); });
+  row.spread(abreast, channels);
+  for (int64_t g = 0; g < groups; ++g) peak[g] = row.get(g, lanes);
+}
 
 // The sign of beta as bits: a logit's key is the logit with them changed.
 template <class A>
@@ -94,19 +133,18 @@ KPFUSED_INLINE Vec<Acc<T>> key(const T* pixel, int64_t channel, Mask<Acc<T>> fli
   return (Vec<Acc<T>>)((Mask<Acc<T>>)load(pixel + channel) ^ flip);
 }
 
-// N vectors of channels over all pixels of a chunk.
-template <class T, int N, Counts kCounts>
-void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, State<Vec<Acc<T>>>>& lanes) {
+// The peaks of N vectors of lanes over all pixels of a chunk.
+template <class T, int N, Counts kCounts, class Lanes>
+void lane_peaks(const LanesChunk<T>& chunk, int64_t group, Lanes& lanes) {
   using A = Acc<T>;
   int64_t offset[N];
   Mask<A> flip[N];
-  Vec<A> peak[N], sum[N] = {}, sum_x[N] = {}, sum_y[N] = {};
-  Falloff<Vec<A>> of[N];
+  Vec<A> peak[N];
   for (int j = 0; j < N; ++j) {
-    offset[j] = group_begin<A>(group + j, chunk.channels);
+    offset[j] = group_begin<A>(group + j, chunk.lanes);
     flip[j] = flip_of<A>(lanes.sign[group + j]);
+    peak[j] = splat(Limits<A>::lowest);
   }
-  for (int j = 0; j < N; ++j) peak[j] = splat(Limits<A>::lowest);
   for (int64_t r = 0; r < chunk.rows; ++r) {
     const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
@@ -115,9 +153,20 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
   }
+  for (int j = 0; j < N; ++j) lanes.peak[group + j] = peak[j];
+}
+
+// Their sums, relative to these peaks.
+template <class T, int N, Counts kCounts>
+void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, State<Vec<Acc<T>>>>& lanes) {
+  using A = Acc<T>;
+  int64_t offset[N];
+  Vec<A> sum[N] = {}, sum_x[N] = {}, sum_y[N] = {};
+  Falloff<Vec<A>> of[N];
   for (int j = 0; j < N; ++j) {
+    offset[j] = group_begin<A>(group + j, chunk.lanes);
     const Vec<A> scale = lanes.scale[group + j];
-    of[j] = {lanes.sign[group + j], peak[j], scale, Exp2Constants<A>::kLowest / scale};
+    of[j] = {lanes.sign[group + j], lanes.peak[group + j], scale, Exp2Constants<A>::kLowest / scale};
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
@@ -139,9 +188,8 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     }
   }
   for (int j = 0; j < N; ++j) {
-    const State<Vec<A>> more = {peak[j], sum[j], sum_x[j], sum_y[j]};
-    State<Vec<A>>& state = lanes.state[group + j];
-    state = chunk.first ? more : merge(state, more, lanes.scale[group + j], VectorExp2{});
+    const int64_t g = group + j;
+    lanes.chunk[g] = {lanes.peak[g], sum[j], sum_x[j] + sum[j] * lanes.pixel[g], sum_y[j]};
   }
 }
 
