@@ -40,7 +40,7 @@ struct GradientChunk {
   int64_t stride_y, stride_x, out_y, out_x, rows, cols, row, col;
   int64_t channels;  // at least one vector of them
   PixelMask mask;                // where all channels count alike
-  const Bits<Acc<T>>* excluded;  // where each counts by itself, or null: all do
+  ExcludedRows<Acc<T>> excluded;  // where each counts by itself
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -79,7 +79,7 @@ class BackwardLanes {
                                     col,
                                     channels,
                                     {},
-                                    nullptr};
+                                    {}};
       const int64_t first_map = outer * view_.inner + first;
       if (channels < L) {
         buffered(all, first_map, lanes);
@@ -164,7 +164,7 @@ class BackwardLanes {
 
   template <bool kByChannel>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
-    if (kByChannel && !chunk.excluded) return pixels<false>(chunk, lanes);
+    if (kByChannel && !chunk.excluded.words) return pixels<false>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.channels, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
@@ -181,7 +181,7 @@ class BackwardLanes {
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       const uint8_t* const mask = chunk.mask.row(r);
-      const Bits<A>* const of_row = kByChannel ? chunk.excluded + r * words_of<A>(chunk.cols) * chunk.channels : nullptr;
+      const Bits<A>* const of_row = kByChannel ? chunk.excluded.row(r) : nullptr;
       PixelBit<A> bit = {};
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
       for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += A(1)) {
@@ -234,7 +234,7 @@ class BackwardLanes {
         copy_pixels(all.h + y * all.stride_y + x * all.stride_x, all.stride_y, all.stride_x, from, stride_y, padded,
                     range.rows, range.cols, all.channels);
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
-                                  range.cols, range.row, range.col, padded, {},       nullptr};
+                                  range.cols, range.row, range.col, padded, {},       {}};
         if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
         pixels<true>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,

@@ -83,6 +83,7 @@ class ForwardLanes {
       }
       lanes.sign[g] = load_vector(sign);
       lanes.scale[g] = load_vector(scale);
+      lanes.lowest[g] = Exp2Constants<A>::kLowest / lanes.scale[g];
       lanes.pixel[g] = load_vector(pixel);
     }
   }
@@ -130,7 +131,7 @@ class ForwardLanes {
                                 chunks.x.size(cj) * abreast_};
       LanesChunk<T> chunk = {begin(n), view_.stride_y, stride_x, range.rows, chunks.x.size(cj),
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
-                             (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, nullptr};
+                             (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
       if constexpr (kCounts == Counts::by_bits) chunk.excluded = excluded.of(range, n_lanes);
       run_chunk<kCounts>(chunk, lanes);
@@ -162,7 +163,7 @@ class ForwardLanes {
                   range.cols * padded, padded, range.rows, range.cols, channels);
       LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, 1, n == 0,
-                             nullptr, nullptr};
+                             nullptr, {}};
       if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
       run_chunk<Counts::by_bits>(chunk, lanes);
     }
@@ -171,15 +172,16 @@ class ForwardLanes {
   // Peaks, then sums: of a few vectors at a time where nothing passes between pixels abreast.
   template <Counts kCounts>
   static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
-    if (kCounts == Counts::by_bits && !chunk.excluded) return run_chunk<Counts::all>(chunk, lanes);
+    if (kCounts == Counts::by_bits && !chunk.excluded.words) return run_chunk<Counts::all>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, kLanes<A>);
+    constexpr int kAtOnce = kMoments ? 2 : kLaneVectors;  // as the registers hold
     if (chunk.abreast > 1) {
-      for_blocks(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
+      for_blocks<kLaneVectors>(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
       settle_peaks<kCounts>(chunk, 0, groups, lanes);
-      for_blocks(groups, [&](auto n, int64_t g) { lane_sums<T, n, kCounts>(chunk, g, lanes); });
+      for_blocks<kAtOnce>(groups, [&](auto n, int64_t g) { lane_sums<T, n, kCounts>(chunk, g, lanes); });
       fold_sums<A>(chunk.lanes, chunk.abreast, lanes.chunk);
     } else {
-      for_blocks(groups, [&](auto n, int64_t g) {
+      for_blocks<kAtOnce>(groups, [&](auto n, int64_t g) {
         lane_peaks<T, n, kCounts>(chunk, g, lanes);
         settle_peaks<kCounts>(chunk, g, n, lanes);
         lane_sums<T, n, kCounts>(chunk, g, lanes);
@@ -201,9 +203,9 @@ class ForwardLanes {
   }
 
   // Blocks of vectors, as equal as possible.
-  template <class Body>
+  template <int kMost, class Body>
   static KPFUSED_INLINE void for_blocks(int64_t groups, const Body& body) {
-    const int64_t blocks = ceil_div(groups, kLaneVectors), narrow = groups / blocks, wide = groups % blocks;
+    const int64_t blocks = ceil_div(groups, kMost), narrow = groups / blocks, wide = groups % blocks;
     for (int64_t b = 0, g = 0; b < blocks; ++b) {
       const int64_t n = narrow + (b < wide);
       switch (n) {

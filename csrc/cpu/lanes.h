@@ -44,22 +44,31 @@ struct LaneRow {
   KPFUSED_INLINE void set(int64_t group, int64_t lanes, Vec<A> v) { store_vector(values + group_begin<A>(group, lanes), v); }
   KPFUSED_INLINE Vec<A> get(int64_t group, int64_t lanes) const { return load_vector(values + group_begin<A>(group, lanes)); }
 
-  // Leaves op over the pixels in each channel. The last vector of a half takes lanes along that were used already.
-  template <class Op>
-  KPFUSED_INLINE void fold(int64_t abreast, int64_t channels, const Op& op) {
-    for (int64_t half = abreast / 2 * channels; half >= channels; half = half / channels / 2 * channels) {
-      for (int64_t i = 0; i < half; i += L) {
-        store_vector(values + i, op(load_vector(values + i), load_vector(values + half + i)));
-      }
-    }
-  }
   // Gives all pixels what their channel has. What is written beyond one is overwritten by the next.
   KPFUSED_INLINE void spread(int64_t abreast, int64_t channels) {
+    Vec<A> from[kAbreastChannels / L + 1];  // not read where it has just been written, which would have to be waited for
+    const int64_t vectors = ceil_div(channels, L);
+    for (int64_t i = 0; i < vectors; ++i) from[i] = load_vector(values + i * L);
     for (int64_t a = 1; a < abreast; ++a) {
-      for (int64_t c = 0; c < channels; c += L) store_vector(values + a * channels + c, load_vector(values + c));
+      for (int64_t i = 0; i < vectors; ++i) store_vector(values + a * channels + i * L, from[i]);
     }
   }
 };
+
+// Leaves op over the pixels abreast in each channel, of several rows side by side: each step waits for the one before. The
+// last vector of a half takes lanes along that were used already.
+template <class A, int N, class Op>
+KPFUSED_INLINE void fold(LaneRow<A> (&rows)[N], int64_t abreast, int64_t channels, const Op& op) {
+  constexpr int64_t L = kLanes<A>;
+  for (int64_t pixels = abreast / 2; pixels > 0; pixels /= 2) {
+    const int64_t half = pixels * channels;
+    for (int64_t i = 0; i < half; i += L) {
+      for (LaneRow<A>& row : rows) {
+        store_vector(row.values + i, op(load_vector(row.values + i), load_vector(row.values + half + i)));
+      }
+    }
+  }
+}
 
 // Vectors of channels that a chunk is read for at once.
 constexpr int kLaneVectors = 4;
@@ -83,17 +92,6 @@ KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
 
 // Pixels that a list has room for.
 constexpr int64_t kListed = 2048;
-
-// Chunks of groups of pixels, each with all lanes. What is read twice in a row has kChunkBytes at most, or twice as many where
-// it is all lanes of the chunk.
-template <class T>
-KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast = 1) {
-  const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
-  int64_t groups = abreast == 1 ? kChunkBytes / (at_once * int64_t(sizeof(T))) : 2 * kChunkBytes / (lanes * int64_t(sizeof(T)));
-  if (counts == Counts::listed) groups = at_most(groups, kListed);
-  if (counts == Counts::by_bits) groups = at_most(groups, kGatherBytes / lanes);
-  return tile(rows, cols, groups, 1);
-}
 
 // Channels of a block as a buffer holds them: at least a vector.
 template <class A>
@@ -130,6 +128,20 @@ constexpr int kBits = 8 * int(sizeof(A));
 template <class A>
 KPFUSED_INLINE int64_t words_of(int64_t cols) {
   return ceil_div(cols, kBits<A>);
+}
+
+// Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes.
+constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
+
+// Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, kChunkBytes are read twice in a row: those
+// of a few vectors.
+template <class T>
+KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast = 1) {
+  const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
+  int64_t groups = (abreast == 1 ? kChunkBytes / at_once : kAbreastBytes / lanes) / int64_t(sizeof(T));
+  if (counts == Counts::listed) groups = at_most(groups, kListed);
+  if (counts == Counts::by_bits) groups = at_most(groups, at_least(kGatherBytes / (lanes * words_of<Acc<T>>(cols)), 1) * cols);
+  return tile(rows, cols, groups, 1);
 }
 
 // The lowest `count` bits.
@@ -190,6 +202,15 @@ KPFUSED_INLINE Bits<A> word_of(const uint8_t* p) {
   return bits;
 }
 
+// The words of a chunk's rows; null if all count.
+template <class A>
+struct ExcludedRows {
+  const Bits<A>* words;
+  int64_t stride;
+
+  KPFUSED_INLINE const Bits<A>* row(int64_t r) const { return words + r * stride; }
+};
+
 // Which pixels of a chunk do not count, for each channel of a block: the words of all lanes side by side.
 template <class A>
 class Excluded {
@@ -201,11 +222,13 @@ class Excluded {
     for (int64_t k = 0; k < count; ++k) each_[k] = counting_of(pixels, view, first_map + k);
   }
 
-  // Words of the next lane of a row follow, those of the next groups are `to_next` words further. Null if all count.
-  const Word* of(const PixelRange& range, int64_t to_next) {
+  // Words of the next lane of a row follow, those of the next groups are `to_next` words further.
+  ExcludedRows<A> of(const PixelRange& range, int64_t to_next) {
     const int64_t words = words_of<A>(range.cols / abreast_);
+    // Without a mask and within the one size there is, rows are alike.
+    const bool alike = !each_[0].mask && same_size_ && range.row + range.rows <= each_[0].rows;
     Word any = 0;
-    for (int64_t r = 0; r < range.rows; ++r) {
+    for (int64_t r = 0; r < (alike ? 1 : range.rows); ++r) {
       const int64_t row = range.row + r;
       Word* const to = words_ + r * words * to_next;
       if (each_[0].mask) {
@@ -218,18 +241,20 @@ class Excluded {
         for (int64_t k = 0; k < abreast_ * channels_; ++k) any |= to[w * to_next + k];
       }
     }
-    return any ? words_ : nullptr;
+    return {any ? words_ : nullptr, alike ? 0 : words * to_next};
   }
 
  private:
   static constexpr int kByteVector = 16;
+  static constexpr int kRowsAhead = 2;
 
   void invalid(int64_t row, const PixelRange& range, int64_t to_next, Word* to) const {
     const int64_t groups = range.cols / abreast_;
     for (int64_t k = 0; k < channels_; ++k) {
       const int64_t valid = row < each_[k].rows ? at_least(each_[k].cols - range.col, 0) : 0;
+      const int64_t whole = valid / abreast_, rest = valid % abreast_;
       for (int64_t a = 0; a < abreast_; ++a) {
-        const int64_t valid_groups = (valid + abreast_ - 1 - a) / abreast_;
+        const int64_t valid_groups = whole + (a < rest);
         for (int64_t g = 0; g < groups; g += kBits<A>) {
           to[g / kBits<A> * to_next + a * channels_ + k] |= low_bits<A>(groups - g) & ~low_bits<A>(valid_groups - g);
         }
@@ -268,7 +293,9 @@ class Excluded {
     for (int64_t k = 0; k < (between_ == 0 ? 1 : channels_); ++k) {
       for (int64_t g = 0; g < groups; g += kBits<A>) {
         Word words[kPixels];
-        words_of_bytes<kPixels>(mask + k * between_ + g * kPixels, kPixels, at_most(kBits<A>, groups - g), words);
+        const uint8_t* const from = mask + k * between_ + g * kPixels;
+        for (int64_t i = 0; i < at_most(kBits<A>, groups - g) * kPixels; i += 64) prefetch(from + i, kRowsAhead * each_[0].stride_y);
+        words_of_bytes<kPixels>(from, kPixels, at_most(kBits<A>, groups - g), words);
         Word* const each = to + g / kBits<A> * to_next + k;
         for (int a = 0; a < kPixels; ++a) each[a * channels_] = words[a];
       }
@@ -312,6 +339,7 @@ class Excluded {
   // A byte of each lane for eight groups at a time.
   KPFUSED_INLINE void side_by_side(const uint8_t* mask, int64_t stride, int64_t groups, int64_t lanes, int64_t to_next,
                                    Word* to) const {
+    for (int64_t i = 0; i < groups * stride; i += 64) prefetch(mask + i, kRowsAhead * each_[0].stride_y);
     for (int64_t g = 0; g < groups; g += kBits<A>, to += to_next) {
       for (int64_t k = 0; k < lanes; k += kByteVector) {
         const int64_t lane = at_most(k, lanes - kByteVector);
@@ -325,6 +353,17 @@ class Excluded {
   // The words of kBytes lanes side by side from their first `count` groups, no more than a word has bits.
   template <int kBytes>
   static KPFUSED_INLINE void words_of_bytes(const uint8_t* from, int64_t stride, int64_t count, Word (&words)[kBytes]) {
+#if KPFUSED_AVX512  // from bytes to mask registers
+    if constexpr (kBytes == 16 && sizeof(Word) == 4) {
+      __m512i all = _mm512_setzero_si512(), bit = _mm512_set1_epi32(1);
+      for (int64_t i = 0; i < count; ++i, from += stride, bit = _mm512_add_epi32(bit, bit)) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i*)from);
+        all = _mm512_mask_or_epi32(all, _mm_testn_epi8_mask(bytes, bytes), all, bit);
+      }
+      _mm512_storeu_si512(words, all);
+      return;
+    }
+#endif
     typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
     for (int i = 0; i < kBytes; ++i) words[i] = 0;
     for (int64_t first = 0; first < count; first += 8) {

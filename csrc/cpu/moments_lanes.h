@@ -96,19 +96,20 @@ void place_peaks(const LanesChunk<T>& chunk, int64_t group, int64_t count, Momen
   constexpr int L = kLanes<A>;
   const int64_t channels = chunk.lanes / chunk.abreast;
   const Vec<A> nowhere = splat(kNowhere<A>);
-  LaneRow<A> each, first, x, y;  // the segments of each lane and of each channel, and the pixels of the peaks
-  for (int64_t g = group; g < group + count; ++g) each.set(g, chunk.lanes, lanes.segment[g]);
-  if (chunk.abreast > 1) {
-    LaneRow<A> own;
-    for (int64_t g = group; g < group + count; ++g) own.set(g, chunk.lanes, lanes.peak[g]);
+  LaneRow<A> each, first[1], x, y;  // the segments of each lane and of each channel, and the pixels of the peaks
+  if (chunk.abreast == 1) {
+    for (int64_t g = group; g < group + count; ++g) each.set(g, chunk.lanes, lanes.segment[g]);
+  } else {
+    Vec<A> own[kGroups<A>];
+    for (int64_t g = 0; g < count; ++g) own[g] = lanes.peak[g];
     share_peaks<A>(chunk.lanes, chunk.abreast, lanes.peak);
-    for (int64_t g = group; g < group + count; ++g) {
-      each.set(g, chunk.lanes, own.get(g, chunk.lanes) == lanes.peak[g] ? lanes.segment[g] : nowhere);
+    for (int64_t g = 0; g < count; ++g) {
+      const Vec<A> segment = own[g] == lanes.peak[g] ? lanes.segment[g] : nowhere;
+      each.set(g, chunk.lanes, segment), first[0].set(g, chunk.lanes, segment);
     }
-    first = each;
-    first.fold(chunk.abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a < b ? a : b; });
+    fold(first, chunk.abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return -maximum(-a, -b); });
   }
-  const LaneRow<A>& segment = chunk.abreast > 1 ? first : each;
+  const LaneRow<A>& segment = chunk.abreast > 1 ? first[0] : each;
   for (int64_t g = group; g < group + at_most(count, ceil_div(channels, L)); ++g) {
     Mask<A> earlier = {};
     if (!chunk.first) earlier = lanes.peak[g] < lanes.state[g].peak;
@@ -144,7 +145,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& l
   for (int j = 0; j < N; ++j) {
     const int64_t g = group + j;
     offset[j] = group_begin<A>(g, chunk.lanes);
-    of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], Exp2Constants<A>::kLowest / lanes.scale[g]};
+    of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
     sums[j] = empty_moments<A, Vec<A>>();
     sums[j].peak = lanes.peak[g];
     sums[j].at_x = lanes.chunk[g].at_x, sums[j].at_y = lanes.chunk[g].at_y;
@@ -155,10 +156,9 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& l
     const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
         const Vec<A> dx = x - sums[j].at_x;
-        const Vec<A> d = counted<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]));
+        const Vec<A> d = counted<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest);
         Vec<A> w[1] = {d};
         exp2<A, 1>(w, of[j].scale);
-        w[0] = counted<kCounts, A>(bit, offset[j], w[0]);
         fetch_ahead<kCounts>(chunk, next, offset[j], j);
         const Vec<A> weighed = w[0] * dx;
         row[j] += w[0];

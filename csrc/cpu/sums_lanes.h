@@ -22,7 +22,7 @@ struct LanesChunk {
   int64_t abreast;   // pixels in them: a "pixel" below is a group of these, and x that of the group's first
   bool first;        // no state to merge with yet
   const ColumnList* list;   // Counts::listed
-  const Bits<A>* excluded;  // Counts::by_bits, or null: all count
+  ExcludedRows<A> excluded;  // Counts::by_bits
 };
 
 // Pixels of a row that are to be read.
@@ -51,7 +51,7 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     Vec<A> x = splat(chunk.x0 + A(begin) * step);
     p += begin * chunk.stride_x;
     if constexpr (kCounts == Counts::by_bits) {
-      const Bits<A>* const of_row = chunk.excluded + row * words_of<A>(chunk.cols) * chunk.lanes;
+      const Bits<A>* const of_row = chunk.excluded.row(row);
       for (int64_t i = begin; i < end;) {
         const int64_t stop = at_most(end, (i / kBits<A> + 1) * kBits<A>);
         PixelBit<A> bit(of_row, chunk.lanes, i);
@@ -81,45 +81,46 @@ KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t channel, Vec<A> v,
 // S: State or Moments of vectors.
 template <class A, class S>
 struct LaneStates {
-  Vec<A> sign[kGroups<A>], scale[kGroups<A>];
+  Vec<A> sign[kGroups<A>], scale[kGroups<A>], lowest[kGroups<A>];  // as in Falloff
   Vec<A> pixel[kGroups<A>];  // which of those abreast a lane is
   Vec<A> peak[kGroups<A>];   // of the chunk at hand
   S chunk[kGroups<A>];       // its sums
   S state[kGroups<A>];       // of all before: of channels, as the first lanes are
 };
 
-// What pixels abreast have summed up is left to their channel.
-template <class A, class S>
-KPFUSED_INLINE void fold_sum(int64_t lanes, int64_t abreast, S (&sums)[kGroups<A>], Vec<A> S::*field) {
+// What pixels abreast have summed up, relative to the same peak, is left to their channel.
+template <class A, class S, int N>
+KPFUSED_INLINE void fold_fields(int64_t lanes, int64_t abreast, S (&sums)[kGroups<A>], Vec<A> S::* const (&fields)[N]) {
   const int64_t channels = lanes / abreast, groups = ceil_div(lanes, kLanes<A>);
-  LaneRow<A> row;
-  for (int64_t g = 0; g < groups; ++g) row.set(g, lanes, sums[g].*field);
-  row.fold(abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a + b; });
-  for (int64_t g = 0; g < ceil_div(channels, kLanes<A>); ++g) sums[g].*field = row.get(g, lanes);
+  LaneRow<A> rows[N];
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int f = 0; f < N; ++f) rows[f].set(g, lanes, sums[g].*fields[f]);
+  }
+  fold(rows, abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return a + b; });
+  for (int64_t g = 0; g < ceil_div(channels, kLanes<A>); ++g) {
+    for (int f = 0; f < N; ++f) sums[g].*fields[f] = rows[f].get(g, lanes);
+  }
 }
-// They are relative to the same peak, and pixel of it.
 template <class A>
 KPFUSED_INLINE void fold_sums(int64_t lanes, int64_t abreast, State<Vec<A>> (&sums)[kGroups<A>]) {
   using S = State<Vec<A>>;
-  for (const auto field : {&S::sum, &S::sum_x, &S::sum_y}) fold_sum<A>(lanes, abreast, sums, field);
+  fold_fields<A>(lanes, abreast, sums, {&S::sum, &S::sum_x, &S::sum_y});
 }
 template <class A>
 KPFUSED_INLINE void fold_sums(int64_t lanes, int64_t abreast, Moments<A, Vec<A>> (&sums)[kGroups<A>]) {
   using S = Moments<A, Vec<A>>;
-  for (const auto field : {&S::sum, &S::x, &S::y, &S::xx, &S::xy, &S::yy, &S::distance}) {
-    fold_sum<A>(lanes, abreast, sums, field);
-  }
+  fold_fields<A>(lanes, abreast, sums, {&S::sum, &S::x, &S::y, &S::xx, &S::xy, &S::yy, &S::distance});
 }
 
 // The peak of a channel is that of all its pixels abreast.
 template <class A>
 KPFUSED_INLINE void share_peaks(int64_t lanes, int64_t abreast, Vec<A> (&peak)[kGroups<A>]) {
   const int64_t channels = lanes / abreast, groups = ceil_div(lanes, kLanes<A>);
-  LaneRow<A> row;
-  for (int64_t g = 0; g < groups; ++g) row.set(g, lanes, peak[g]);
-  row.fold(abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return maximum(a, b); });
-  row.spread(abreast, channels);
-  for (int64_t g = 0; g < groups; ++g) peak[g] = row.get(g, lanes);
+  LaneRow<A> rows[1];
+  for (int64_t g = 0; g < groups; ++g) rows[0].set(g, lanes, peak[g]);
+  fold(rows, abreast, channels, [](Vec<A> a, Vec<A> b) __attribute__((always_inline)) { return maximum(a, b); });
+  rows[0].spread(abreast, channels);
+  for (int64_t g = 0; g < groups; ++g) peak[g] = rows[0].get(g, lanes);
 }
 
 // The sign of beta as bits: a logit's key is the logit with them changed.
@@ -163,21 +164,26 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   int64_t offset[N];
   Vec<A> sum[N] = {}, sum_x[N] = {}, sum_y[N] = {};
   Falloff<Vec<A>> of[N];
+  Vec<A> scale[N];
   for (int j = 0; j < N; ++j) {
-    offset[j] = group_begin<A>(group + j, chunk.lanes);
-    const Vec<A> scale = lanes.scale[group + j];
-    of[j] = {lanes.sign[group + j], lanes.peak[group + j], scale, Exp2Constants<A>::kLowest / scale};
+    const int64_t g = group + j;
+    offset[j] = group_begin<A>(g, chunk.lanes);
+    scale[j] = lanes.scale[g];
+    of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
     const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
+      Vec<A> w[N];
       for (int j = 0; j < N; ++j) {
-        Vec<A> w = weight(p + offset[j], of[j]);
-        w = counted<kCounts, A>(bit, offset[j], w);
+        w[j] = counted<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest);
         fetch_ahead<kCounts>(chunk, next, offset[j], j);
-        row[j] += w;
-        row_x[j] += w * x;
+      }
+      exp2<A, N>(w, scale);
+      for (int j = 0; j < N; ++j) {
+        row[j] += w[j];
+        row_x[j] += w[j] * x;
       }
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
