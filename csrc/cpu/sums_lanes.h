@@ -52,9 +52,10 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     p += begin * chunk.stride_x;
     if constexpr (kCounts == Counts::by_bits) {
       const Bits<A>* const of_row = chunk.excluded.row(row);
+      const int64_t first = chunk.excluded.first_bit(row);
       for (int64_t i = begin; i < end;) {
-        const int64_t stop = at_most(end, (i / kBits<A> + 1) * kBits<A>);
-        PixelBit<A> bit(of_row, chunk.lanes, i);
+        const int64_t stop = at_most(end, ((first + i) / kBits<A> + 1) * kBits<A> - first);
+        PixelBit<A> bit(of_row, chunk.lanes, first + i);
         for (; i < stop; ++i, p += chunk.stride_x, x += step, bit.bit += bit.bit) body(p, x, bit, p);
       }
     } else {
