@@ -15,6 +15,7 @@ struct LaneGradients {
   struct Group {
     Falloff<Vec<A>> of;
     Vec<A> x, y, mean_x, mean_y, beta;
+    Vec<A> pixel;  // which of those abreast a lane is
     Vec<A> of_row, dbeta;
   };
   struct MomentGroup : Group {
@@ -38,7 +39,8 @@ struct GradientChunk {
   const T* h;
   T* out;
   int64_t stride_y, stride_x, out_y, out_x, rows, cols, row, col;
-  int64_t channels;  // at least one vector of them
+  int64_t lanes;     // at least one vector of them
+  int64_t abreast;   // pixels in them: cols and stride_x count groups of these
   PixelMask mask;                // where all channels count alike
   ExcludedRows<Acc<T>> excluded;  // where each counts by itself
 };
@@ -53,7 +55,11 @@ class BackwardLanes {
   static constexpr int L = kLanes<A>;
 
   explicit BackwardLanes(const BackwardParams& params)
-      : params_(params), view_(params.view), parts_(part_tiling(view_)), blocks_(channel_blocks(view_.inner)) {}
+      : params_(params),
+        view_(params.view),
+        parts_(part_tiling(view_)),
+        blocks_(channel_blocks(view_.inner)),
+        abreast_(params.grad_view.stride_x == view_.inner ? pixels_abreast<A>(view_, parts_) : 1) {}
 
   void run(int64_t begin, int64_t end) const {
     for (int64_t item = begin; item < end; ++item) {
@@ -70,20 +76,21 @@ class BackwardLanes {
       const GradientChunk<T> all = {h + row * v.stride_y + col * v.stride_x,
                                     out + row * g.stride_y + col * g.stride_x,
                                     v.stride_y,
-                                    v.stride_x,
+                                    v.stride_x * abreast_,
                                     g.stride_y,
-                                    g.stride_x,
+                                    g.stride_x * abreast_,
                                     parts_.y.size(i),
-                                    parts_.x.size(j),
+                                    parts_.x.size(j) / abreast_,
                                     row,
                                     col,
-                                    channels,
+                                    channels * abreast_,
+                                    abreast_,
                                     {},
                                     {}};
       const int64_t first_map = outer * view_.inner + first;
-      if (channels < L) {
+      if (all.lanes < L) {
         buffered(all, first_map, lanes);
-      } else if (counts_of(params_.pixels, view_) == Counts::by_bits) {
+      } else if (lane_counts(params_.pixels, view_, abreast_) == Counts::by_bits) {
         counted_by_bits(all, first_map, lanes);
       } else {
         counted(all, counting_of(params_.pixels, view_, first_map), lanes);
@@ -94,12 +101,15 @@ class BackwardLanes {
         if constexpr (kMoments) {
           Map m;
           load_gradient(params_, map, m);
-          of_peak = finish_peak<T, kBeta>(params_, map, m, all.out + c, {row, all.rows, col, all.cols});
+          of_peak = finish_peak<T, kBeta>(params_, map, m, all.out + c, {row, all.rows, col, parts_.x.size(j)});
         }
         if (!kBeta || !params_.grad_beta) continue;
-        const int64_t group = c / L, lane = c - group_begin<A>(group, at_least(channels, L));
+        A dbeta = of_peak;
+        for (int64_t lane = c; lane < channels * abreast_; lane += channels) {
+          dbeta += lanes.group[lane / L].dbeta[lane - group_begin<A>(lane / L, at_least(all.lanes, L))];
+        }
         A* to = static_cast<A*>(count == 1 ? params_.grad_beta : params_.workspace);
-        to[map * count + part] = lanes.group[group].of.sign[lane] * (lanes.group[group].dbeta[lane] + of_peak);
+        to[map * count + part] = sharpness(beta_of<A>(params_.beta, map)).sign * dbeta;
       }
     }
   }
@@ -107,13 +117,14 @@ class BackwardLanes {
  private:
   // Lanes beyond the channels of a padded buffer repeat the last channel.
   void load_maps(int64_t map, int64_t channels, Lanes& lanes) const {
-    const int64_t padded = at_least(channels, L), groups = ceil_div(padded, L);
+    const int64_t padded = at_least(channels * abreast_, L), groups = ceil_div(padded, L);
     for (int64_t g = 0; g < groups; ++g) {
       auto& group = lanes.group[g];
       for (int i = 0; i < L; ++i) {
-        const int64_t c = at_most(group_begin<A>(g, padded) + i, channels - 1);
+        const int64_t lane = group_begin<A>(g, padded) + i, a = at_most(lane / channels, abreast_ - 1);
         Map m;
-        load_gradient(params_, map + c, m);
+        load_gradient(params_, map + at_most(lane - a * channels, channels - 1), m);
+        group.pixel[i] = A(a);
         group.of.sign[i] = m.of.sign, group.of.peak[i] = m.of.peak, group.beta[i] = m.beta;
         group.of.scale[i] = m.of.scale, group.of.lowest[i] = m.of.lowest;
         group.x[i] = m.q.x, group.y[i] = m.q.y, group.mean_x[i] = m.q.mean_x, group.mean_y[i] = m.q.mean_y;
@@ -136,36 +147,46 @@ class BackwardLanes {
                     counting.stride_x};
     }
     pixels<false>(chunk, lanes);
-    for (int64_t r = 0; r < all.rows; ++r) {
-      for (int64_t c = r < chunk.rows ? chunk.cols : 0; c < all.cols; ++c) {
-        clear(all.out + r * all.out_y + c * all.out_x, all.channels);
-      }
-    }
+    clear_beyond(all, chunk.rows, chunk.cols);
   }
 
   void counted_by_bits(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
-    const Tiling chunks = lane_chunks<T>(Counts::by_bits, all.rows, all.cols, all.channels);
-    Excluded<A> excluded(params_.pixels, view_, first_map, all.channels);
+    int64_t rows = all.rows, cols = all.cols;
+    if (one_size(params_.pixels, view_)) {
+      const Counting counting = counting_of(params_.pixels, view_, first_map);
+      rows = at_most(at_least(counting.rows - all.row, 0), rows);
+      cols = at_most(ceil_div(at_least(counting.cols - all.col, 0), all.abreast), cols);
+    }
+    clear_beyond(all, rows, cols);
+    if (rows == 0 || cols == 0) return;
+    const Tiling chunks = lane_chunks<T>(Counts::by_bits, rows, cols, all.lanes, all.abreast);
+    Excluded<A> excluded(params_.pixels, view_, first_map, all.lanes / all.abreast, all.abreast);
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
         GradientChunk<T> chunk = all;
         chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
-        chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x, chunk.cols = chunks.x.size(j);
-        chunk.excluded = excluded.of({chunk.row, chunk.rows, chunk.col, chunk.cols}, all.channels);
+        chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x * all.abreast, chunk.cols = chunks.x.size(j);
+        chunk.excluded = excluded.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast}, all.lanes);
         pixels<true>(chunk, lanes);
       }
     }
   }
 
-  static KPFUSED_INLINE void clear(T* out, int64_t channels) {
-    for (int64_t g = 0; g < ceil_div(channels, L); ++g) store(out + group_begin<A>(g, channels), Vec<A>{});
+  void clear_beyond(const GradientChunk<T>& all, int64_t rows, int64_t cols) const {
+    for (int64_t r = 0; r < all.rows; ++r) {
+      for (int64_t c = r < rows ? cols : 0; c < all.cols; ++c) clear(all.out + r * all.out_y + c * all.out_x, all.lanes);
+    }
+  }
+
+  static KPFUSED_INLINE void clear(T* out, int64_t lanes) {
+    for (int64_t g = 0; g < ceil_div(lanes, L); ++g) store(out + group_begin<A>(g, lanes), Vec<A>{});
   }
 
   template <bool kByChannel>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
     if (kByChannel && !chunk.excluded.words) return pixels<false>(chunk, lanes);
-    const int64_t groups = ceil_div(chunk.channels, L);
+    const int64_t groups = ceil_div(chunk.lanes, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
       for (int64_t g = 0; g < groups; ++g) {
@@ -183,23 +204,25 @@ class BackwardLanes {
       const uint8_t* const mask = chunk.mask.row(r);
       const Bits<A>* const of_row = kByChannel ? chunk.excluded.row(r) : nullptr;
       PixelBit<A> bit = {};
+      const int64_t first_bit = kByChannel ? chunk.excluded.first_bit(r) : 0;
+      const A step = A(chunk.abreast);
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
-      for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += A(1)) {
+      for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += step) {
         if (!chunk.mask.at(mask, c)) {
-          clear(out, chunk.channels);
+          clear(out, chunk.lanes);
           continue;
         }
         if constexpr (kByChannel) {
-          if (c % kBits<A> == 0) {
-            bit = PixelBit<A>(of_row, chunk.channels, c);
+          if (c == 0 || (first_bit + c) % kBits<A> == 0) {
+            bit = PixelBit<A>(of_row, chunk.lanes, first_bit + c);
           } else {
             bit.bit += bit.bit;
           }
         }
         for (int64_t g = 0; g < groups; ++g) {
           auto& m = lanes.group[g];
-          const int64_t k = group_begin<A>(g, chunk.channels);
-          const Vec<A> dx = x - m.mean_x;
+          const int64_t k = group_begin<A>(g, chunk.lanes);
+          const Vec<A> dx = x + m.pixel - m.mean_x;
           Vec<A> v[1] = {load(h + k)}, q[1], dbeta[1], by_distance = {};
           if constexpr (kMoments) {
             q[0] = (m.slope_of_row + m.xx * dx) * dx + m.of_row;
@@ -221,9 +244,9 @@ class BackwardLanes {
 
   // Fewer channels than lanes: through buffers.
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
-    const int64_t padded = padded_channels<A>(all.channels);
-    const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.channels);
-    Excluded<A> excluded(params_.pixels, view_, first_map, all.channels);
+    const int64_t padded = padded_channels<A>(all.lanes);
+    const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.lanes);
+    Excluded<A> excluded(params_.pixels, view_, first_map, all.lanes);
     T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
     __builtin_memset(from, 0, sizeof(from));
     for (int64_t i = 0; i < chunks.y.count; ++i) {
@@ -232,13 +255,13 @@ class BackwardLanes {
         const PixelRange range = {all.row + y, chunks.y.size(i), all.col + x, chunks.x.size(j)};
         const int64_t stride_y = range.cols * padded;
         copy_pixels(all.h + y * all.stride_y + x * all.stride_x, all.stride_y, all.stride_x, from, stride_y, padded,
-                    range.rows, range.cols, all.channels);
+                    range.rows, range.cols, all.lanes);
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
-                                  range.cols, range.row, range.col, padded, {},       {}};
+                                  range.cols, range.row, range.col, padded, 1,        {},     {}};
         if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
         pixels<true>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
-                    range.cols, all.channels);
+                    range.cols, all.lanes);
       }
     }
   }
@@ -247,6 +270,7 @@ class BackwardLanes {
   const MapView& view_;
   Tiling parts_;
   ChannelBlocks blocks_;
+  int64_t abreast_;
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -41,7 +41,7 @@ class ForwardLanes {
       if (channels * abreast_ < kLanes<A>) {
         run_buffered(base, part, first_map, channels, lanes);
       } else {
-        switch (counts()) {
+        switch (lane_counts(params_.pixels, view_, abreast_)) {
           case Counts::all: run_part<Counts::all>(base, next, part, first_map, channels, lanes); break;
           case Counts::listed: run_part<Counts::listed>(base, next, part, first_map, channels, lanes); break;
           case Counts::by_bits: run_part<Counts::by_bits>(base, next, part, first_map, channels, lanes); break;
@@ -61,12 +61,6 @@ class ForwardLanes {
     Nothing() = default;
     Nothing(const PixelView&, const MapView&, int64_t, int64_t, int64_t) {}
   };
-
-  // A list of columns has no place for pixels abreast.
-  Counts counts() const {
-    if (abreast_ == 1) return counts_of(params_.pixels, view_);
-    return params_.pixels.all() ? Counts::all : Counts::by_bits;
-  }
 
   // Lanes beyond the channels of a padded buffer get the beta of the last.
   void load_beta(int64_t map, int64_t channels, Lanes& lanes) const {

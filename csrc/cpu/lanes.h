@@ -84,6 +84,11 @@ KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
   if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bits;
   return pixels.mask ? Counts::listed : Counts::all;
 }
+// A list of columns has no place for pixels abreast.
+KPFUSED_INLINE Counts lane_counts(const PixelView& pixels, const MapView& view, int64_t abreast) {
+  if (abreast == 1) return counts_of(pixels, view);
+  return pixels.all() ? Counts::all : Counts::by_bits;
+}
 
 // Pixels that a list has room for.
 constexpr int64_t kListed = 2048;
