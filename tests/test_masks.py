@@ -56,7 +56,7 @@ def loss(result: Any) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("shape", [(2, 3, 3, 3), (2, 17, 24, 41), (1, 9, 256, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 3, 3), (2, 17, 24, 41), (2, 17, 12, 48), (1, 9, 256, 256)], ids=str)
 @pytest.mark.parametrize("pixels", PIXELS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_against_the_reference(

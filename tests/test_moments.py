@@ -107,7 +107,9 @@ def test_no_variance_is_negative(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 3, 3, 3), (1, 9, 40, 33), (1, 2, 300, 300), (1, 1, 1, 20000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 3, 3), (1, 9, 40, 33), (2, 17, 24, 48), (1, 2, 300, 300), (1, 1, 1, 20000)], ids=str
+)
 def test_of_equal_peaks_the_first_in_row_order(device: str, shape: tuple[int, ...], layout: str) -> None:
     for levels in (1, 2, 4):
         values = torch.randint(levels, shape).double()

@@ -331,12 +331,13 @@ const Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::
 const Layout kLayouts[] = {Layout::contiguous, Layout::sliced, Layout::channels_last, Layout::channels_sliced};
 
 // Widths around one, two and four vectors of every size, single rows and columns, more than one chunk, and channel
-// counts below, at and above a vector.
+// counts below, at and above a vector, with and without several pixels abreast in the lanes.
 void test_shapes() {
   const int64_t sizes[][4] = {{2, 3, 1, 1},    {1, 5, 2, 2},   {3, 4, 3, 3},   {2, 7, 5, 5},   {2, 8, 7, 9},
                               {1, 17, 10, 12}, {2, 2, 6, 16},  {1, 3, 9, 17},  {1, 2, 31, 32}, {1, 9, 16, 48},
                               {1, 2, 12, 33},  {1, 1, 40, 65}, {1, 3, 1, 71},  {1, 3, 70, 1},  {2, 1, 90, 3},
-                              {1, 16, 8, 8},   {1, 33, 4, 5},  {1, 130, 3, 2}, {1, 2, 70, 72}};
+                              {1, 16, 8, 8},   {1, 33, 4, 5},  {1, 130, 3, 2}, {1, 2, 70, 72},
+                              {1, 17, 9, 32},  {1, 14, 5, 24}, {1, 31, 3, 48}};
   for (Dtype dtype : kDtypes) {
     for (Layout layout : kLayouts) {
       for (const auto& s : sizes) {
@@ -362,7 +363,8 @@ void test_odd_values() {
 
 // Maps cut into parts, along both axes, and the merge of their states.
 void test_split_maps() {
-  const int64_t sizes[][4] = {{1, 1, 300, 301}, {1, 2, 1, 70001}, {1, 1, 70001, 1}, {1, 1, 40000, 3}, {1, 9, 70, 40}};
+  const int64_t sizes[][4] = {{1, 1, 300, 301}, {1, 2, 1, 70001}, {1, 1, 70001, 1}, {1, 1, 40000, 3},
+                              {1, 9, 70, 40},   {1, 3, 200, 160}};
   for (const auto& s : sizes) {
     for (Layout layout : {Layout::contiguous, Layout::sliced, Layout::channels_last}) {
       run_case({Dtype::float32, layout, s[0], s[1], s[2], s[3]}, 1.0, true, false);
@@ -461,10 +463,11 @@ void test_nan_payloads() {
 
 // ---- Moments, masks and valid sizes -----------------------------------------------------------------------
 
-// pixels_of_mask: a mask of which the channels of a pixel stand side by side, as the last of some more.
-enum class Counted { all, mask, shared_mask, pixels_of_mask, sizes, both };
-constexpr Counted kCounted[] = {Counted::all,   Counted::mask, Counted::shared_mask, Counted::pixels_of_mask,
-                               Counted::sizes, Counted::both};
+// pixels_of_mask: a mask of which the channels of a pixel stand side by side; channels_of_mask: as the last of some more.
+enum class Counted { all, mask, shared_mask, pixels_of_mask, channels_of_mask, sizes, both };
+constexpr Counted kCounted[] = {Counted::all,              Counted::mask,  Counted::shared_mask, Counted::pixels_of_mask,
+                               Counted::channels_of_mask, Counted::sizes, Counted::both};
+constexpr int64_t kCountings = sizeof(kCounted) / sizeof(kCounted[0]);
 
 // Which pixels count, in memory that ends with what the kernels may read.
 struct Pixels {
@@ -485,9 +488,10 @@ struct Pixels {
       const int64_t maps = shared ? c.outer * c.inner : 1;
       view.mask_view = {c.outer, c.inner, c.height, c.width, shared * c.inner, shared, c.width, 1};
       int64_t bytes = maps * pixels;
-      if (kind == Counted::pixels_of_mask) {
-        // As many as a vector has lanes, on some instruction set: padded pixels are as far apart.
-        const int64_t channels = c.inner <= 4 ? 4 : c.inner <= 8 ? 8 : c.inner <= 16 ? 16 : c.inner + 1;
+      if (kind == Counted::pixels_of_mask || kind == Counted::channels_of_mask) {
+        // Some more: as many as a vector has lanes, on some instruction set. Padded pixels are as far apart.
+        const int64_t more = c.inner <= 4 ? 4 : c.inner <= 8 ? 8 : c.inner <= 16 ? 16 : c.inner + 1;
+        const int64_t channels = kind == Counted::pixels_of_mask ? c.inner : more;
         first = channels - c.inner;
         bytes = c.outer * pixels * channels;
         view.mask_view = {c.outer, c.inner, c.height, c.width, pixels * channels, 1, c.width * channels, channels};
@@ -630,6 +634,7 @@ void run_moments(const Case& c, double beta, Counted counted, int64_t columns = 
 
 void test_moments_and_masks() {
   const int64_t sizes[][4] = {{2, 3, 1, 1},   {3, 4, 3, 3},   {2, 8, 7, 9},  {1, 17, 10, 12}, {2, 2, 6, 16}, {2, 5, 12, 33},
+                              {1, 17, 5, 64}, {2, 6, 7, 24}, {1, 9, 3, 528},
                               {1, 3, 1, 71}, {1, 3, 70, 1}, {2, 1, 90, 3}, {1, 130, 3, 2},  {1, 2, 70, 130}};
   for (Dtype dtype : kDtypes) {
     for (Layout layout : kLayouts) {
@@ -914,9 +919,9 @@ void test_expectations() {
       for (const auto& s : sizes) {
         const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
         for (int i = 0; i < 2; ++i, turn += 7) {
-          const Counted counted = kCounted[turn / 2 % 6];
+          const Counted counted = kCounted[turn / 2 % kCountings];
           run_expectation(c, turn % 3 ? 1 : -1.5, counted, kinds[turn % 4], channels[turn % 6]);
-          run_expectation(c, 1, kCounted[turn % 6], Lie::like_maps, 1);
+          run_expectation(c, 1, kCounted[turn % kCountings], Lie::like_maps, 1);
           run_coordinates_and_window(c, counted, turn / 3 % 5);
         }
       }
