@@ -59,7 +59,7 @@ class BackwardLanes {
         view_(params.view),
         parts_(part_tiling(view_)),
         blocks_(channel_blocks(view_.inner)),
-        abreast_(params.grad_view.stride_x == view_.inner ? pixels_abreast<A>(view_, parts_) : 1) {}
+        abreast_(params.grad_view.stride_x == view_.inner ? pixels_abreast<A>(view_, parts_, params.pixels) : 1) {}
 
   void run(int64_t begin, int64_t end) const {
     for (int64_t item = begin; item < end; ++item) {

@@ -92,25 +92,18 @@ KPFUSED_INLINE Vec<float> power_of_two<float>(Vec<float> shifted) {
 // dependent instructions would have nothing else to start. The product d * scale goes into fused multiply-adds where
 // there are any, so that f is rounded once.
 template <class A, int N>
-KPFUSED_INLINE void exp2(Vec<A> (&d)[N], const Vec<A> (&scale)[N]) {
+KPFUSED_INLINE void exp2(Vec<A> (&d)[N], Vec<A> scale) {
   using K = Exp2Constants<A>;
   const Vec<A> round = splat(K::kRound);
   Vec<A> shifted[N], p[N];
-  for (int j = 0; j < N; ++j) shifted[j] = d[j] * scale[j] + round;
-  for (int j = 0; j < N; ++j) d[j] = d[j] * scale[j] - (shifted[j] - round);
+  for (int j = 0; j < N; ++j) shifted[j] = d[j] * scale + round;
+  for (int j = 0; j < N; ++j) d[j] = d[j] * scale - (shifted[j] - round);
   for (int j = 0; j < N; ++j) p[j] = d[j] * K::kPolynomial[0] + K::kPolynomial[1];
   for (int i = 2; i < K::kDegree; ++i) {
     for (int j = 0; j < N; ++j) p[j] = p[j] * d[j] + K::kPolynomial[i];
   }
   for (int j = 0; j < N; ++j) p[j] = p[j] * d[j] + A(1);
   for (int j = 0; j < N; ++j) d[j] = KPFUSED_PRODUCT(p[j] * power_of_two<A>(shifted[j]));
-}
-
-template <class A, int N>
-KPFUSED_INLINE void exp2(Vec<A> (&d)[N], Vec<A> scale) {
-  Vec<A> scales[N];
-  for (int j = 0; j < N; ++j) scales[j] = scale;
-  exp2<A, N>(d, scales);
 }
 
 // 2^t for any t <= 0.

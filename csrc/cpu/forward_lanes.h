@@ -23,7 +23,7 @@ class ForwardLanes {
         view_(params.view),
         parts_(part_tiling(view_)),
         blocks_(channel_blocks(view_.inner)),
-        abreast_(pixels_abreast<A>(view_, parts_)) {}
+        abreast_(pixels_abreast<A>(view_, parts_, params.pixels)) {}
 
   void run(int64_t begin, int64_t end) const {
     const int64_t parts = parts_.count();

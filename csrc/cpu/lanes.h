@@ -6,6 +6,17 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
+// What counts among the pixels of a chunk.
+enum class Counts {
+  all,
+  listed,    // the same for all channels: a list of columns
+  by_bits,   // for each channel by itself: a bit
+};
+
+KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
+  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bits;
+  return pixels.mask ? Counts::listed : Counts::all;
+}
 // Channels of a map whose pixels may stand abreast.
 constexpr int64_t kAbreastChannels = 32;
 
@@ -13,14 +24,17 @@ constexpr int64_t kAbreastChannels = 32;
 // of pixel a of a group, as they lie in memory. So channels fill vectors whatever their number. One where there is
 // nothing to gain, or rows are no whole groups.
 template <class A>
-KPFUSED_INLINE int64_t pixels_abreast(const MapView& view, const Tiling& parts) {
+KPFUSED_INLINE int64_t pixels_abreast(const MapView& view, const Tiling& parts, const PixelView& pixels) {
   constexpr int64_t L = kLanes<A>;
   const int64_t channels = view.inner, vectors = ceil_div(channels, L);
   if (channels > kAbreastChannels || view.stride_x != channels || parts.x.count > 1) return 1;
   for (int64_t n = L; n > 1; n /= 2) {
     if (view.width % n != 0 || n * channels < L || view.width * view.height < 8 * n) continue;
-    // What is done at the end of a chunk has to be won back.
-    if (channels < L || 8 * ceil_div(n * channels, L) <= 7 * n * vectors) return n;
+    // What is done at the end of a chunk has to be won back, and what of a listed mask would be skipped otherwise.
+    const int64_t abreast = ceil_div(n * channels, L), alone = n * vectors;
+    if (channels < L || (counts_of(pixels, view) == Counts::listed ? 3 * abreast <= 2 * alone : 8 * abreast <= 7 * alone)) {
+      return n;
+    }
   }
   return 1;
 }
@@ -73,17 +87,6 @@ KPFUSED_INLINE void fold(LaneRow<A> (&rows)[N], int64_t abreast, int64_t channel
 // Vectors of channels that a chunk is read for at once.
 constexpr int kLaneVectors = 4;
 
-// What counts among the pixels of a chunk.
-enum class Counts {
-  all,
-  listed,    // the same for all channels: a list of columns
-  by_bits,   // for each channel by itself: a bit
-};
-
-KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
-  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bits;
-  return pixels.mask ? Counts::listed : Counts::all;
-}
 // A list of columns has no place for pixels abreast.
 KPFUSED_INLINE Counts lane_counts(const PixelView& pixels, const MapView& view, int64_t abreast) {
   if (abreast == 1) return counts_of(pixels, view);

@@ -165,26 +165,22 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   int64_t offset[N];
   Vec<A> sum[N] = {}, sum_x[N] = {}, sum_y[N] = {};
   Falloff<Vec<A>> of[N];
-  Vec<A> scale[N];
   for (int j = 0; j < N; ++j) {
     const int64_t g = group + j;
     offset[j] = group_begin<A>(g, chunk.lanes);
-    scale[j] = lanes.scale[g];
     of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
   }
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
     const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
-      Vec<A> w[N];
       for (int j = 0; j < N; ++j) {
-        w[j] = counted<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest);
+        const Vec<A> d = distance(load(p + offset[j]), of[j]);
+        Vec<A> w[1] = {counted<kCounts, A>(bit, offset[j], d, of[j].lowest)};
+        exp2<A, 1>(w, of[j].scale);
         fetch_ahead<kCounts>(chunk, next, offset[j], j);
-      }
-      exp2<A, N>(w, scale);
-      for (int j = 0; j < N; ++j) {
-        row[j] += w[j];
-        row_x[j] += w[j] * x;
+        row[j] += w[0];
+        row_x[j] += w[0] * x;
       }
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
