@@ -88,22 +88,38 @@ KPFUSED_INLINE Vec<float> power_of_two<float>(Vec<float> shifted) {
 }
 #endif
 
-// In place, N vectors a step at a time: compilers keep the order, and a scheduler full of one vector's chain of
-// dependent instructions would have nothing else to start. The product d * scale goes into fused multiply-adds where
-// there are any, so that f is rounded once.
+// d * scale as k and f. The product goes into fused multiply-adds where there are any, so that f is rounded once.
+template <class A, int N>
+struct Exponents {
+  Vec<A> shifted[N], f[N];
+};
+template <class A, int N>
+KPFUSED_INLINE Exponents<A, N> split(const Vec<A> (&d)[N], Vec<A> scale) {
+  const Vec<A> round = splat(Exp2Constants<A>::kRound);
+  Exponents<A, N> e;
+  for (int j = 0; j < N; ++j) e.shifted[j] = d[j] * scale + round;
+  for (int j = 0; j < N; ++j) e.f[j] = d[j] * scale - (e.shifted[j] - round);
+  return e;
+}
+
+// N vectors a step at a time: compilers keep the order, and a scheduler full of one vector's chain of dependent
+// instructions would have nothing else to start.
+template <class A, int N>
+KPFUSED_INLINE void join(const Exponents<A, N>& e, Vec<A> (&w)[N]) {
+  using K = Exp2Constants<A>;
+  Vec<A> p[N];
+  for (int j = 0; j < N; ++j) p[j] = e.f[j] * K::kPolynomial[0] + K::kPolynomial[1];
+  for (int i = 2; i < K::kDegree; ++i) {
+    for (int j = 0; j < N; ++j) p[j] = p[j] * e.f[j] + K::kPolynomial[i];
+  }
+  for (int j = 0; j < N; ++j) p[j] = p[j] * e.f[j] + A(1);
+  for (int j = 0; j < N; ++j) w[j] = KPFUSED_PRODUCT(p[j] * power_of_two<A>(e.shifted[j]));
+}
+
+// In place.
 template <class A, int N>
 KPFUSED_INLINE void exp2(Vec<A> (&d)[N], Vec<A> scale) {
-  using K = Exp2Constants<A>;
-  const Vec<A> round = splat(K::kRound);
-  Vec<A> shifted[N], p[N];
-  for (int j = 0; j < N; ++j) shifted[j] = d[j] * scale + round;
-  for (int j = 0; j < N; ++j) d[j] = d[j] * scale - (shifted[j] - round);
-  for (int j = 0; j < N; ++j) p[j] = d[j] * K::kPolynomial[0] + K::kPolynomial[1];
-  for (int i = 2; i < K::kDegree; ++i) {
-    for (int j = 0; j < N; ++j) p[j] = p[j] * d[j] + K::kPolynomial[i];
-  }
-  for (int j = 0; j < N; ++j) p[j] = p[j] * d[j] + A(1);
-  for (int j = 0; j < N; ++j) d[j] = KPFUSED_PRODUCT(p[j] * power_of_two<A>(shifted[j]));
+  join<A, N>(split<A, N>(d, scale), d);
 }
 
 // 2^t for any t <= 0.

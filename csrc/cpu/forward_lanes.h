@@ -168,22 +168,30 @@ class ForwardLanes {
   static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
     if (kCounts == Counts::by_bits && !chunk.excluded.words) return run_chunk<Counts::all>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, kLanes<A>);
-    constexpr int kAtOnce = kMoments ? 2 : kLaneVectors;  // as the registers hold
     if (chunk.abreast > 1) {
-      for_blocks<kLaneVectors>(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
+      for_blocks(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
       settle_peaks<kCounts>(chunk, 0, groups, lanes);
-      for_blocks<kAtOnce>(groups, [&](auto n, int64_t g) { lane_sums<T, n, kCounts>(chunk, g, lanes); });
+      for_blocks(groups, [&](auto n, int64_t g) { sums<n, kCounts>(chunk, g, lanes); });
       fold_sums<A>(chunk.lanes, chunk.abreast, lanes.chunk);
     } else {
-      for_blocks<kAtOnce>(groups, [&](auto n, int64_t g) {
+      for_blocks(groups, [&](auto n, int64_t g) {
         lane_peaks<T, n, kCounts>(chunk, g, lanes);
         settle_peaks<kCounts>(chunk, g, n, lanes);
-        lane_sums<T, n, kCounts>(chunk, g, lanes);
+        sums<n, kCounts>(chunk, g, lanes);
       });
     }
     for (int64_t g = 0; g < ceil_div(chunk.lanes / chunk.abreast, kLanes<A>); ++g) {
       auto& state = lanes.state[g];
       state = chunk.first ? lanes.chunk[g] : merge(state, lanes.chunk[g], lanes.scale[g], VectorExp2{});
+    }
+  }
+
+  template <int N, Counts kCounts>
+  static KPFUSED_INLINE void sums(const LanesChunk<T>& chunk, int64_t group, Lanes& lanes) {
+    if constexpr (kMoments) {
+      for (int64_t g = group; g < group + N; ++g) lane_moments<T, kCounts>(chunk, g, lanes);
+    } else {
+      lane_sums<T, N, kCounts>(chunk, group, lanes);
     }
   }
 
@@ -197,9 +205,9 @@ class ForwardLanes {
   }
 
   // Blocks of vectors, as equal as possible.
-  template <int kMost, class Body>
+  template <class Body>
   static KPFUSED_INLINE void for_blocks(int64_t groups, const Body& body) {
-    const int64_t blocks = ceil_div(groups, kMost), narrow = groups / blocks, wide = groups % blocks;
+    const int64_t blocks = ceil_div(groups, kLaneVectors), narrow = groups / blocks, wide = groups % blocks;
     for (int64_t b = 0, g = 0; b < blocks; ++b) {
       const int64_t n = narrow + (b < wide);
       switch (n) {

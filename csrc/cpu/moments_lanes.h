@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Forward with moments where lanes are channels: the sums of moments_rows.h, every lane about the peak of its own map.
 //
-// Beside what sums_lanes.h spends on a vector: two additions, a multiplication and two multiply-adds; and a comparison
-// and two selections for eight of them, since the first reading keeps the segment of the peak, in which it is then found.
+// Beside what sums_lanes.h spends on a vector: an addition, a multiplication and two multiply-adds; and a comparison and
+// two selections for eight of them, since the first reading keeps the segment of the peak, in which it is then found.
 #pragma once
 
 #include "sums_lanes.h"
@@ -135,51 +135,56 @@ void place_peaks(const LanesChunk<T>& chunk, int64_t group, int64_t count, Momen
   }
 }
 
-// The sums of N vectors of lanes over all pixels of a chunk, about these pixels.
-template <class T, int N, Counts kCounts>
-void lane_sums(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& lanes) {
+// The sums of a vector of lanes over all pixels of a chunk, about these pixels. The exponents of a pixel are split while the
+// pixel before is weighed, which gives a scheduler full of waiting instructions more to start than a second vector does.
+template <class T, Counts kCounts>
+void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& lanes) {
   using A = Acc<T>;
-  int64_t offset[N];
-  Falloff<Vec<A>> of[N];
-  Moments<A, Vec<A>> sums[N];
-  for (int j = 0; j < N; ++j) {
-    const int64_t g = group + j;
-    offset[j] = group_begin<A>(g, chunk.lanes);
-    of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
-    sums[j] = empty_moments<A, Vec<A>>();
-    sums[j].peak = lanes.peak[g];
-    sums[j].at_x = lanes.chunk[g].at_x, sums[j].at_y = lanes.chunk[g].at_y;
-  }
+  const int64_t offset = group_begin<A>(g, chunk.lanes);
+  const Falloff<Vec<A>> of = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
+  Moments<A, Vec<A>> sums = empty_moments<A, Vec<A>>();
+  sums.peak = of.peak, sums.at_x = lanes.chunk[g].at_x, sums.at_y = lanes.chunk[g].at_y;
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
-    Vec<A> row[N] = {}, row_x[N] = {}, row_xx[N] = {}, distances[N] = {};
-    const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
-      for (int j = 0; j < N; ++j) {
-        const Vec<A> dx = x - sums[j].at_x;
-        const Vec<A> d = counted<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest);
-        Vec<A> w[1] = {d};
-        exp2<A, 1>(w, of[j].scale);
-        fetch_ahead<kCounts>(chunk, next, offset[j], j);
-        const Vec<A> weighed = w[0] * dx;
-        row[j] += w[0];
-        row_x[j] += weighed;
-        row_xx[j] += weighed * dx;
-        distances[j] += w[0] * d;
-      }
+    Vec<A> row = {}, row_x = {}, row_xx = {};
+    struct Pixel {
+      Vec<A> x, d[1];
+      Exponents<A, 1> exponents;
+    } last;
+    const auto begin = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
+      last.x = x;
+      last.d[0] = counted<kCounts, A>(bit, offset, distance(load(p + offset), of), of.lowest);
+      fetch_ahead<kCounts>(chunk, next, offset, 0);
+      last.exponents = split<A, 1>(last.d, of.scale);
     };
-    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
-    for (int j = 0; j < N; ++j) {
-      const Vec<A> dy = y - sums[j].at_y, weighed = row[j] * dy;
-      sums[j].sum += row[j];
-      sums[j].x += row_x[j];
-      sums[j].y += weighed;
-      sums[j].xx += row_xx[j];
-      sums[j].xy += row_x[j] * dy;
-      sums[j].yy += weighed * dy;
-      sums[j].distance += distances[j];
-    }
+    const auto end = [&](const Pixel& pixel) __attribute__((always_inline)) {
+      Vec<A> w[1];
+      join<A, 1>(pixel.exponents, w);
+      const Vec<A> dx = pixel.x - sums.at_x;
+      row += w[0];
+      row_x += w[0] * dx;
+      row_xx += w[0] * (dx * dx);
+      sums.distance += w[0] * pixel.d[0];
+    };
+    const auto next_pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next)
+                                __attribute__((always_inline)) {
+      const Pixel before = last;
+      begin(p, x, bit, next);
+      end(before);
+    };
+    const int64_t count = pixels_of_row<kCounts>(chunk, r);
+    for_pixels<kCounts>(chunk, r, 0, at_most(count, 1), begin);
+    for_pixels<kCounts>(chunk, r, 1, count, next_pixel);
+    if (count > 0) end(last);
+    const Vec<A> dy = y - sums.at_y, weighed = row * dy;
+    sums.sum += row;
+    sums.x += row_x;
+    sums.y += weighed;
+    sums.xx += row_xx;
+    sums.xy += row_x * dy;
+    sums.yy += weighed * dy;
   }
-  for (int j = 0; j < N; ++j) lanes.chunk[group + j] = sums[j];
+  lanes.chunk[g] = sums;
 }
 
 }  // namespace kpfused::cpu::KPFUSED_ISA
