@@ -46,8 +46,8 @@ def soft_argmax2d(
             ``(B, 1, H, W)`` for one per image. Other pixels may hold anything, NaN too; their gradient is exactly zero.
         valid_size: (height, width) of the part of the map that counts, from its first pixel on, for batches padded to
             one size. Each is a number or an integer tensor that broadcasts against the leading dimensions, ``(B, 1)``
-            for one per image of ``(B, K, H, W)``; tensors are clamped to the map. The rest is not read. Units stay
-            those of the whole map.
+            for one per image of ``(B, K, H, W)``; tensors are clamped to the map. The rest may hold anything and costs
+            next to nothing. Units stay those of the whole map.
         empty_value: what a map gives in which no pixel counts, or none that does has a logit above -inf; its gradient
             is then zero. By default it gives NaN, with a gradient of zero under a mask or a valid size, and of NaN
             without, as ``torch.softmax`` has it.

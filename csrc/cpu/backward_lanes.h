@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Backward where lanes are channels (stride_inner == 1, channels_last): the formula and the bytes of backward_rows.h.
 //
-// Pixels in the order of memory, all channels of a block at each; what belongs to a channel waits in the first-level
-// cache, with what the row gives to q folded into one value, and with moments into a second one that goes with x.
+// Pixels in the order of memory, or groups of those that stand abreast, all lanes of a block at each; what belongs to a lane
+// waits in the first-level cache, with what the row gives to q folded into one value, and with moments into a second one
+// that goes with x.
 #pragma once
 
 #include "backward_rows.h"
@@ -42,7 +43,7 @@ struct GradientChunk {
   int64_t lanes;     // at least one vector of them
   int64_t abreast;   // pixels in them: cols and stride_x count groups of these
   PixelMask mask;                // where all channels count alike
-  ExcludedRows<Acc<T>> excluded;  // where each counts by itself
+  ExcludedRows<Acc<T>> excluded;  // Counts::by_bits
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -141,7 +142,7 @@ class BackwardLanes {
   void counted(const GradientChunk<T>& all, const Counting& counting, Lanes& lanes) const {
     GradientChunk<T> chunk = all;
     chunk.rows = at_most(at_least(counting.rows - all.row, 0), all.rows);
-    chunk.cols = at_most(at_least(counting.cols - all.col, 0), all.cols);
+    chunk.cols = at_most(ceil_div(at_least(counting.cols - all.col, 0), all.abreast), all.cols);
     if (counting.mask) {
       chunk.mask = {counting.mask + all.row * counting.stride_y + all.col * counting.stride_x, counting.stride_y,
                     counting.stride_x};
@@ -183,9 +184,9 @@ class BackwardLanes {
     for (int64_t g = 0; g < ceil_div(lanes, L); ++g) store(out + group_begin<A>(g, lanes), Vec<A>{});
   }
 
-  template <bool kByChannel>
+  template <bool kByBits>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
-    if (kByChannel && !chunk.excluded.words) return pixels<false>(chunk, lanes);
+    if (kByBits && !chunk.excluded.words) return pixels<false>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
@@ -202,9 +203,9 @@ class BackwardLanes {
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       const uint8_t* const mask = chunk.mask.row(r);
-      const Bits<A>* const of_row = kByChannel ? chunk.excluded.row(r) : nullptr;
+      const Bits<A>* const of_row = kByBits ? chunk.excluded.row(r) : nullptr;
       PixelBit<A> bit = {};
-      const int64_t first_bit = kByChannel ? chunk.excluded.first_bit(r) : 0;
+      const int64_t first_bit = kByBits ? chunk.excluded.first_bit(r) : 0;
       const A step = A(chunk.abreast);
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
       for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += step) {
@@ -212,7 +213,7 @@ class BackwardLanes {
           clear(out, chunk.lanes);
           continue;
         }
-        if constexpr (kByChannel) {
+        if constexpr (kByBits) {
           if (c == 0 || (first_bit + c) % kBits<A> == 0) {
             bit = PixelBit<A>(of_row, chunk.lanes, first_bit + c);
           } else {
@@ -231,7 +232,7 @@ class BackwardLanes {
             q[0] = m.x * dx + m.of_row;
           }
           gradient<A, kBeta, kMoments, 1>(v, q, m.of, by_distance, m.beta, dbeta);
-          if constexpr (kByChannel) {
+          if constexpr (kByBits) {
             v[0] = bit.choose(k, v[0], Vec<A>{});
             if (kBeta) dbeta[0] = bit.choose(k, dbeta[0], Vec<A>{});
           }

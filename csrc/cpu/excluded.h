@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: MIT
-// Which pixels do not count where each channel counts for itself, as bits: a word for each lane and as many pixels of a row
-// as it has bits, side by side as the lanes are, so that one test of a pixel's bit gives the lanes that count.
+// Which pixels do not count, as bits: a word for each lane and as many pixels of a row, or of several short rows, as it has
+// bits. The words of all lanes are side by side as the lanes are, so that one test of a pixel's bit gives the lanes that
+// count. Where several pixels stand abreast in the lanes (lanes.h), read "group of pixels" for pixel.
 #pragma once
 
 #include "counting.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// Whether all channels of a pixel count, or none. Kernels then read none that does not count.
+// Whether all channels of a pixel count, or none.
 KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner == 0; }
 KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
   return !pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0;
 }
 
-// Words of bits, each for one channel and as many pixels of a row as it has bits: ones where they do not count.
+// Bits of a word: ones where pixels do not count.
 template <class A>
 constexpr int kBits = 8 * int(sizeof(A));
 template <class A>
@@ -27,20 +28,20 @@ KPFUSED_INLINE Bits<A> low_bits(int64_t count) {
   return count >= kBits<A> ? ~Bits<A>(0) : Bits<A>((Bits<A>(1) << at_least(count, 0)) - 1);
 }
 
-// One pixel in the words of all channels.
+// One pixel in the words of all lanes.
 template <class A>
 struct PixelBit {
   const Bits<A>* words;
   BitsVector<A> bit;
 
   PixelBit() = default;
-  KPFUSED_INLINE PixelBit(const Bits<A>* of_row, int64_t channels, int64_t col)
-      : words(of_row + col / kBits<A> * channels), bit((BitsVector<A>{} + 1) << Bits<A>(col % kBits<A>)) {}
+  KPFUSED_INLINE PixelBit(const Bits<A>* of_row, int64_t lanes, int64_t col)
+      : words(of_row + col / kBits<A> * lanes), bit((BitsVector<A>{} + 1) << Bits<A>(col % kBits<A>)) {}
 
-  // v, or `otherwise` in the lanes whose channel does not count.
-  KPFUSED_INLINE Vec<A> choose(int64_t channel, Vec<A> v, Vec<A> otherwise) const {
+  // v, or `otherwise` in the lanes, from `lane` on, that do not count.
+  KPFUSED_INLINE Vec<A> choose(int64_t lane, Vec<A> v, Vec<A> otherwise) const {
     BitsVector<A> of_lanes;
-    __builtin_memcpy(&of_lanes, words + channel, sizeof(of_lanes));
+    __builtin_memcpy(&of_lanes, words + lane, sizeof(of_lanes));
 #if KPFUSED_AVX512  // one instruction, whose result others take along
     if constexpr (sizeof(A) == 4) {
       const __mmask16 counts = _mm512_testn_epi32_mask((__m512i)of_lanes, (__m512i)bit);
@@ -78,6 +79,9 @@ KPFUSED_INLINE Bits<A> word_of(const uint8_t* p) {
   if constexpr (kBits<A> == 64) bits |= Bits<A>(zero_bytes(p + 32)) << 32;
   return bits;
 }
+
+// Words that a chunk may need: lane_chunks() sees to it that no chunk needs more.
+constexpr int64_t kExcludedWords = 16384;
 
 // The words of a chunk's rows; null if all count. Short rows share a word.
 template <class A>
@@ -190,8 +194,8 @@ class Excluded {
       for (int64_t g = 0; g < groups; g += kBits<A>) {
         const int64_t count = at_most(kBits<A>, groups - g);
         Word words[kPixels] = {};
-        const uint8_t* from = mask + k * between_ + g * kPixels;
-        for (int64_t r = 0; r < rows; ++r, from += each_[0].stride_y) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const uint8_t* const from = mask + k * between_ + r * each_[0].stride_y + g * kPixels;
           for (int64_t i = 0; i < count * kPixels; i += 64) prefetch(from + i, ahead_);
           add_bytes<kPixels>(from, kPixels, count, int(r * groups), words);
         }
@@ -238,22 +242,24 @@ class Excluded {
   // A byte of each lane, `stride` bytes from one group to the next; a line of them at a time.
   KPFUSED_INLINE void side_by_side(const uint8_t* mask, int64_t stride, int64_t rows, int64_t groups, int64_t lanes,
                                    int64_t to_next, Word* to) const {
-    for (int64_t g = 0; g < groups; g += kBits<A>, mask += kBits<A> * stride, to += to_next) {
+    for (int64_t g = 0; g < groups; g += kBits<A>, to += to_next) {
       const int64_t count = at_most(kBits<A>, groups - g);
+      const uint8_t* const from = mask + g * stride;
       int64_t k = 0;
-      for (; k + 4 * kByteVector <= lanes; k += 4 * kByteVector) add_lines<4>(mask + k, stride, rows, groups, count, to + k);
+      for (; k + 4 * kByteVector <= lanes; k += 4 * kByteVector) add_lines<4>(from + k, stride, rows, groups, count, to + k);
       for (; k < lanes; k += kByteVector) {
         const int64_t lane = at_most(k, lanes - kByteVector);
-        add_lines<1>(mask + lane, stride, rows, groups, count, to + lane);
+        add_lines<1>(from + lane, stride, rows, groups, count, to + lane);
       }
     }
   }
 
   template <int kVectors>
-  KPFUSED_INLINE void add_lines(const uint8_t* from, int64_t stride, int64_t rows, int64_t groups, int64_t count,
+  KPFUSED_INLINE void add_lines(const uint8_t* mask, int64_t stride, int64_t rows, int64_t groups, int64_t count,
                                 Word* to) const {
     Word words[kVectors][kByteVector] = {};
-    for (int64_t r = 0; r < rows; ++r, from += each_[0].stride_y) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* const from = mask + r * each_[0].stride_y;
       for (int64_t i = 0; i < count; ++i) prefetch(from + i * stride, ahead_);
       for (int j = 0; j < kVectors; ++j) {
         add_bytes<kByteVector>(from + j * kByteVector, stride, count, int(r * groups), words[j]);
@@ -268,8 +274,8 @@ class Excluded {
 #if KPFUSED_AVX512  // from bytes to mask registers
     if constexpr (kBytes == 16 && sizeof(Word) == 4) {
       __m512i all = _mm512_loadu_si512(words), one = _mm512_set1_epi32(1 << bit);
-      for (int64_t i = 0; i < count; ++i, from += stride, one = _mm512_add_epi32(one, one)) {
-        const __m128i bytes = _mm_loadu_si128((const __m128i*)from);
+      for (int64_t i = 0; i < count; ++i, one = _mm512_add_epi32(one, one)) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i*)(from + i * stride));
         all = _mm512_mask_or_epi32(all, _mm_testn_epi8_mask(bytes, bytes), all, one);
       }
       _mm512_storeu_si512(words, all);
@@ -281,9 +287,9 @@ class Excluded {
     for (int64_t first = 0; first < count; first += 8) {
       Bytes bits = {}, one = Bytes{} + 1;
       const auto groups = [&](int64_t some) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < some; ++i, from += stride, one += one) {
+        for (int64_t i = 0; i < some; ++i, one += one) {
           Bytes bytes;
-          __builtin_memcpy(&bytes, from, sizeof(bytes));
+          __builtin_memcpy(&bytes, from + (first + i) * stride, sizeof(bytes));
           bits |= (Bytes)(bytes == 0) & one;
         }
       };
@@ -299,8 +305,7 @@ class Excluded {
   int64_t between_;  // the masks of two channels
   int64_t ahead_;    // from the masks of this chunk to those of the next
   Counting each_[2 * kChannelBlock];
-  // A word for each pixel of each channel, for chunks of one column.
-  Word words_[kGatherBytes];
+  Word words_[kExcludedWords];
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -10,7 +10,7 @@ namespace kpfused::cpu::KPFUSED_ISA {
 enum class Counts {
   all,
   listed,    // the same for all channels: a list of columns
-  by_bits,   // for each channel by itself: a bit
+  by_bits,   // a bit for each lane: channels count by themselves, or pixels stand abreast
 };
 
 KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
@@ -84,7 +84,7 @@ KPFUSED_INLINE void fold(LaneRow<A> (&rows)[N], int64_t abreast, int64_t channel
   }
 }
 
-// Vectors of channels that a chunk is read for at once.
+// Vectors of lanes that a chunk is read for at once.
 constexpr int kLaneVectors = 4;
 
 // A list of columns has no place for pixels abreast.
@@ -135,7 +135,7 @@ KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int
   const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
   int64_t groups = (abreast == 1 ? kChunkBytes / at_once : kAbreastBytes / lanes) / int64_t(sizeof(T));
   if (counts == Counts::listed) groups = at_most(groups, kListed);
-  if (counts == Counts::by_bits) groups = at_most(groups, at_least(kGatherBytes / (lanes * words_of<Acc<T>>(cols)), 1) * cols);
+  if (counts == Counts::by_bits) groups = at_most(groups, at_least(kExcludedWords / (lanes * words_of<Acc<T>>(cols)), 1) * cols);
   return tile(rows, cols, groups, 1);
 }
 

@@ -74,7 +74,7 @@ KPFUSED_INLINE Place<Acc<T>> find_in_segment(const LanesChunk<T>& chunk, const M
   const uint32_t segments = uint32_t(segments_of_row(chunk)), index = uint32_t(segment), row = index / segments;
   const int64_t begin = int64_t(index - row * segments) * kSegment;
   const int64_t end = at_most(begin + kSegment, pixels_of_row<kCounts>(chunk, row));
-  const int64_t group = at_most(lane / L, ceil_div(chunk.lanes, L) - 1), offset = group_begin<A>(group, chunk.lanes);
+  const int64_t group = lane / L, offset = group_begin<A>(group, chunk.lanes);
   const Mask<A> flip = flip_of<A>(lanes.sign[group]);
   const Vec<A> peak = lanes.peak[group];
   // How far it is to the peak could not be predicted: through all of the segment.
@@ -123,8 +123,7 @@ void place_peaks(const LanesChunk<T>& chunk, int64_t group, int64_t count, Momen
         const int64_t lane = a * channels + c;
         if (each.values[lane] != segment.values[c]) continue;
         const Place<A> place = find_in_segment<kCounts>(chunk, lanes, lane, segment.values[c]);
-        x.values[c] = larger(-x.values[c], -(place.x + A(a))) * A(-1);
-        y.values[c] = place.y;
+        if (place.x + A(a) < x.values[c]) x.values[c] = place.x + A(a), y.values[c] = place.y;
       }
     }
   }

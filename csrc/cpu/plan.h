@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // How the CPU kernels cut maps: into parts, which are what threads share out, and parts into chunks, which are read
 // twice (peak, then sums) and so have to stay in the nearest caches between the two. Both depend on the map's shape,
-// dtype and layout alone, never on the batch or the number of threads, so a map always gives the same bits.
+// dtype and layout alone, and on what kind of mask there is, never on the batch or the number of threads, so a map always
+// gives the same bits.
 #pragma once
 
 #include "../params.h"

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The sums of one chunk where lanes are channels (stride_inner == 1, channels_last): every lane holds another map.
+// The sums of one chunk where lanes are channels (stride_inner == 1, channels_last): every lane holds another map, or where
+// pixels stand abreast (lanes.h) every lane another share of one, and shares have their peak in common.
 //
 // The same sums as sums_rows.h and the same bytes. Per vector and pixel: the weight, an addition to the sum of the
-// row, and a multiply-add with x; y costs one multiplication a row. Lanes never mix. The last vector of channels
-// overlaps the one before it, whose lanes it repeats bit by bit; fewer channels than lanes are copied to a padded
-// buffer first, a chunk at a time.
+// row, and a multiply-add with x; y costs one multiplication a row. Only at the end of a chunk do lanes mix, those of one
+// map. The last vector of lanes overlaps the one before it, whose lanes it repeats bit by bit; fewer lanes than a vector
+// has are copied to a padded buffer first, a chunk at a time.
 #pragma once
 
 #include "lanes.h"
@@ -72,10 +73,10 @@ KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, const T* pixel, int6
   if (kCounts == Counts::listed) prefetch(pixel + channel, chunk.ahead + chunk.stride_x * int64_t(sizeof(T)));
 }
 
-// v, or `otherwise` in the lanes whose channel does not count.
+// v, or `otherwise` in the lanes, from `lane` on, that do not count.
 template <Counts kCounts, class A>
-KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t channel, Vec<A> v, Vec<A> otherwise = Vec<A>{}) {
-  if constexpr (kCounts == Counts::by_bits) return bit.choose(channel, v, otherwise);
+KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t lane, Vec<A> v, Vec<A> otherwise) {
+  if constexpr (kCounts == Counts::by_bits) return bit.choose(lane, v, otherwise);
   return v;
 }
 
@@ -136,8 +137,8 @@ KPFUSED_INLINE Vec<Acc<T>> key(const T* pixel, int64_t channel, Mask<Acc<T>> fli
 }
 
 // The peaks of N vectors of lanes over all pixels of a chunk.
-template <class T, int N, Counts kCounts, class Lanes>
-void lane_peaks(const LanesChunk<T>& chunk, int64_t group, Lanes& lanes) {
+template <class T, int N, Counts kCounts>
+void lane_peaks(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, State<Vec<Acc<T>>>>& lanes) {
   using A = Acc<T>;
   int64_t offset[N];
   Mask<A> flip[N];

@@ -464,9 +464,16 @@ void test_nan_payloads() {
 // ---- Moments, masks and valid sizes -----------------------------------------------------------------------
 
 // pixels_of_mask: a mask of which the channels of a pixel stand side by side; channels_of_mask: as the last of some more.
-enum class Counted { all, mask, shared_mask, pixels_of_mask, channels_of_mask, sizes, both };
-constexpr Counted kCounted[] = {Counted::all,              Counted::mask,  Counted::shared_mask, Counted::pixels_of_mask,
-                               Counted::channels_of_mask, Counted::sizes, Counted::both};
+// sizes: of samples; sizes_of_maps: of each map, some of which have none.
+enum class Counted { all, mask, shared_mask, pixels_of_mask, channels_of_mask, sizes, sizes_of_maps, both };
+constexpr Counted kCounted[] = {Counted::all,
+                               Counted::mask,
+                               Counted::shared_mask,
+                               Counted::pixels_of_mask,
+                               Counted::channels_of_mask,
+                               Counted::sizes,
+                               Counted::sizes_of_maps,
+                               Counted::both};
 constexpr int64_t kCountings = sizeof(kCounted) / sizeof(kCounted[0]);
 
 // Which pixels count, in memory that ends with what the kernels may read.
@@ -484,7 +491,7 @@ struct Pixels {
     view.fills_empty = kind != Counted::all;
     view.empty_value = -5;
     const int64_t pixels = c.height * c.width, shared = kind == Counted::shared_mask ? 0 : pixels;
-    if (kind != Counted::all && kind != Counted::sizes) {
+    if (kind != Counted::all && kind != Counted::sizes && kind != Counted::sizes_of_maps) {
       const int64_t maps = shared ? c.outer * c.inner : 1;
       view.mask_view = {c.outer, c.inner, c.height, c.width, shared * c.inner, shared, c.width, 1};
       int64_t bytes = maps * pixels;
@@ -500,19 +507,22 @@ struct Pixels {
       for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i / pixels != 3;
       view.mask = mask.get() + first;
     }
-    if (kind == Counted::sizes || kind == Counted::both) {
+    if (kind == Counted::sizes || kind == Counted::sizes_of_maps || kind == Counted::both) {
       view.divisor = c.inner, view.modulus = c.outer;
-      sizes.reset(new int64_t[size_t(2 * c.outer)]);
-      for (int64_t i = 0; i < c.outer; ++i) {
+      if (kind == Counted::sizes_of_maps) view.divisor = 1, view.modulus = c.outer * c.inner;
+      sizes.reset(new int64_t[size_t(2 * view.modulus)]);
+      for (int64_t i = 0; i < view.modulus; ++i) {
         sizes[size_t(2 * i)] = columns ? c.height : 1 + int64_t(uniform() * double(c.height));
         sizes[size_t(2 * i + 1)] = columns ? columns : 1 + int64_t(uniform() * double(c.width));
+        if (kind == Counted::sizes_of_maps && i % 5 == 3) sizes[size_t(2 * i)] = 0;
       }
       view.sizes = sizes.get();
     }
   }
 
   bool at(int64_t map, int64_t y, int64_t x) const {
-    if (view.sizes && (y >= sizes[size_t(map / c.inner * 2)] || x >= sizes[size_t(map / c.inner * 2 + 1)])) return false;
+    const size_t size = size_t(map / view.divisor % view.modulus * 2);
+    if (view.sizes && (y >= sizes[size] || x >= sizes[size + 1])) return false;
     return !view.mask || mask[size_t(first + element(view.mask_view, map, y, x))];
   }
 };
@@ -651,6 +661,11 @@ void test_moments_and_masks() {
       run_moments({Dtype::float32, layout, 1, 2, 300, 301}, 1, counted);
       run_moments({Dtype::float32, layout, 1, 1, 1, 70001}, 0.5, counted);
     }
+  }
+  // Several chunks of which the pixels stand abreast.
+  run_moments({Dtype::float64, Layout::channels_last, 1, 3, 200, 160}, 1, Counted::all);
+  for (Counted counted : {Counted::both, Counted::sizes_of_maps}) {
+    run_moments({Dtype::float32, Layout::channels_last, 1, 9, 400, 16}, -1, counted);
   }
 }
 
