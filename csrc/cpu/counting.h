@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Pixels that do not count: a mask, or beyond the valid size. Rows, and channels that count by themselves, go through a
-// buffer in the nearest cache, in which these pixels hold a logit of no weight, and their gradients are set to zero
-// afterwards. Where all channels of a pixel count or none, kernels skip it.
+// Pixels that do not count: a mask, or beyond the valid size. Rows go through a buffer in the nearest cache, in which these
+// pixels hold a logit of no weight, and their gradients are set to zero afterwards. Where lanes are channels, a bit for each
+// lane says what counts (excluded.h), or kernels skip pixels of which no channel does.
 #pragma once
 
 #include <type_traits>
