@@ -17,6 +17,7 @@ KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
   if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bits;
   return pixels.mask ? Counts::listed : Counts::all;
 }
+
 // Channels of a map whose pixels may stand abreast.
 constexpr int64_t kAbreastChannels = 32;
 
@@ -39,17 +40,17 @@ KPFUSED_INLINE int64_t pixels_abreast(const MapView& view, const Tiling& parts, 
   return 1;
 }
 
-// Vectors that hold the lanes of one work item.
+// Vectors that hold the lanes of one work item. Numbers of these are called group; groups of pixels are those abreast.
 template <class A>
 constexpr int kGroups = int(at_least(2 * kChannelBlock / kLanes<A>, kAbreastChannels));
 
-// First lane of a group.
+// First lane of such a vector.
 template <class A>
 KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t lanes) {
   return at_most(group * kLanes<A>, lanes - kLanes<A>);
 }
 
-// The lanes of all groups one after the other, for what is done between channels and the pixels that stand abreast.
+// The lanes of all vectors one after the other, for what is done between channels and the pixels that stand abreast.
 template <class A>
 struct LaneRow {
   static constexpr int64_t L = kLanes<A>;
