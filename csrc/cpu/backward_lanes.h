@@ -119,12 +119,13 @@ class BackwardLanes {
   // Lanes beyond the channels of a padded buffer repeat the last channel.
   void load_maps(int64_t map, int64_t channels, Lanes& lanes) const {
     const int64_t padded = at_least(channels * abreast_, L), groups = ceil_div(padded, L);
+    Map maps[2 * kChannelBlock];
+    for (int64_t c = 0; c < channels; ++c) load_gradient(params_, map + c, maps[c]);
     for (int64_t g = 0; g < groups; ++g) {
       auto& group = lanes.group[g];
       for (int i = 0; i < L; ++i) {
         const int64_t lane = group_begin<A>(g, padded) + i, a = at_most(lane / channels, abreast_ - 1);
-        Map m;
-        load_gradient(params_, map + at_most(lane - a * channels, channels - 1), m);
+        const Map& m = maps[at_most(lane - a * channels, channels - 1)];
         group.pixel[i] = A(a);
         group.of.sign[i] = m.of.sign, group.of.peak[i] = m.of.peak, group.beta[i] = m.beta;
         group.of.scale[i] = m.of.scale, group.of.lowest[i] = m.of.lowest;

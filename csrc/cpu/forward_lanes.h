@@ -169,12 +169,12 @@ class ForwardLanes {
     if (kCounts == Counts::by_bits && !chunk.excluded.words) return run_chunk<Counts::all>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, kLanes<A>);
     if (chunk.abreast > 1) {
-      for_blocks(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
+      for_blocks<kLaneVectors>(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
       settle_peaks<kCounts>(chunk, 0, groups, lanes);
-      for_blocks(groups, [&](auto n, int64_t g) { sums<n, kCounts>(chunk, g, lanes); });
+      for_blocks<kLaneVectors>(groups, [&](auto n, int64_t g) { sums<n, kCounts>(chunk, g, lanes); });
       fold_sums<A>(chunk.lanes, chunk.abreast, lanes.chunk);
     } else {
-      for_blocks(groups, [&](auto n, int64_t g) {
+      for_blocks<kLaneVectors>(groups, [&](auto n, int64_t g) {
         lane_peaks<T, n, kCounts>(chunk, g, lanes);
         settle_peaks<kCounts>(chunk, g, n, lanes);
         sums<n, kCounts>(chunk, g, lanes);
@@ -201,22 +201,6 @@ class ForwardLanes {
       place_peaks<kCounts>(chunk, group, count, lanes);
     } else if (chunk.abreast > 1) {
       share_peaks<A>(chunk.lanes, chunk.abreast, lanes.peak);
-    }
-  }
-
-  // Blocks of vectors, as equal as possible.
-  template <class Body>
-  static KPFUSED_INLINE void for_blocks(int64_t groups, const Body& body) {
-    const int64_t blocks = ceil_div(groups, kLaneVectors), narrow = groups / blocks, wide = groups % blocks;
-    for (int64_t b = 0, g = 0; b < blocks; ++b) {
-      const int64_t n = narrow + (b < wide);
-      switch (n) {
-        case 4: body(std::integral_constant<int, 4>{}, g); break;
-        case 3: body(std::integral_constant<int, 3>{}, g); break;
-        case 2: body(std::integral_constant<int, 2>{}, g); break;
-        default: body(std::integral_constant<int, 1>{}, g);
-      }
-      g += n;
     }
   }
 

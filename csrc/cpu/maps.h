@@ -2,6 +2,8 @@
 // What forward and backward share: where maps lie, their beta, and the coordinate tables of small maps.
 #pragma once
 
+#include <type_traits>
+
 #include "../fields.h"
 #include "exp2.h"
 
@@ -84,6 +86,26 @@ KPFUSED_INLINE const void* ahead_of(const void* p, int64_t bytes) {
 }
 KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 2); }
 KPFUSED_INLINE void prefetch_for_write(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 1, 3); }
+
+// Calls body(its number of vectors, a constant; the first of them) for blocks of up to kMost vectors, as equal as possible: a
+// vector alone may have nothing to hide its latencies.
+template <int kMost, class Body>
+KPFUSED_INLINE void for_blocks(int64_t vectors, const Body& body) {
+  static_assert(kMost >= 2 && kMost <= 4);
+  const int64_t blocks = ceil_div(vectors, kMost), narrow = vectors / blocks, wide = vectors % blocks;
+  for (int64_t b = 0, first = 0; b < blocks; ++b) {
+    const int64_t n = narrow + (b < wide);
+    if constexpr (kMost > 3) {
+      if (n == 4) body(std::integral_constant<int, 4>{}, first);
+    }
+    if constexpr (kMost > 2) {
+      if (n == 3) body(std::integral_constant<int, 3>{}, first);
+    }
+    if (n == 2) body(std::integral_constant<int, 2>{}, first);
+    if (n == 1) body(std::integral_constant<int, 1>{}, first);
+    first += n;
+  }
+}
 
 // Bytes that rows are fetched ahead of their use, beyond where hardware stops at the end of a page.
 constexpr int64_t kReadAhead = 4096, kWriteAhead = 2048;

@@ -107,17 +107,6 @@ void moment_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<
   sums.distance += distances;
 }
 
-template <class T, bool Tail>
-KPFUSED_INLINE void moment_block(int64_t n, const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>& of,
-                                 MomentSums<Acc<T>>& sums) {
-  if constexpr (kMomentBlock > 2) {
-    if (n == 4) return moment_columns<T, 4, Tail>(chunk, first, of, sums);
-    if (n == 3) return moment_columns<T, 3, Tail>(chunk, first, of, sums);
-  }
-  if (n == 2) return moment_columns<T, 2, Tail>(chunk, first, of, sums);
-  return moment_columns<T, 1, Tail>(chunk, first, of, sums);
-}
-
 template <class T>
 Moments<Acc<T>> chunk_moments(RowsChunk<T> chunk, const Sharpness<Acc<T>>& sharp, const Moments<Acc<T>>& so_far) {
   using A = Acc<T>;
@@ -133,19 +122,11 @@ Moments<Acc<T>> chunk_moments(RowsChunk<T> chunk, const Sharpness<Acc<T>>& sharp
   chunk.y0 -= at_y;
   const Falloff<A> of = falloff(sharp, peak);
   MomentSums<A> sums = {};
-  const bool tail = chunk.cols % L != 0;
-  const int64_t vectors = ceil_div(chunk.cols, L), blocks = ceil_div(vectors, kMomentBlock);
-  const int64_t narrow = vectors / blocks, wide = vectors % blocks;
-  int64_t first = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t n = narrow + (b < wide);
-    if (tail && b == blocks - 1) {
-      moment_block<T, true>(n, chunk, first, of, sums);
-    } else {
-      moment_block<T, false>(n, chunk, first, of, sums);
-    }
-    first += n * L;
-  }
+  const int64_t vectors = ceil_div(chunk.cols, L);
+  for_blocks<kMomentBlock>(vectors, [&](auto n, int64_t first) {
+    const bool tail = chunk.cols % L != 0 && first + n == vectors;
+    tail ? moment_columns<T, n, true>(chunk, first * L, of, sums) : moment_columns<T, n, false>(chunk, first * L, of, sums);
+  });
   return moments_of(peak, at_x, at_y, sums);
 }
 

@@ -96,38 +96,18 @@ void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>
   sums.y += sum_y;
 }
 
-template <class T, bool Tail>
-KPFUSED_INLINE void sum_block(int64_t n, const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>& of,
-                              Sums<Acc<T>>& sums) {
-  if constexpr (kBlock > 3) {
-    if (n == 4) return sum_columns<T, 4, Tail>(chunk, first, of, sums);
-  }
-  if (n == 3) return sum_columns<T, 3, Tail>(chunk, first, of, sums);
-  if (n == 2) return sum_columns<T, 2, Tail>(chunk, first, of, sums);
-  return sum_columns<T, 1, Tail>(chunk, first, of, sums);
-}
-
 template <class T>
 State<Acc<T>> chunk_sums(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sharp) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const A peak = peak_of(chunk, sharp.sign);
   const Falloff<A> of = falloff(sharp, peak);
-  // Blocks of as equal a width as possible: one vector alone has nothing to hide the latency of its row sum.
-  const int64_t vectors = ceil_div(chunk.cols, L), blocks = ceil_div(vectors, kBlock);
-  const int64_t narrow = vectors / blocks, wide = vectors % blocks;
-  const bool tail = chunk.cols % L != 0;
+  const int64_t vectors = ceil_div(chunk.cols, L);
   Sums<A> sums = {};
-  int64_t first = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t n = narrow + (b < wide);
-    if (tail && b == blocks - 1) {
-      sum_block<T, true>(n, chunk, first, of, sums);
-    } else {
-      sum_block<T, false>(n, chunk, first, of, sums);
-    }
-    first += n * L;
-  }
+  for_blocks<kBlock>(vectors, [&](auto n, int64_t first) {
+    const bool tail = chunk.cols % L != 0 && first + n == vectors;
+    tail ? sum_columns<T, n, true>(chunk, first * L, of, sums) : sum_columns<T, n, false>(chunk, first * L, of, sums);
+  });
   const Triple<A> total = reduce<A>(sums.sum, sums.x, sums.y);
   return {peak, total.sum, total.x, total.y};
 }
