@@ -27,7 +27,7 @@ from benchmarks import host_time, memory
 from benchmarks.baselines import OURS, Function, Peer, available
 from benchmarks.cases import DTYPES, Case, call, error, head, heatmaps, not_measured, row, skipped, upstream, write
 from benchmarks.gpu_timing import HOT_CALLS, Thunk, Timer
-from kpfused import ops
+from kpfused import kernels
 
 BEYOND = 512 << 20  # bytes of a large case: many times any cache
 PAIRS = {"forward": 1, "backward": 2, "forward+backward": 3}  # times that the model moves the map
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=230, help="begin nothing that would end after this")
     parser.add_argument("--samples", type=int, default=9)
     options = parser.parse_args()
-    if options.device == "cuda" and not (torch.cuda.is_available() and ops.has_kernel("cuda")):
+    if options.device == "cuda" and not (torch.cuda.is_available() and kernels.has_kernel("cuda")):
         raise SystemExit("needs a CUDA device and a kpfused built with CUDA kernels")
     if options.device == "cpu":
         torch.set_num_threads(1)

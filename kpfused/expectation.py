@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The op of expectations of values: fake kernels, autograd, and the way from checked arguments to a kernel.
 
-Beside ``kpfused.ops``, whose ops take one map and return results of it: this one takes values too, with a gradient of
-their own. Function transforms take the composition, which they fold as any other operations of PyTorch.
+Beside ``kpfused.kernels``, whose ops take one map and return results of it: this one takes values too, with a gradient
+of their own. Function transforms take the composition, which they fold as any other operations of PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kpfused import ops, reference
+from kpfused import dtensor, fake, kernels, ops, reference
 
 _FORWARD = torch.ops.kpfused.spatial_expectation2d.default
 _BACKWARD = torch.ops.kpfused.spatial_expectation2d_backward.default
@@ -34,8 +34,8 @@ def spatial_expectation2d(
     settings = (heatmap, values, beta, beta_value, *pixels)
     plain = ops.is_plain(heatmap, beta, (values, *pixels[:2])) and ops.is_plain(values, None, pixels)
     if torch.compiler.is_compiling() or not plain:
-        heatmap, beta, *pixels = ops.prepare_distributed(heatmap, beta, *pixels)
-        values = ops.prepare_distributed_values(heatmap, values)
+        heatmap, beta, *pixels = dtensor.prepare_distributed(heatmap, beta, *pixels)
+        values = dtensor.prepare_distributed_values(heatmap, values)
         result: Tensor = _FORWARD(heatmap, values, beta, beta_value, *pixels)[0]
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (heatmap, values, beta)):
         result = _Eager.apply(*settings)  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ def spatial_expectation2d(
 
 
 def _compose(heatmap: Tensor, values: Tensor, beta: Tensor | None, beta_value: float, *pixels: Any) -> Tensor:
-    number, keywords = ops.settings_of_reference(beta, beta_value, 0, *pixels)
+    number, keywords = kernels.settings_of_reference(beta, beta_value, 0, *pixels)
     del keywords["coordinates"]
     return reference.spatial_expectation2d(heatmap, values, number, **keywords)
 
@@ -105,7 +105,7 @@ def _composed_gradients(
 
 
 class _Eager(torch.autograd.Function):
-    """As in ``kpfused.ops``: one result costs half of what two do."""
+    """As in ``kpfused.autograd``: one result costs half of what two do."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -136,7 +136,7 @@ def _keep_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _second_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second derivatives, through the composition: rare enough not to need a kernel."""
     grad, heatmap, values, beta, *pixels = ctx.saved_tensors
-    ops.refuse_distributed(heatmap)
+    dtensor.refuse_distributed(heatmap)
     sources = (heatmap, values, *(() if beta is None else (beta,)))
 
     def first(grad: Tensor, heatmap: Tensor, values: Tensor, beta: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -154,8 +154,8 @@ def _second_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
 def _fake_forward(
     heatmap: Tensor, values: Tensor, beta: Tensor | None, beta_value: float, *pixels: Any
 ) -> tuple[Tensor, Tensor]:
-    ops.check_op(heatmap, beta)
-    dtype = ops.accumulator_dtype(heatmap.dtype)
+    fake.check_op(heatmap, beta)
+    dtype = kernels.accumulator_dtype(heatmap.dtype)
     leading = heatmap.shape[:-2]
     result = heatmap.new_empty((*leading, values.shape[-3]), dtype=dtype)
     return result, heatmap.new_empty((*leading, _STATS), dtype=dtype)
@@ -174,8 +174,8 @@ def _fake_backward(
     needs_grad_beta: bool,
     *pixels: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ops.check_op(heatmap, beta)
-    none = heatmap.new_empty((0,), dtype=ops.accumulator_dtype(heatmap.dtype))
+    fake.check_op(heatmap, beta)
+    none = heatmap.new_empty((0,), dtype=kernels.accumulator_dtype(heatmap.dtype))
     return (
         torch.empty_like(heatmap) if needs_grad_heatmap or needs_grad_beta else none,
         torch.empty_like(values) if needs_grad_values else none.clone(),

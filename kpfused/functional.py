@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpfused import checks, expectation, ops, reference
+from kpfused import checks, dtensor, expectation, kernels, ops, reference
 from kpfused.results import SpatialMoments
 
 
@@ -418,7 +418,7 @@ def spatial_moments3d(
         heatmap = heatmap.reshape(*heatmap.shape[:-3], -1, depth, *heatmap.shape[-2:])
     _, tensor, number, index = _checked(heatmap, beta, temperature, coordinates, "DHW")
     if tensor is not None:
-        tensor = ops.foldable(tensor.unsqueeze(-1), heatmap.shape[:-2]).contiguous()
+        tensor = kernels.foldable(tensor.unsqueeze(-1), heatmap.shape[:-2]).contiguous()
     if mask is not None:
         checks.check_mask(mask, heatmap)
         mask = mask.expand(heatmap.shape)
@@ -461,10 +461,10 @@ def _pixels(
             else torch.full((), n, dtype=torch.int64, device=heatmap.device)
             for n in valid_size
         )
-        height, width = ops.together(height, width)
+        height, width = dtensor.together(height, width)
         size = torch.stack((height + 0 * width, width + 0 * height), -1)
         if height.dim() or width.dim():
-            size = ops.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()
+            size = kernels.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()
     return mask, size, empty_value
 
 
@@ -473,7 +473,7 @@ def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | fl
     name, tensor = ("beta", beta) if temperature is None else ("temperature", temperature)
     assert isinstance(tensor, Tensor)
     checks.check_broadcast(name, tensor, heatmap, dims)
-    tensor = tensor.to(ops.accumulator_dtype(heatmap.dtype))
+    tensor = tensor.to(kernels.accumulator_dtype(heatmap.dtype))
     if temperature is not None:
         tensor = tensor.reciprocal()
-    return ops.foldable(tensor, heatmap.shape[:-dims]).contiguous()
+    return kernels.foldable(tensor, heatmap.shape[:-dims]).contiguous()

@@ -5,14 +5,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-from kpfused import ops
+from kpfused import kernels
 
 # Reproducible in continuous integration: the same examples every time, and no deadline on a noisy machine.
 settings.register_profile("kpfused", deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("kpfused")
 
 # A CUDA tensor without CUDA kernels would test the fallback, not the kernels.
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and ops.has_kernel("cuda") else [])]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and kernels.has_kernel("cuda") else [])]
 
 
 @pytest.fixture(params=DEVICES)

@@ -16,7 +16,7 @@ from torch.func import grad, jacrev, jvp, vmap
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import kpfused
-from kpfused import SoftArgmax2d, ops, reference
+from kpfused import SoftArgmax2d, kernels, ops, reference
 from tests import cases
 
 OPS = torch.ops.kpfused
@@ -208,7 +208,7 @@ def test_compiled_transforms(device: str, name: str) -> None:
 def arguments(device: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, beta: Any) -> tuple[Any, ...]:
     """Of the forward ops. ``beta``: None or the shape of a tensor."""
     heatmap = cases.LAYOUTS[layout](cases.random(shape).to(device, dtype))
-    tensor = None if beta is None else (torch.rand(beta) + 0.5).to(device, ops.accumulator_dtype(dtype))
+    tensor = None if beta is None else (torch.rand(beta) + 0.5).to(device, kernels.accumulator_dtype(dtype))
     return heatmap, tensor, 1.5, 3
 
 
@@ -338,7 +338,7 @@ PIXELS: dict[str, Callable[[], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("pixels", PIXELS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck_of_masks_and_moments(device: str, name: str, pixels: str, layout: str) -> None:
-    kernel = {"soft_argmax2d": ops._SOFT_ARGMAX2D, "spatial_moments2d": ops._MOMENTS2D}[name]
+    kernel = {"soft_argmax2d": kernels.SOFT_ARGMAX2D, "spatial_moments2d": kernels.MOMENTS2D}[name]
     counting = [a.to(device) if isinstance(a, Tensor) else a for a in PIXELS[pixels]()]
     heatmap, beta, *units = arguments(device, (2, 3, 6, 8), layout, torch.float32, (3,))
     forward = (heatmap.requires_grad_(), beta.requires_grad_(), *units, *counting)

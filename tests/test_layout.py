@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import kpfused
-from kpfused import ops, reference
+from kpfused import kernels, reference
 from tests import cases
 
 
@@ -78,7 +78,7 @@ def test_beyond_32_bits_on_cuda(
     shape: tuple[int, ...], layout: torch.memory_format, check: Callable[[torch.Tensor], None]
 ) -> None:
     """More than 2^31 elements in bfloat16: real memory, where the emulated kernels' tests have but offsets."""
-    if not (torch.cuda.is_available() and ops.has_kernel("cuda")):
+    if not (torch.cuda.is_available() and kernels.has_kernel("cuda")):
         pytest.skip("needs a CUDA device")
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GB of free memory on the device")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kpfused
-from kpfused import ops, reference
+from kpfused import kernels, ops, reference
 from tests import cases
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -321,9 +321,9 @@ def test_which_devices_have_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ops.takes_composition(torch.ones(3, 3))
     assert not ops.takes_composition(torch.ones(3, 3, device="meta"))
     assert ops.takes_composition(other)
-    monkeypatch.setattr(ops, "_HAS_CUDA", True)
+    monkeypatch.setattr(ops, "HAS_CUDA", True)
     assert not ops.takes_composition(cuda)
-    monkeypatch.setattr(ops, "_HAS_CUDA", False)
+    monkeypatch.setattr(ops, "HAS_CUDA", False)
     ops._warn_of_slow_path.cache_clear()
     with monkeypatch.context() as compiler:
         compiler.setattr(ops, "is_compiling", lambda: True)
@@ -337,7 +337,7 @@ def test_devices_without_a_kernel_take_the_reference(monkeypatch: pytest.MonkeyP
     heatmap, beta = cases.random((2, 3, 4, 5)).float(), torch.rand(3)
     monkeypatch.setattr(ops, "takes_composition", lambda _: True)
     for name in ("eager", "launch_forward"):
-        monkeypatch.setattr(ops._SOFT_ARGMAX2D, name, None)
+        monkeypatch.setattr(kernels.SOFT_ARGMAX2D, name, None)
     heatmap.requires_grad_()
     actual = kpfused.soft_argmax2d(heatmap, beta, coordinates="unit")
     assert torch.equal(actual, reference.soft_argmax2d(heatmap, beta, coordinates="unit"))

@@ -145,9 +145,9 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
 
 }  // namespace
 
-// Each kernel goes by two names. The one users and compilers see has an autograd formula (kpfused/ops.py); the one with
-// an underscore has none, so that the eager path, which brings its own autograd.Function, passes no Python between the
-// dispatcher and the kernel.
+// Each kernel goes by two names. The one users and compilers see has an autograd formula (kpfused/autograd.py); the one
+// with an underscore has none, so that the eager path, which brings its own autograd.Function, passes no Python between
+// the dispatcher and the kernel.
 // Arguments of every forward and of every backward, behind those of its own.
 #define KPFUSED_SETTINGS "Tensor? beta, float beta_value, int coordinates"
 #define KPFUSED_PIXELS "Tensor? mask=None, Tensor? valid_size=None, float? empty_value=None"

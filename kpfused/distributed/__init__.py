@@ -6,7 +6,8 @@ is never gathered: each rank reduces its own pixels to a state, these are all-ga
 with moments ten, and every rank merges them in the same order, to the same bits. The merged stats, and the peak's
 pixel, are all that backward needs. Volumes sharded over depth gather what their slices leave.
 
-``kpfused.ops`` imports this package when it first meets a ``DTensor``: ``torch.distributed.tensor`` is slow to import.
+``kpfused.dtensor`` imports this package when it first meets a ``DTensor``: ``torch.distributed.tensor`` is slow to
+import.
 """
 
 from __future__ import annotations

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""Derivatives of the ops: for the eager path, for compilers, and for function transforms."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kpfused.dtensor import refuse_distributed
+from kpfused.kernels import Kernel
+
+
+def _eager(kernel: Kernel) -> Any:
+    """The eager path. An autograd.Function in the classic form costs half of what ``register_autograd`` does.
+
+    One for each kernel, and with all that is no tensor in one argument: every argument costs, and every attribute.
+    """
+    launch, keep, has_one_result = kernel.launch_forward, kernel.keep, kernel.has_one_result
+
+    def forward(
+        ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: tuple[Any, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
+        ctx.settings = settings if len(settings) == 2 else _without_tensors(settings)
+        ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
+        if has_one_result:  # more of them cost twice: here, and where each is told of its gradient
+            return output[0]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(_backward_of(kernel, kernel.backward))}
+    # What users read of a tensor's grad_fn, followed by Backward.
+    name = "".join(map(str.capitalize, kernel.name.split("_")))
+    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda own: own.update(methods))
+    # What the engine calls: it is torch's to look for backward, which compilers trace, and takes as long as a kernel.
+    if hasattr(function, "_backward_cls"):
+        function._backward_cls.apply = _backward_of(kernel, kernel.backward, kernel.launch_backward)
+    # Without what Function.apply does first, which is to look for setup_context, and whether any argument at all
+    # outlived a transform.
+    return super(torch.autograd.Function, function).apply
+
+
+def _keep(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    heatmap, beta, *settings = inputs
+    ctx.settings = _without_tensors(settings)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
+    ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *settings[2:4])
+
+
+def _without_tensors(settings: Sequence[Any]) -> tuple[Any, ...]:
+    """Mask and valid size are saved: what is kept beside them would be kept from hooks that send them elsewhere."""
+    return *settings[:2], *[None] * len(settings[2:4]), *settings[4:]
+
+
+def _backward_of(kernel: Kernel, op: Any, launch: Any = None) -> Callable[..., tuple[Tensor | None, ...]]:
+    """From gradients of the outputs to those of heatmap and beta, through a backward op.
+
+    ``launch`` is the op where nothing is to be differentiated once more, and no compiler looks on.
+    """
+    differentiable, own = kernel.differentiable, 2 + len(kernel.kept)  # heatmap, what is kept, beta; then the pixels
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if len(grads) > 1:
+            grads = tuple([grads[i] for i in differentiable])
+        settings = ctx.settings
+        of_settings = [None] * len(settings)
+        if grads[0] is None and all(grad is None for grad in grads):
+            return None, None, *of_settings
+        saved = ctx.saved_tensors
+        of_beta = ctx.needs_input_grad[1]
+        if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
+            sources = (saved[0], saved[own - 1])
+            gradients = _composed_gradients(kernel, grads, *sources, *settings[:2], *saved[own:], *settings[4:])
+        else:
+            use = op if launch is None or torch.is_grad_enabled() else launch
+            if len(saved) == own:  # all pixels count; slices that leave nothing out cost as much as those that do
+                gradients = use(*grads, *saved, *settings, of_beta)
+            else:
+                gradients = use(*grads, *saved[:own], *settings[:2], of_beta, *saved[own:], *settings[4:])
+        return gradients[0], _sum_to(gradients[1], saved[own - 1].shape) if of_beta else None, *of_settings
+
+    return backward
+
+
+def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """``sum_to_size``; surplus dimensions by a sum, as its view is more than a DTensor with a sharded 1 can do."""
+    surplus = tuple(range(tensor.dim() - len(shape)))
+    return (tensor.sum(surplus) if surplus else tensor).sum_to_size(shape)
+
+
+def _composed_gradients(
+    kernel: Kernel, grads: tuple[Tensor | None, ...], heatmap: Tensor, beta: Tensor | None, *settings: Any
+) -> tuple[Tensor, ...]:
+    """What the backward op computes, in differentiable PyTorch; no second gradient where there is no beta tensor."""
+    used = [i for i, grad in zip(kernel.differentiable, grads, strict=True) if grad is not None]
+
+    def forward(heatmap: Tensor, beta: Tensor | None = None) -> tuple[Tensor, ...]:
+        results = kernel.composition(heatmap, beta, *settings)
+        return tuple(results[i] for i in used)
+
+    sources = (heatmap,) if beta is None else (heatmap, beta.expand(heatmap.shape[:-2]))
+    gradients: tuple[Tensor, ...] = torch.func.vjp(forward, *sources)[1](tuple(g for g in grads if g is not None))
+    return gradients
+
+
+def _keep_second(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
+    beta, ctx.beta_value, ctx.setting, needs_grad_beta, *pixels = rest[len(kernel.kept) :]
+    if not needs_grad_beta:
+        ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(heatmap, beta, *grads, *pixels[:2])
+    ctx.empty_value = pixels[2:]
+    ctx.rest = (None,) * (3 + len(pixels))
+
+
+def _second_gradients(
+    kernel: Kernel, ctx: Any, upstream_heatmap: Tensor | None, upstream_beta: Tensor | None
+) -> tuple[Any, ...]:
+    """Second derivatives, through the composition: rare enough not to need a kernel."""
+    heatmap, beta, *saved = ctx.saved_tensors
+    refuse_distributed(heatmap)
+    grads, pixels = saved[: kernel.grads], (*saved[kernel.grads :], *ctx.empty_value)
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    inputs = (*(grads[i] for i in given), heatmap, *(() if beta is None else (beta,)))
+
+    def first(*inputs: Tensor) -> tuple[Tensor, ...]:
+        filled: list[Tensor | None] = [None] * len(grads)
+        for i, grad in zip(given, inputs, strict=False):
+            filled[i] = grad
+        heatmap, *some_beta = inputs[len(given) :]
+        settings = (ctx.beta_value, ctx.setting, *pixels)
+        return _composed_gradients(kernel, tuple(filled), heatmap, some_beta[0] if some_beta else None, *settings)
+
+    gradients, pull = torch.func.vjp(first, *inputs)  # type: ignore[misc]
+    upstream = (upstream_heatmap, upstream_beta)[: len(gradients)]
+    second = pull(tuple(torch.zeros_like(g) if u is None else u for g, u in zip(gradients, upstream, strict=True)))
+    of_grads: list[Tensor | None] = [None] * len(grads)
+    for i, grad in zip(given, second, strict=False):
+        of_grads[i] = grad
+    of_heatmap, *of_beta = second[len(given) :]
+    return (*of_grads, of_heatmap, *(None,) * len(kernel.kept), of_beta[0] if of_beta else None, *ctx.rest)
+
+
+def _transformable(kernel: Kernel) -> Any:
+    """The path of function transforms, in the form that they ask for. vmap runs each method once, on batched tensors:
+    the rules of the ops below then fold the batch."""
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(kernel.eager_backward)
+        setup_context = staticmethod(functools.partial(_keep_second, kernel))
+        backward = staticmethod(functools.partial(_second_gradients, kernel))
+
+    class Forward(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(kernel.eager_forward)
+        setup_context = staticmethod(functools.partial(_keep, kernel))
+
+        backward = staticmethod(_backward_of(kernel, Backward.apply))
+
+    return Forward.apply
+
+
+def register(kernel: Kernel) -> None:
+    kernel.eager, kernel.transformable = _eager(kernel), _transformable(kernel)
+
+    bind = functools.partial
+    library = torch.library
+    setup = bind(_keep, kernel)
+    library.register_autograd(kernel.forward, _backward_of(kernel, kernel.backward), setup_context=setup)
+    library.register_autograd(
+        kernel.backward, bind(_second_gradients, kernel), setup_context=bind(_keep_second, kernel)
+    )
