@@ -9,15 +9,12 @@ if importlib.util.find_spec("kpfused._C") is None:
         "that is installed"
     )
 
+from kpfused.dimensions import soft_argmax1d, soft_argmax3d, spatial_moments1d, spatial_moments3d
 from kpfused.functional import (
     expectation2d,
-    soft_argmax1d,
     soft_argmax2d,
-    soft_argmax3d,
     spatial_expectation2d,
-    spatial_moments1d,
     spatial_moments2d,
-    spatial_moments3d,
     spatial_softmax2d,
     window_mass,
 )

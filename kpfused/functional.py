@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kpfused import checks, dtensor, expectation, kernels, ops, reference
+from kpfused import checks, expectation, ops, reference
+from kpfused.arguments import checked, counting
 from kpfused.results import SpatialMoments
 
 
@@ -71,8 +71,8 @@ def soft_argmax2d(
             within 1e-30 of zero as temperature, a tensor that does not broadcast or lies on another device, a valid
             size beyond the map, debias with a mask or a valid size, or unknown coordinates.
     """
-    arguments = _checked(heatmap, beta, temperature, coordinates)
-    pixels = _pixels(heatmap, mask, valid_size, empty_value)
+    arguments = checked(heatmap, beta, temperature, coordinates)
+    pixels = counting(heatmap, mask, valid_size, empty_value)
     if not debias:
         return ops.soft_argmax2d(*arguments, *pixels)
     if mask is not None or valid_size is not None:
@@ -142,8 +142,8 @@ def spatial_moments2d(
         TypeError: as in :func:`soft_argmax2d`.
         ValueError: as in :func:`soft_argmax2d`.
     """
-    arguments = _checked(heatmap, beta, temperature, coordinates)
-    return ops.spatial_moments2d(*arguments, *_pixels(heatmap, mask, valid_size, empty_value))
+    arguments = checked(heatmap, beta, temperature, coordinates)
+    return ops.spatial_moments2d(*arguments, *counting(heatmap, mask, valid_size, empty_value))
 
 
 def spatial_softmax2d(
@@ -179,8 +179,8 @@ def spatial_softmax2d(
         TypeError: as in :func:`soft_argmax2d`.
         ValueError: as in :func:`soft_argmax2d`.
     """
-    _, tensor, number, _ = _checked(heatmap, beta, temperature, "pixel")
-    return ops.spatial_softmax2d(heatmap, tensor, number, *_pixels(heatmap, mask, valid_size, empty_value))
+    _, tensor, number, _ = checked(heatmap, beta, temperature, "pixel")
+    return ops.spatial_softmax2d(heatmap, tensor, number, *counting(heatmap, mask, valid_size, empty_value))
 
 
 def spatial_expectation2d(
@@ -221,9 +221,9 @@ def spatial_expectation2d(
         TypeError: as in :func:`soft_argmax2d`, or values of another dtype than the heatmap.
         ValueError: as in :func:`soft_argmax2d`, or values of a shape that does not fit.
     """
-    _, tensor, number, _ = _checked(heatmap, beta, temperature, "pixel")
+    _, tensor, number, _ = checked(heatmap, beta, temperature, "pixel")
     checks.check_values(values, heatmap)
-    pixels = _pixels(heatmap, mask, valid_size, empty_value)
+    pixels = counting(heatmap, mask, valid_size, empty_value)
     return expectation.spatial_expectation2d(heatmap, values, tensor, number, *pixels)
 
 
@@ -258,7 +258,7 @@ def expectation2d(
     """
     checks.check_heatmap(probabilities)
     index = checks.coordinates_index(coordinates)
-    return ops.expectation2d(probabilities, index, *_pixels(probabilities, mask, valid_size, None))
+    return ops.expectation2d(probabilities, index, *counting(probabilities, mask, valid_size, None))
 
 
 def window_mass(
@@ -298,182 +298,5 @@ def window_mass(
         ValueError: as in :func:`soft_argmax2d`, a size that is not odd and positive, or an unknown ``around``.
     """
     checks.check_window(size, around)
-    _, tensor, number, _ = _checked(heatmap, beta, temperature, "pixel")
-    return ops.window_mass(heatmap, size, around, tensor, number, *_pixels(heatmap, mask, valid_size, empty_value))
-
-
-def soft_argmax1d(
-    heatmap: Tensor,
-    beta: Tensor | float = 1.0,
-    *,
-    temperature: Tensor | float | None = None,
-    coordinates: str = "pixel",
-    mask: Tensor | None = None,
-    empty_value: float | None = None,
-) -> Tensor:
-    """Expected coordinate under the softmax of a row, as of SimCC's bins. ``(..., W)`` to ``(..., 1)``.
-
-    A row is a map of height one: arguments, dtypes, gradients and errors are those of :func:`soft_argmax2d`.
-    """
-    checks.check_heatmap(heatmap, "W")
-    return soft_argmax2d(
-        heatmap.unsqueeze(-2),
-        beta,
-        temperature=temperature,
-        coordinates=coordinates,
-        mask=_mask_of_row(heatmap, mask),
-        empty_value=empty_value,
-    )[..., :1]
-
-
-def spatial_moments1d(
-    heatmap: Tensor,
-    beta: Tensor | float = 1.0,
-    *,
-    temperature: Tensor | float | None = None,
-    coordinates: str = "pixel",
-    mask: Tensor | None = None,
-    empty_value: float | None = None,
-) -> SpatialMoments:
-    """Moments of a row ``(..., W)``: mean and peak ``(..., 1)``, covariance ``(..., 1, 1)``.
-
-    Otherwise as :func:`spatial_moments2d` of a map of height one.
-    """
-    checks.check_heatmap(heatmap, "W")
-    m = spatial_moments2d(
-        heatmap.unsqueeze(-2),
-        beta,
-        temperature=temperature,
-        coordinates=coordinates,
-        mask=_mask_of_row(heatmap, mask),
-        empty_value=empty_value,
-    )
-    return m._replace(mean=m.mean[..., :1], covariance=m.covariance[..., :1, :1], peak=m.peak[..., :1])
-
-
-def _mask_of_row(heatmap: Tensor, mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
-    checks.check_mask(mask, heatmap)
-    return mask.unsqueeze(-2)
-
-
-def soft_argmax3d(
-    heatmap: Tensor,
-    beta: Tensor | float = 1.0,
-    *,
-    depth: int | None = None,
-    temperature: Tensor | float | None = None,
-    coordinates: str = "pixel",
-    mask: Tensor | None = None,
-    empty_value: float | None = None,
-) -> Tensor:
-    """Expected (x, y, z) under the softmax of a volume. ``(..., D, H, W)`` to ``(..., 3)``.
-
-    The kernels read the volume once, slice by slice and in place; backward reads it once and writes its gradient once.
-
-    Args:
-        heatmap: logits ``(..., D, H, W)``, or ``(..., K * D, H, W)`` with ``depth``.
-        beta: as in :func:`soft_argmax2d`, against the leading dimensions of ``(..., D, H, W)``.
-        depth: D, where keypoints and depth share a dimension in which depth runs faster, as networks of integral human
-            pose regression emit it: ``(B, K * D, H, W)`` gives ``(B, K, 3)``.
-        temperature: as in :func:`soft_argmax2d`.
-        coordinates: units along each of the three axes, as in :func:`soft_argmax2d`.
-        mask: bool, True where a voxel counts, broadcastable to ``(..., D, H, W)`` and not expanded in memory.
-        empty_value: what a volume gives in which nothing weighs, in place of NaN.
-
-    Returns:
-        ``(..., 3)``, (x, y, z) in this order; dtypes as of :func:`soft_argmax2d`. A volume that holds NaN or +inf
-        gives NaN. So does one in which nothing weighs, and its gradient is zero.
-
-    Gradients and errors are those of :func:`soft_argmax2d`; a depth that does not divide the channels is a ValueError.
-    """
-    return spatial_moments3d(
-        heatmap,
-        beta,
-        depth=depth,
-        temperature=temperature,
-        coordinates=coordinates,
-        mask=mask,
-        empty_value=empty_value,
-    ).mean
-
-
-def spatial_moments3d(
-    heatmap: Tensor,
-    beta: Tensor | float = 1.0,
-    *,
-    depth: int | None = None,
-    temperature: Tensor | float | None = None,
-    coordinates: str = "pixel",
-    mask: Tensor | None = None,
-    empty_value: float | None = None,
-) -> SpatialMoments:
-    """Moments of a volume: mean and peak ``(..., 3)``, (x, y, z), covariance ``(..., 3, 3)``.
-
-    Arguments as of :func:`soft_argmax3d`, fields as of :func:`spatial_moments2d`.
-    """
-    if depth is not None:
-        checks.check_depth(heatmap, depth)
-        heatmap = heatmap.reshape(*heatmap.shape[:-3], -1, depth, *heatmap.shape[-2:])
-    _, tensor, number, index = _checked(heatmap, beta, temperature, coordinates, "DHW")
-    if tensor is not None:
-        tensor = kernels.foldable(tensor.unsqueeze(-1), heatmap.shape[:-2]).contiguous()
-    if mask is not None:
-        checks.check_mask(mask, heatmap)
-        mask = mask.expand(heatmap.shape)
-    return ops.spatial_moments3d(heatmap, tensor, number, index, mask, empty_value)
-
-
-def _checked(
-    heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, coordinates: str, dims: str = "HW"
-) -> tuple[Tensor, Tensor | None, float, int]:
-    """The arguments of an op: heatmap, beta as a tensor or None, beta as a number, index of the units."""
-    checks.check_heatmap(heatmap, dims)
-    checks.check_beta_or_temperature(beta, temperature)
-    index = checks.coordinates_index(coordinates)
-    if temperature is None and not isinstance(beta, Tensor):
-        return heatmap, None, float(beta), index
-    if temperature is not None and not isinstance(temperature, Tensor):
-        return heatmap, None, 1.0 / float(temperature), index
-    return heatmap, _beta_tensor(heatmap, beta, temperature, len(dims)), 0.0, index
-
-
-def _pixels(
-    heatmap: Tensor,
-    mask: Tensor | None,
-    valid_size: tuple[Tensor | int, Tensor | int] | None,
-    empty_value: float | None,
-) -> tuple[Any, ...]:
-    """Which pixels count, as an op takes it: nothing where all do."""
-    if mask is None and valid_size is None and empty_value is None:
-        return ()
-    if mask is not None:
-        checks.check_mask(mask, heatmap)
-        mask = mask.expand(heatmap.shape)
-    size = None
-    if valid_size is not None:
-        checks.check_valid_size(valid_size, heatmap)
-        height, width = (
-            n.to(torch.int64)
-            if isinstance(n, Tensor)
-            # Not as_tensor, which fixes a size that the compiler takes for a symbol.
-            else torch.full((), n, dtype=torch.int64, device=heatmap.device)
-            for n in valid_size
-        )
-        height, width = dtensor.together(height, width)
-        size = torch.stack((height + 0 * width, width + 0 * height), -1)
-        if height.dim() or width.dim():
-            size = kernels.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()
-    return mask, size, empty_value
-
-
-def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, dims: int) -> Tensor:
-    """beta as the kernels read it: the accumulator dtype, contiguous, broadcast along one run of dimensions."""
-    name, tensor = ("beta", beta) if temperature is None else ("temperature", temperature)
-    assert isinstance(tensor, Tensor)
-    checks.check_broadcast(name, tensor, heatmap, dims)
-    tensor = tensor.to(kernels.accumulator_dtype(heatmap.dtype))
-    if temperature is not None:
-        tensor = tensor.reciprocal()
-    return kernels.foldable(tensor, heatmap.shape[:-dims]).contiguous()
+    _, tensor, number, _ = checked(heatmap, beta, temperature, "pixel")
+    return ops.window_mass(heatmap, size, around, tensor, number, *counting(heatmap, mask, valid_size, empty_value))

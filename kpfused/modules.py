@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layers: the functions of ``kpfused.functional`` with their settings."""
+"""Layers: the functions of ``kpfused.functional`` and ``kpfused.dimensions`` with their settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kpfused import checks
-from kpfused.functional import soft_argmax1d, soft_argmax2d, soft_argmax3d, spatial_moments2d
+from kpfused.dimensions import soft_argmax1d, soft_argmax3d
+from kpfused.functional import soft_argmax2d, spatial_moments2d
 from kpfused.results import SpatialMoments
 
 
