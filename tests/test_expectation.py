@@ -335,6 +335,28 @@ def test_a_map_gives_the_same_bits_alone(device: str, layout: str, size: tuple[i
         assert torch.equal(again, of_all)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (7, 7), (8, 16), (10, 12), (37, 41), (64, 48), (96, 72)], ids=str)
+def test_a_run_of_pixels_gives_the_bits_of_rows_with_gaps(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """On CPU, where other kernels read them. Negative beta, one map of NaN and one of -inf."""
+    heatmap = cases.random((2, 5, *size)).to(dtype)
+    heatmap[0, 1, -1, -1], heatmap[1, 2] = torch.nan, -torch.inf
+    values = cases.random((2, 5, 4, *size)).to(dtype)
+    upstream = cases.random((2, 5, *size)).to(dtype)
+    beta = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=accumulator(dtype))
+
+    def results(*tensors: Tensor) -> list[Tensor]:
+        heatmap, values, beta = (t.detach().requires_grad_() for t in tensors)
+        softmax = kpfused.spatial_softmax2d(heatmap, beta)
+        mean = kpfused.spatial_expectation2d(heatmap, values, beta)
+        of_softmax = torch.autograd.grad(softmax, (heatmap, beta), upstream)
+        return [softmax, mean, *of_softmax, *torch.autograd.grad(mean.sum(), (heatmap, values, beta))]
+
+    wide = cases.LAYOUTS["sliced"]
+    for run, rows in zip(results(heatmap, values, beta), results(wide(heatmap), wide(values), beta), strict=True):
+        assert torch.equal(run.nan_to_num(7.0), rows.nan_to_num(7.0))
+
+
 def test_any_number_of_threads(device: str) -> None:
     heatmap = cases.random((2, 5, 300, 310)).float().to(device).requires_grad_()
     values = cases.random((2, 5, 2, 300, 310)).float().to(device).requires_grad_()

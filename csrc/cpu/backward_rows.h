@@ -177,7 +177,7 @@ class BackwardRows {
         load_gradient(params_, map, gradient);
         Vec<A> sum = {};
         flat_chunk(h + from.offset(), out + to.offset(), 0, view_.height, nullptr, gradient, sum);
-        if (kBeta) dbeta[map] = gradient.of.sign * reduce_generic<A>(sum);
+        if (kBeta) dbeta[map] = gradient.of.sign * reduce_sum<A>(sum);
       }
       return;
     }
@@ -238,7 +238,7 @@ class BackwardRows {
       of_peak = finish_peak<T, kBeta>(params_, index, map, out + area.row * to.stride_y + area.col,
                                       {area.row, area.rows, area.col, area.cols});
     }
-    return kBeta ? map.of.sign * (reduce_generic<A>(dbeta) + of_peak) : A(0);
+    return kBeta ? map.of.sign * (reduce_sum<A>(dbeta) + of_peak) : A(0);
   }
 
   // `counting` is null where all pixels count.

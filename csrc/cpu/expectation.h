@@ -82,6 +82,12 @@ void window_mass(const ExpectationParams& params) {
   });
 }
 
+// The gradient of channel c of map n, where i = n * channels + c.
+template <class A, class Params>
+KPFUSED_INLINE A upstream_of(const Params& params, int64_t i) {
+  return params.grad ? static_cast<const A*>(params.grad)[i] : A(1);
+}
+
 // A kernel is called for a block of maps and one part of their pixels, on whose maps the tiles have been started.
 
 template <class T>
@@ -142,6 +148,16 @@ struct ExpectationHeatmapKernel {
     return KPFUSED_ISA::maps_at_once(params.softmax.view, ValueTiles<T>::share_values(params.values, params.softmax));
   }
 
+  KPFUSED_INLINE A upstream(int64_t n, int64_t c) const { return upstream_of<A>(params, n * channels() + c); }
+
+  // sum_c g_c E_c
+  A mean_of(int64_t n) const {
+    const A* const expectation = static_cast<const A*>(params.expectation) + n * channels();
+    double total = 0;
+    for (int64_t c = 0; c < channels(); ++c) total += double(upstream(n, c)) * double(expectation[c]);
+    return A(total);
+  }
+
   void operator()(SoftmaxTiles<T>& tiles, int64_t map, int count, int64_t part) const {
     const SoftmaxParams& softmax = params.softmax;
     const MapView &view = softmax.view, &to = params.grad_view;
@@ -187,18 +203,6 @@ struct ExpectationHeatmapKernel {
   }
 
  private:
-  KPFUSED_INLINE A upstream(int64_t n, int64_t c) const {
-    return params.grad ? static_cast<const A*>(params.grad)[n * channels() + c] : A(1);
-  }
-
-  // sum_c g_c E_c
-  A mean_of(int64_t n) const {
-    const A* const expectation = static_cast<const A*>(params.expectation) + n * channels();
-    double total = 0;
-    for (int64_t c = 0; c < channels(); ++c) total += double(upstream(n, c)) * double(expectation[c]);
-    return A(total);
-  }
-
   // g_c V_c of some channels on q, which starts as -mean, and on the last of them times P: dh / beta, or dh itself where
   // there is no need of the other.
   KPFUSED_INLINE void add_channels(const SoftmaxTiles<T>& tiles, int m, int64_t n, int64_t c, int some, bool last,
@@ -206,9 +210,9 @@ struct ExpectationHeatmapKernel {
     const auto factor = [&](int j) { return upstream(n, c + j); };
     const auto sums = [&](const auto& finish) __attribute__((always_inline)) {
       if (c == 0) {
-        weighted_sums(v, some, factor, whole, [&](int64_t) { return splat(-mean); }, finish);
+        weighted_sums<A>(v, some, factor, whole, [&](int64_t) { return splat(-mean); }, finish);
       } else {
-        weighted_sums(v, some, factor, whole, [&](int64_t i) { return load_vector(q + i); }, finish);
+        weighted_sums<A>(v, some, factor, whole, [&](int64_t i) { return load_vector(q + i); }, finish);
       }
     };
     if (!last || params.softmax.is_probability) {
@@ -229,7 +233,7 @@ struct ExpectationHeatmapKernel {
       sum += tiles.distance_at(m, i) * of_pixels;
       store_vector(q + i, of_pixels * of.beta);
     }
-    return of.of.sign * reduce_generic<A>(sum);
+    return of.of.sign * reduce_sum<A>(sum);
   }
 };
 
@@ -242,6 +246,7 @@ struct ExpectationValuesKernel {
   const Cut parts = pixel_parts(params.softmax.view);
 
   int64_t channels() const { return params.value_view.channels; }
+  KPFUSED_INLINE A upstream(int64_t n, int64_t c) const { return upstream_of<A>(params, n * channels() + c); }
 
   MapView own() const {
     MapView view = params.softmax.view;
@@ -263,10 +268,6 @@ struct ExpectationValuesKernel {
     const ValueView& to = params.value_view;
     const int64_t at = outer * to.stride_outer + inner * to.stride_inner + channel * to.stride_channel;
     return {static_cast<T*>(params.grad_values) + at, stride, to.stride_y, to.stride_x, params.softmax.view.width};
-  }
-
-  KPFUSED_INLINE A upstream(int64_t n, int64_t c) const {
-    return params.grad ? static_cast<const A*>(params.grad)[n * channels() + c] : A(1);
   }
 
   // Maps side by side, each with values of its own.
@@ -386,7 +387,7 @@ struct ExpectationValuesKernel {
       }
       const auto start = [&](int64_t i) { return begun ? load_vector(sum + i) : Vec<A>{}; };
       const auto finish = [&](int64_t i, Vec<A> v) { store_vector(sum + i, v); };
-      weighted_sums(p, some, [&](int j) { return upstream(index[j], c); }, whole, start, finish);
+      weighted_sums<A>(p, some, [&](int j) { return upstream(index[j], c); }, whole, start, finish);
     }
   }
 };

@@ -10,6 +10,7 @@
 #include "forward_lanes.h"
 #include "forward_rows.h"
 #include "parallel.h"
+#include "whole_maps.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -143,6 +144,14 @@ void run_blocks(const ExpectationSteps& steps, const MapView& items, int64_t at_
   for_blocks(items, at_once, parts, channels, [&] { return MapByMap<T>(steps, at_once); });
 }
 
+template <class T>
+void run_whole_maps(const ExpectationSteps& steps, int64_t channels) {
+  const SoftmaxParams& softmax = softmax_of(steps);
+  const int64_t work = softmax.view.height * softmax.view.width * (channels + 1);
+  parallel_for(softmax.view.maps(), at_least(kGrainElements / work, 1),
+               [&](int64_t begin, int64_t end) { WholeMaps<T>(steps, softmax).run(begin, end); });
+}
+
 // Whether ForwardRows finishes a map at a time.
 KPFUSED_INLINE bool are_whole_rows(const MapView& view) { return !is_channels_last(view) && part_tiling(view).count() == 1; }
 
@@ -186,6 +195,7 @@ void expectation_of(const ExpectationSteps& steps) {
     see(ExpectationValuesKernel<T>{*steps.values});
     same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
+  if (same && WholeMaps<T>::take(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
   if (steps.stats && keeps_maps<T>(view)) at_once = at_most(at_once, kKept<Acc<T>> / (view.height * view.width));
   if (same) return run_blocks<T>(steps, view, at_once, channels);
   if (steps.stats) stats_of<T>(*steps.stats, softmax_of(steps));

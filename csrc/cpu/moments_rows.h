@@ -63,7 +63,7 @@ struct MomentSums {
 template <class A>
 KPFUSED_INLINE Moments<A> moments_of(A peak, A at_x, A at_y, const MomentSums<A>& s) {
   const Triple<A> first = reduce<A>(s.sum, s.x, s.y), second = reduce<A>(s.xx, s.xy, s.yy);
-  return {peak, first.sum, at_x, at_y, first.x, first.y, second.sum, second.x, second.y, reduce_generic<A>(s.distance)};
+  return {peak, first.sum, at_x, at_y, first.x, first.y, second.sum, second.x, second.y, reduce_sum<A>(s.distance)};
 }
 
 // As sum_columns, with x0 and y0 counted from the pixel that the sums are about.

@@ -2,9 +2,36 @@
 // Products of tiles: of P of some maps and of the values of some channels, over the pixels that they share.
 #pragma once
 
-#include "simd.h"
+#include "maps.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
+
+// A run of elements whose last vector, at `last_at`, may lie elsewhere: where that one is not whole.
+template <class T>
+struct Run {
+  const T *p, *last;
+  int64_t last_at;
+
+  KPFUSED_INLINE Run from(int64_t first) const { return {p + first, last, last_at - first}; }
+};
+
+// Vector i of a run, and where it lies in memory.
+template <class T>
+KPFUSED_INLINE const T* at(const T* run, int64_t i) {
+  return run + i;
+}
+template <class T>
+KPFUSED_INLINE const T* place(const T* run, int64_t i) {
+  return run + i;
+}
+template <class T>
+KPFUSED_INLINE const T* place(const Run<T>& run, int64_t i) {
+  return run.p + i;
+}
+template <class T>
+KPFUSED_INLINE const T* at(const Run<T>& run, int64_t i) {
+  return i == run.last_at ? run.last : run.p + i;
+}
 
 template <class A>
 KPFUSED_INLINE void add_vector(A* to, Vec<A> v) {
@@ -14,13 +41,13 @@ KPFUSED_INLINE void add_vector(A* to, Vec<A> v) {
 // sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them, each in U sums over the same lanes, since sums
 // that follow on each other cost their latency. With as many for any M and C, a map gets the same bits whatever stands
 // beside it.
-template <class A, int M, int C>
-KPFUSED_INLINE void add_products(const A* const* p, const A* const* v, int64_t pixels, A* sums, int64_t channels) {
+template <int M, int C, class A, class Run>
+KPFUSED_INLINE void add_products(const A* const* p, const Run* v, int64_t pixels, A* sums, int64_t channels) {
   constexpr int L = kLanes<A>, U = 2;
   Vec<A> sum[U][M][C] = {};
   const auto add = [&](int64_t i, int u) __attribute__((always_inline)) {
     Vec<A> of_channel[C];
-    for (int c = 0; c < C; ++c) of_channel[c] = load_vector(v[c] + i);
+    for (int c = 0; c < C; ++c) of_channel[c] = load(at(v[c], i));
     for (int m = 0; m < M; ++m) {
       const Vec<A> of_map = load_vector(p[m] + i);
       for (int c = 0; c < C; ++c) sum[u][m][c] += of_map * of_channel[c];
@@ -35,29 +62,26 @@ KPFUSED_INLINE void add_products(const A* const* p, const A* const* v, int64_t p
     for (int c = 0; c < C; ++c) {
       Vec<A> total = sum[0][m][c];
       for (int u = 1; u < U; ++u) total += sum[u][m][c];
-      sums[m * channels + c] += reduce_generic<A>(total);
+      sums[m * channels + c] += reduce_sum<A>(total);
     }
   }
 }
 
-template <class A, int M>
-KPFUSED_INLINE void add_products_of_channels(const A* const* p, const A* const* v, int count, int64_t pixels, A* sums,
-                                             int64_t channels) {
-  int c = 0;
-  for (; c + 3 <= count; c += 3) add_products<A, M, 3>(p, v + c, pixels, sums + c, channels);
-  for (; c < count; ++c) add_products<A, M, 1>(p, v + c, pixels, sums + c, channels);
-}
-
-// `maps` that share their values, or one alone.
-template <class A>
-void add_all_products(const A* const* p, int maps, const A* const* v, int count, int64_t pixels, A* sums,
-                      int64_t channels) {
+// `maps` that share their values, or one alone. All of them take a few channels in turn: planes of values are often a
+// power of two apart, so that the nearest cache has room for no more.
+template <class A, class Run>
+void add_all_products(const A* const* p, int maps, const Run* v, int count, int64_t pixels, A* sums, int64_t channels) {
   constexpr int M = KPFUSED_AVX512 ? 4 : 2;  // as many as there are registers for their sums
-  int m = 0;
-  for (; m + M <= maps; m += M) {
-    add_products_of_channels<A, M>(p + m, v, count, pixels, sums + m * channels, channels);
-  }
-  for (; m < maps; ++m) add_products_of_channels<A, 1>(p + m, v, count, pixels, sums + m * channels, channels);
+  int c = 0;
+  const auto block = [&](auto size) __attribute__((always_inline)) {
+    constexpr int C = decltype(size)::value;
+    int m = 0;
+    for (; m + M <= maps; m += M) add_products<M, C>(p + m, v + c, pixels, sums + m * channels + c, channels);
+    for (; m < maps; ++m) add_products<1, C>(p + m, v + c, pixels, sums + m * channels + c, channels);
+    c += C;
+  };
+  while (c + 3 <= count) block(Count<3>{});
+  while (c < count) block(Count<1>{});
 }
 
 // sums[m * stride + c] += sum over n pixels of p[m][i] v[i * stride_x + c], for M maps and C vectors of channels. These few
@@ -103,20 +127,28 @@ void add_all_pixels(const Acc<T>* const* p, int maps, int64_t at, int64_t n, con
 }
 
 template <class A>
+KPFUSED_INLINE A total(const Vec<A> (&sum)[kBlock]) {
+  Vec<A> all = sum[0];
+  for (int j = 1; j < kBlock; ++j) all += sum[j];
+  return reduce_sum<A>(all);
+}
+
+// As many sums as weights() has.
+template <class A>
 KPFUSED_INLINE A sum_of(const A* p, int64_t count) {
-  constexpr int U = 4, L = kLanes<A>;
-  Vec<A> sum[U] = {};
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[kBlock] = {};
   int64_t i = 0;
-  for (; i + U * L <= count; i += U * L) {
-    for (int u = 0; u < U; ++u) sum[u] += load_vector(p + i + u * L);
+  for (; i + kBlock * L <= count; i += kBlock * L) {
+    for (int j = 0; j < kBlock; ++j) sum[j] += load_vector(p + i + j * L);
   }
   for (; i < count; i += L) sum[0] += load_vector(p + i);
-  return reduce_generic<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return total<A>(sum);
 }
 
 // finish(i, start(i) + sum over j of factor(j) * of[j][i]), a vector at a time.
-template <class A, class Factor, class Start, class Finish>
-KPFUSED_INLINE void weighted_sums(const A* const* of, int count, const Factor& factor, int64_t pixels, const Start& start,
+template <class A, class Run, class Factor, class Start, class Finish>
+KPFUSED_INLINE void weighted_sums(const Run* of, int count, const Factor& factor, int64_t pixels, const Start& start,
                                   const Finish& finish) {
   constexpr int N = 4, L = kLanes<A>;
   int64_t i = 0;
@@ -125,13 +157,13 @@ KPFUSED_INLINE void weighted_sums(const A* const* of, int count, const Factor& f
     for (int k = 0; k < N; ++k) sum[k] = start(i + k * L);
     for (int j = 0; j < count; ++j) {
       const Vec<A> f = splat(factor(j));
-      for (int k = 0; k < N; ++k) sum[k] += f * load_vector(of[j] + i + k * L);
+      for (int k = 0; k < N; ++k) sum[k] += f * load(at(of[j], i + k * L));
     }
     for (int k = 0; k < N; ++k) finish(i + k * L, sum[k]);
   }
   for (; i < pixels; i += L) {
     Vec<A> sum = start(i);
-    for (int j = 0; j < count; ++j) sum += splat(factor(j)) * load_vector(of[j] + i);
+    for (int j = 0; j < count; ++j) sum += splat(factor(j)) * load(at(of[j], i));
     finish(i, sum);
   }
 }

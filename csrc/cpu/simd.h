@@ -6,6 +6,8 @@
 // with AVX instructions in it can be linked in place of another's.
 #pragma once
 
+#include <type_traits>
+
 #include "plan.h"
 
 // Vectors only ever go to functions that are inlined: how they would be passed does not matter.
@@ -238,6 +240,46 @@ KPFUSED_INLINE void store(Half* p, Vec<float> v) {
 }
 #endif
 
+// ---- The first lanes alone, as where a run ends -----------------------------------------------------------------------
+
+// The first `count` elements, and `fill` in the lanes behind them. Nothing beyond is read.
+template <class T>
+KPFUSED_INLINE Vec<Acc<T>> load_first(const T* p, int64_t count, Vec<Acc<T>> fill) {
+  constexpr int L = kLanes<Acc<T>>;
+#if KPFUSED_AVX512
+  const unsigned some = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_mask_loadu_ps((__m512)fill, __mmask16(some), p);
+  if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm512_mask_loadu_pd((__m512d)fill, __mmask8(some), p);
+  if constexpr (sizeof(T) == 2) {
+    T elements[L];
+    _mm256_storeu_si256((__m256i*)elements, _mm256_maskz_loadu_epi16(__mmask16(some), p));
+    return (Vec<float>)_mm512_mask_blend_ps(__mmask16(some), (__m512)fill, (__m512)load(elements));
+  }
+#endif
+  T elements[L];
+  store(elements, fill);
+  for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
+  return load(elements);
+}
+
+template <class T>
+KPFUSED_INLINE void store_first(T* p, int64_t count, Vec<Acc<T>> v) {
+  constexpr int L = kLanes<Acc<T>>;
+#if KPFUSED_AVX512
+  const unsigned some = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, __mmask16(some), (__m512)v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_mask_storeu_pd(p, __mmask8(some), (__m512d)v);
+#endif
+  T elements[L];
+  store(elements, v);
+#if KPFUSED_AVX512
+  if constexpr (sizeof(T) == 2) {
+    return _mm256_mask_storeu_epi16(p, __mmask16(some), _mm256_loadu_si256((const __m256i*)elements));
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) p[i] = elements[i];
+}
+
 // ---- Reductions over the lanes, in a fixed order --------------------------------------------------------------------
 
 template <class A>
@@ -246,7 +288,7 @@ struct Triple {
 };
 
 template <class A>
-KPFUSED_INLINE A reduce_generic(Vec<A> v) {
+KPFUSED_INLINE A reduce_sum(Vec<A> v) {
   A values[kLanes<A>];
   store_vector(values, v);
   for (int half = kLanes<A> / 2; half > 0; half /= 2) {
@@ -267,7 +309,7 @@ KPFUSED_INLINE A reduce_max(Vec<A> v) {
 
 template <class A>
 KPFUSED_INLINE Triple<A> reduce(Vec<A> sum, Vec<A> x, Vec<A> y) {
-  return {reduce_generic<A>(sum), reduce_generic<A>(x), reduce_generic<A>(y)};
+  return {reduce_sum<A>(sum), reduce_sum<A>(x), reduce_sum<A>(y)};
 }
 
 #if KPFUSED_AVX2 || KPFUSED_AVX512
@@ -290,6 +332,14 @@ KPFUSED_INLINE Triple<float> reduce<float>(Vec<float> sum, Vec<float> x, Vec<flo
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(s, half_sum(x)), _mm256_hadd_ps(b, b));
   const __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
   return {all[0], all[1], all[2]};
+}
+
+template <>
+KPFUSED_INLINE float reduce_sum<float>(Vec<float> v) {
+  const __m256 a = half_sum(v);
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_add_ss(s, _mm_movehdup_ps(s))[0];
 }
 
 template <>

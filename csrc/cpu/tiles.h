@@ -33,6 +33,33 @@ KPFUSED_INLINE Stats<A> stats_of(const SoftmaxParams& params, int64_t map) {
   return {of_map[0], of_map[1], of_map[2], of_map[3]};
 }
 
+// p[i] = `factor` times the weight of run[i], of whole vectors; returns their sum. Fetches what lies `ahead` meanwhile.
+template <class A, class Run>
+KPFUSED_INLINE A weights(const Run& run, int64_t count, const Falloff<A>& of_map, A factor, int64_t ahead, A* p) {
+  constexpr int L = kLanes<A>;
+  const Falloff<Vec<A>> of = in_lanes(of_map);
+  Vec<A> sum[kBlock] = {};
+  int64_t i = 0;
+  const auto block = [&](auto size) __attribute__((always_inline)) {
+    constexpr int N = decltype(size)::value;
+    Vec<A> w[N];
+    for (int j = 0; j < N; ++j) {
+      w[j] = distance(load(at(run, i + j * L)), of);
+      prefetch(place(run, i + j * L), ahead);
+    }
+    exp2<A, N>(w, of.scale);
+    for (int j = 0; j < N; ++j) {
+      w[j] *= factor;
+      sum[j] += w[j];
+      store_vector(p + i + j * L, w[j]);
+    }
+    i += N * L;
+  };
+  while (i + kBlock * L <= count) block(Count<kBlock>{});
+  while (i < count) block(Count<1>{});
+  return total<A>(sum);
+}
+
 // P of whole maps that is kept stays in the second-level cache.
 template <class A>
 constexpr int64_t kKept = 131072 / int64_t(sizeof(A));
@@ -177,29 +204,11 @@ class SoftmaxTiles {
     if (params_.is_probability) {
       for (int64_t i = 0; i < whole; i += L) store_vector(p + i, kpfused::cpu::KPFUSED_ISA::load(run + i));
     } else {
-      weights(run, whole, map, ahead_, p);
+      weights(run, whole, map.of, map.inverse, ahead_, p);
       // A map of NaN has it even where nothing weighs.
       if (counting && map.inverse != map.inverse) clear_uncounted(p, *counting, planes_.width, first, count);
     }
     for (int64_t i = count; i < whole; ++i) p[i] = A(0);
-  }
-
-  static KPFUSED_INLINE void weights(const T* run, int64_t count, const SoftmaxMap<A>& map, int64_t ahead, A* p) {
-    const Falloff<Vec<A>> of = in_lanes(map.of);
-    int64_t i = 0;
-    const auto block = [&](auto size) __attribute__((always_inline)) {
-      constexpr int N = decltype(size)::value;
-      Vec<A> w[N];
-      for (int j = 0; j < N; ++j) {
-        w[j] = distance(kpfused::cpu::KPFUSED_ISA::load(run + i + j * L), of);
-        prefetch(run + i + j * L, ahead);
-      }
-      exp2<A, N>(w, of.scale);
-      for (int j = 0; j < N; ++j) store_vector(p + i + j * L, w[j] * map.inverse);
-      i += N * L;
-    };
-    while (i + kBlock * L <= count) block(Count<kBlock>{});
-    while (i < count) block(Count<1>{});
   }
 
   const SoftmaxParams& params_;
