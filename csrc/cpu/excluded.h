@@ -190,7 +190,8 @@ class Excluded {
   template <int kPixels>
   KPFUSED_INLINE void planes_abreast(const uint8_t* mask, int64_t rows, int64_t groups, int64_t to_next, Word* to) const {
     static_assert(kPixels <= kByteVector);
-    for (int64_t k = 0; k < (between_ == 0 ? 1 : channels_); ++k) {
+    const int64_t channels = channels_;
+    for (int64_t k = 0; k < (between_ == 0 ? 1 : channels); ++k) {
       for (int64_t g = 0; g < groups; g += kBits<A>) {
         const int64_t count = at_most(kBits<A>, groups - g);
         Word words[kPixels] = {};
@@ -200,14 +201,15 @@ class Excluded {
           add_bytes<kPixels>(from, kPixels, count, int(r * groups), words);
         }
         Word* const each = to + g / kBits<A> * to_next + k;
-        for (int a = 0; a < kPixels; ++a) each[a * channels_] = words[a];
-      }
-    }
-    if (between_ != 0) return;
-    for (int64_t w = 0; w < words_of<A>(groups); ++w) {
-      for (int64_t a = 0; a < kPixels; ++a) {
-        Word* const each = to + w * to_next + a * channels_;
-        for (int64_t k = 1; k < channels_; ++k) each[k] = each[0];
+        if (between_ == 0) {
+          // One word for all channels, whole vectors of it: what is written beyond them is still to come.
+          for (int a = 0; a < kPixels; ++a) {
+            const BitsVector<A> word = words[a] - BitsVector<A>{};
+            for (int64_t c = 0; c < channels; c += kLanes<A>) __builtin_memcpy(each + a * channels + c, &word, sizeof(word));
+          }
+        } else {
+          for (int a = 0; a < kPixels; ++a) each[a * channels] = words[a];
+        }
       }
     }
   }
@@ -305,7 +307,7 @@ class Excluded {
   int64_t between_;  // the masks of two channels
   int64_t ahead_;    // from the masks of this chunk to those of the next
   Counting each_[2 * kChannelBlock];
-  Word words_[kExcludedWords];
+  Word words_[kExcludedWords + kLanes<A>];  // with room for the last vector
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

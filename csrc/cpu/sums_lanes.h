@@ -80,6 +80,17 @@ KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t lane, Vec<A> v, Ve
   return v;
 }
 
+// Where lanes that do not count are left out of sums. With mask registers it is at the additions, which take one along at no
+// cost; elsewhere it is ahead of them, once for all: they get the distance of no weight.
+template <Counts kCounts, class A>
+KPFUSED_INLINE Vec<A> counted_ahead(const PixelBit<A>& bit, int64_t lane, Vec<A> d, Vec<A> lowest) {
+  return KPFUSED_AVX512 ? d : counted<kCounts, A>(bit, lane, d, lowest);
+}
+template <Counts kCounts, class A>
+KPFUSED_INLINE Vec<A> added(const PixelBit<A>& bit, int64_t lane, Vec<A> sum, Vec<A> before) {
+  return KPFUSED_AVX512 ? counted<kCounts, A>(bit, lane, sum, before) : sum;
+}
+
 // S: State or Moments of vectors.
 template <class A, class S>
 struct LaneStates {
@@ -176,12 +187,11 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     Vec<A> row[N] = {}, row_x[N] = {};
     const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
-        const Vec<A> d = distance(load(p + offset[j]), of[j]);
-        Vec<A> w[1] = {counted<kCounts, A>(bit, offset[j], d, of[j].lowest)};
+        Vec<A> w[1] = {counted_ahead<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest)};
         exp2<A, 1>(w, of[j].scale);
         fetch_ahead<kCounts>(chunk, next, offset[j], j);
-        row[j] += w[0];
-        row_x[j] += w[0] * x;
+        row[j] = added<kCounts, A>(bit, offset[j], row[j] + w[0], row[j]);
+        row_x[j] = added<kCounts, A>(bit, offset[j], row_x[j] + w[0] * x, row_x[j]);
       }
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
