@@ -42,12 +42,12 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& 
     for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = none;
-      const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
+      const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, int64_t) __attribute__((always_inline)) {
         for (int j = 0; j < N; ++j) {
           top[j] = counted<kCounts, A>(bit, offset[j], maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
         }
       };
-      for_pixels<kCounts>(chunk, r, i, at_most(i + kSegment, count), pixel);
+      for_pixels<kCounts>(chunk, r, i, at_most(i + kSegment, count), {}, pixel);
       for (int j = 0; j < N; ++j) {
         const Mask<A> higher = top[j] > peak[j];
         peak[j] = higher ? top[j] : peak[j], at[j] = higher ? segment : at[j];
@@ -79,11 +79,11 @@ KPFUSED_INLINE Place<Acc<T>> find_in_segment(const LanesChunk<T>& chunk, const M
   const Vec<A> peak = lanes.peak[group];
   // How far it is to the peak could not be predicted: through all of the segment.
   Vec<A> left = splat(-kNowhere<A>);
-  const auto pixel = [&](const T* p, Vec<A> at, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
+  const auto pixel = [&](const T* p, Vec<A> at, const PixelBit<A>& bit, int64_t) __attribute__((always_inline)) {
     const Vec<A> here = key(p, offset, flip) == peak ? -at : splat(-kNowhere<A>);
     left = counted<kCounts, A>(bit, offset, maximum(here, left), left);
   };
-  for_pixels<kCounts>(chunk, row, begin, end, pixel);
+  for_pixels<kCounts>(chunk, row, begin, end, {}, pixel);
   A columns[L];
   store_vector(columns, left);
   return {-columns[lane - offset], chunk.y0 + A(row)};
@@ -150,10 +150,10 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
       Vec<A> x, d[1];
       Exponents<A, 1> exponents;
     } last;
-    const auto begin = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
+    const auto begin = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, int64_t ahead) __attribute__((always_inline)) {
       last.x = x;
       last.d[0] = counted<kCounts, A>(bit, offset, distance(load(p + offset), of), of.lowest);
-      fetch_ahead<kCounts>(chunk, next, offset, 0);
+      fetch_ahead<kCounts>(chunk, ahead, 0);
       last.exponents = split<A, 1>(last.d, of.scale);
     };
     const auto end = [&](const Pixel& pixel) __attribute__((always_inline)) {
@@ -165,15 +165,16 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
       row_xx += w[0] * (dx * dx);
       sums.distance += w[0] * pixel.d[0];
     };
-    const auto next_pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next)
+    const auto next_pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, int64_t ahead)
                                 __attribute__((always_inline)) {
       const Pixel before = last;
-      begin(p, x, bit, next);
+      begin(p, x, bit, ahead);
       end(before);
     };
     const int64_t count = pixels_of_row<kCounts>(chunk, r);
-    for_pixels<kCounts>(chunk, r, 0, at_most(count, 1), begin);
-    for_pixels<kCounts>(chunk, r, 1, count, next_pixel);
+    const Ahead of_row = ahead_of_row<1, kCounts>(chunk, g, r);
+    for_pixels<kCounts>(chunk, r, 0, at_most(count, 1), of_row, begin);
+    for_pixels<kCounts>(chunk, r, 1, count, of_row, next_pixel);
     if (count > 0) end(last);
     const Vec<A> dy = y - sums.at_y, weighed = row * dy;
     sums.sum += row;

@@ -18,7 +18,7 @@ struct LanesChunk {
   const T* p;
   int64_t stride_y, stride_x, rows, cols;
   A x0, y0;
-  int64_t ahead;
+  int64_t ahead;     // bytes from here to the chunk that comes next
   int64_t lanes;     // at least one vector of them
   int64_t abreast;   // pixels in them: a "pixel" below is a group of these, and x that of the group's first
   bool first;        // no state to merge with yet
@@ -33,10 +33,37 @@ KPFUSED_INLINE int64_t pixels_of_row(const LanesChunk<T>& chunk, int64_t row) {
   return chunk.cols;
 }
 
-// Calls body(pixel, its x, its bit, a pixel to fetch ahead for) for these, from the one with number `begin` to `end`. The
-// next chunk has another list: for it, two pixels are fetched ahead for each of this one's, evenly.
+// What to fetch of the next chunk while a row of this one is gone through for some vectors: bytes from chunk.p for the row's
+// first pixel, and the step to the next one's.
+struct Ahead {
+  int64_t at, step;
+};
+
+// Where a chunk is one run in memory, the vectors' share of it in order, not what they themselves will read of it: memory
+// is quickest in order. Elsewhere, and of a listed mask, the pixel below.
+template <int N, Counts kCounts, class T>
+KPFUSED_INLINE Ahead ahead_of_row(const LanesChunk<T>& chunk, int64_t group, int64_t row) {
+  constexpr int64_t L = kLanes<Acc<T>>, size = int64_t(sizeof(T));
+  if (kCounts != Counts::listed && chunk.stride_x == chunk.lanes && chunk.stride_y == chunk.cols * chunk.stride_x) {
+    return {chunk.ahead + (group * chunk.rows + row * N) * chunk.cols * L * size, N * L * size};
+  }
+  return {chunk.ahead + (row * chunk.stride_y + group_begin<Acc<T>>(group, chunk.lanes)) * size, chunk.stride_x * size};
+}
+
+// Vector j of what there is to fetch: each line once. Of a list, for two pixels.
+template <Counts kCounts, class T>
+KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, int64_t at, int j) {
+  constexpr int kBytes = kLanes<Acc<T>> * int(sizeof(T));
+  if (j * kBytes % 64 != 0) return;
+  prefetch(chunk.p, at + j * kBytes);
+  if (kCounts == Counts::listed) prefetch(chunk.p, at + j * kBytes + chunk.stride_x * int64_t(sizeof(T)));
+}
+
+// Calls body(pixel, its x, its bit, what to fetch ahead) for these, from the one with number `begin` to `end`. The next chunk
+// has another list: for it, two pixels are fetched for each of this one's, evenly.
 template <Counts kCounts, class T, class Body>
-KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Body& body) {
+KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Ahead& ahead,
+                               const Body& body) {
   using A = Acc<T>;
   const T* p = chunk.p + row * chunk.stride_y;
   if constexpr (kCounts == Counts::listed) {
@@ -44,12 +71,13 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     const int64_t step = (chunk.cols << 16) / at_least(end, 1);
     int64_t even = begin * step;
     for (int64_t i = begin; i < end; ++i, even += step) {
-      const T* const fetched = p + (even >> 16) * chunk.stride_x;
-      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), PixelBit<A>{}, fetched);
+      const int64_t at = ahead.at + (even >> 16) * ahead.step;
+      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), PixelBit<A>{}, at);
     }
   } else {
     const A step = A(chunk.abreast);
     Vec<A> x = splat(chunk.x0 + A(begin) * step);
+    int64_t at = ahead.at + begin * ahead.step;
     p += begin * chunk.stride_x;
     if constexpr (kCounts == Counts::by_bits) {
       const Bits<A>* const of_row = chunk.excluded.row(row);
@@ -57,20 +85,12 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
       for (int64_t i = begin; i < end;) {
         const int64_t stop = at_most(end, ((first + i) / kBits<A> + 1) * kBits<A> - first);
         PixelBit<A> bit(of_row, chunk.lanes, first + i);
-        for (; i < stop; ++i, p += chunk.stride_x, x += step, bit.bit += bit.bit) body(p, x, bit, p);
+        for (; i < stop; ++i, p += chunk.stride_x, x += step, bit.bit += bit.bit, at += ahead.step) body(p, x, bit, at);
       }
     } else {
-      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step) body(p, x, PixelBit<A>{}, p);
+      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, at += ahead.step) body(p, x, PixelBit<A>{}, at);
     }
   }
-}
-
-// Fetches ahead what vector j of N has of a pixel: each line once.
-template <Counts kCounts, class T>
-KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, const T* pixel, int64_t channel, int j) {
-  if (j * kLanes<Acc<T>> * int(sizeof(T)) % 64 != 0) return;
-  prefetch(pixel + channel, chunk.ahead);
-  if (kCounts == Counts::listed) prefetch(pixel + channel, chunk.ahead + chunk.stride_x * int64_t(sizeof(T)));
 }
 
 // v, or `otherwise` in the lanes, from `lane` on, that do not count.
@@ -160,12 +180,12 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, St
     peak[j] = splat(Limits<A>::lowest);
   }
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, const T*) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, int64_t) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
         peak[j] = counted<kCounts, A>(bit, offset[j], maximum(key(p, offset[j], flip[j]), peak[j]), peak[j]);
       }
     };
-    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
+    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), {}, pixel);
   }
   for (int j = 0; j < N; ++j) lanes.peak[group + j] = peak[j];
 }
@@ -185,16 +205,17 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   Vec<A> y = splat(chunk.y0);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
-    const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, const T* next) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, int64_t ahead) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
         Vec<A> w[1] = {counted_ahead<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest)};
         exp2<A, 1>(w, of[j].scale);
-        fetch_ahead<kCounts>(chunk, next, offset[j], j);
+        fetch_ahead<kCounts>(chunk, ahead, j);
         row[j] = added<kCounts, A>(bit, offset[j], row[j] + w[0], row[j]);
         row_x[j] = added<kCounts, A>(bit, offset[j], row_x[j] + w[0] * x, row_x[j]);
       }
     };
-    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), pixel);
+    const Ahead ahead = ahead_of_row<N, kCounts>(chunk, group, r);
+    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), ahead, pixel);
     for (int j = 0; j < N; ++j) {
       sum[j] += row[j];
       sum_x[j] += row_x[j];
