@@ -220,3 +220,18 @@ def test_hooks_may_send_the_mask_elsewhere(device: str, function: Callable[..., 
 
 def real(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result.covariance
+
+
+@pytest.mark.parametrize("width", [8, 24, 32, 48, 528, 1040])
+@pytest.mark.parametrize("channels", [3, 4, 17, 30])
+@pytest.mark.parametrize("kind", ["shared", "of_samples", "of_maps"])
+def test_masks_where_pixels_stand_abreast(device: str, kind: str, channels: int, width: int) -> None:
+    """Groups of pixels that fill vectors, and rows that share a word of bits or have several."""
+    shape = (2, channels, 5, width)
+    heatmap = cases.channels_last(cases.random(shape).float().to(device))
+    of_mask = {"shared": (1, 1, 5, width), "of_samples": (2, 1, 5, width), "of_maps": shape}[kind]
+    mask = torch.rand(of_mask, device=device) < 0.6
+    for lain in (mask, cases.channels_last(mask)):
+        actual = kpfused.soft_argmax2d(heatmap, mask=lain).double()
+        expected = reference.soft_argmax2d(heatmap.double(), mask=mask)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * width)

@@ -8,6 +8,9 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
+// Channels of a map whose pixels may stand abreast.
+constexpr int64_t kAbreastChannels = 32;
+
 // Whether all channels of a pixel count, or none.
 KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner == 0; }
 KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
@@ -190,28 +193,89 @@ class Excluded {
   template <int kPixels>
   KPFUSED_INLINE void planes_abreast(const uint8_t* mask, int64_t rows, int64_t groups, int64_t to_next, Word* to) const {
     static_assert(kPixels <= kByteVector);
-    const int64_t channels = channels_;
-    for (int64_t k = 0; k < (between_ == 0 ? 1 : channels); ++k) {
-      for (int64_t g = 0; g < groups; g += kBits<A>) {
-        const int64_t count = at_most(kBits<A>, groups - g);
-        Word words[kPixels] = {};
-        for (int64_t r = 0; r < rows; ++r) {
-          const uint8_t* const from = mask + k * between_ + r * each_[0].stride_y + g * kPixels;
-          for (int64_t i = 0; i < count * kPixels; i += 64) prefetch(from + i, ahead_);
-          add_bytes<kPixels>(from, kPixels, count, int(r * groups), words);
+    const int64_t channels = channels_, planes = between_ == 0 ? 1 : channels;
+    for (int64_t g = 0; g < groups; g += kBits<A>, to += to_next) {
+      const int64_t count = at_most(kBits<A>, groups - g);
+      const auto row = [&](int64_t k, int64_t r) { return mask + k * between_ + r * each_[0].stride_y + g * kPixels; };
+      const auto put = [&](const Word (&words)[kPixels], int64_t k) __attribute__((always_inline)) {
+        Word* each = to + k;
+        if (planes > 1) {
+          for (int a = 0; a < kPixels; ++a, each += channels) *each = words[a];
+          return;
         }
-        Word* const each = to + g / kBits<A> * to_next + k;
-        if (between_ == 0) {
-          // One word for all channels, whole vectors of it: what is written beyond them is still to come.
-          for (int a = 0; a < kPixels; ++a) {
-            const BitsVector<A> word = words[a] - BitsVector<A>{};
-            for (int64_t c = 0; c < channels; c += kLanes<A>) __builtin_memcpy(each + a * channels + c, &word, sizeof(word));
+        // One word for all channels, whole vectors of it: what is written beyond them is still to come.
+        for (int a = 0; a < kPixels; ++a, each += channels) {
+          const BitsVector<A> word = words[a] - BitsVector<A>{};
+          for (int64_t c = 0; c < channels; c += kLanes<A>) __builtin_memcpy(each + c, &word, sizeof(word));
+        }
+      };
+      Word words[kPixels];
+      if constexpr (kTurnsBits<kPixels>) {
+        // All channels twice: what has just been written in parts could not be read as a whole.
+        alignas(64) uint8_t bits[kAbreastChannels][kBits<A> * kPixels / 8 + 4];
+        for (int64_t k = 0; k < planes; ++k) {
+          __builtin_memset(bits[k], 0, sizeof(bits[k]));
+          for (int64_t r = 0; r < rows; ++r) pack_bits(row(k, r), count * kPixels, bits[k] + r * groups * kPixels / 8);
+        }
+        for (int64_t k = 0; k < planes; ++k) {
+          turn_bits<kPixels>(bits[k], words);
+          put(words, k);
+        }
+      } else {
+        for (int64_t k = 0; k < planes; ++k) {
+          __builtin_memset(words, 0, sizeof(words));
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = 0; i < count * kPixels; i += 64) prefetch(row(k, r) + i, ahead_);
+            add_bytes<kPixels>(row(k, r), kPixels, count, int(r * groups), words);
           }
-        } else {
-          for (int a = 0; a < kPixels; ++a) each[a * channels] = words[a];
+          put(words, k);
         }
       }
     }
+  }
+
+  // A bit for each of `count` bytes, a multiple of eight, that is zero. Fetches ahead.
+  KPFUSED_INLINE void pack_bits(const uint8_t* from, int64_t count, uint8_t* to) const {
+    const int64_t ahead = ahead_;
+    const auto pack = [&] {
+      const uint32_t bits = zero_bytes(from);
+      __builtin_memcpy(to, &bits, sizeof(bits));
+      from += 32, to += 4, count -= 32;
+    };
+    while (count >= 64) prefetch(from, ahead), pack(), pack();
+    prefetch(from, ahead);
+    if (count >= 32) pack();
+    for (; count > 0; count -= 8, from += 8) {
+      uint64_t bytes;
+      __builtin_memcpy(&bytes, from, sizeof(bytes));
+      bytes |= bytes >> 4, bytes |= bytes >> 2, bytes |= bytes >> 1;
+      *to++ = uint8_t(~((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56));
+    }
+  }
+
+  // Whether groups of as many pixels are the lanes of a vector of their bits.
+  template <int kPixels>
+  static constexpr bool kTurnsBits = KPFUSED_AVX512 ? kPixels == 8 || (kPixels == 16 && kBits<A> == 32)
+                                                    : KPFUSED_AVX2 && kPixels == 8 && kBits<A> == 32;
+
+  // From a bit for each pixel of a group to a word for each pixel, with a bit for each group.
+  template <int kPixels>
+  static KPFUSED_INLINE void turn_bits(const uint8_t* bits, Word (&words)[kPixels]) {
+#if KPFUSED_AVX512  // the highest bit of all groups, and then the next
+    if constexpr (kPixels == 16) {
+      __m512i v = _mm512_loadu_si512(bits);
+      for (int a = 15; a >= 0; --a, v = _mm512_add_epi16(v, v)) words[a] = Word(_mm512_movepi16_mask(v));
+    } else if constexpr (kBits<A> == 64) {
+      __m512i v = _mm512_loadu_si512(bits);
+      for (int a = 7; a >= 0; --a, v = _mm512_add_epi8(v, v)) words[a] = Word(_mm512_movepi8_mask(v));
+    } else {
+      __m256i v = _mm256_loadu_si256((const __m256i*)bits);
+      for (int a = 7; a >= 0; --a, v = _mm256_add_epi8(v, v)) words[a] = Word(_mm256_movepi8_mask(v));
+    }
+#elif KPFUSED_AVX2
+    __m256i v = _mm256_loadu_si256((const __m256i*)bits);
+    for (int a = 7; a >= 0; --a, v = _mm256_add_epi8(v, v)) words[a] = Word(uint32_t(_mm256_movemask_epi8(v)));
+#endif
   }
 
   // Lines of eight channels at a time: where maps lie a power of two apart, the cache has room for no more of them.

@@ -18,9 +18,6 @@ KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
   return pixels.mask ? Counts::listed : Counts::all;
 }
 
-// Channels of a map whose pixels may stand abreast.
-constexpr int64_t kAbreastChannels = 32;
-
 // How many pixels of a row stand abreast in the lanes: a power of two of them, such that lane a * channels + c is channel c
 // of pixel a of a group, as they lie in memory. So channels fill vectors whatever their number. One where there is
 // nothing to gain, or rows are no whole groups.
