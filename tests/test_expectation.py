@@ -336,25 +336,37 @@ def test_a_map_gives_the_same_bits_alone(device: str, layout: str, size: tuple[i
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(1, 1), (3, 3), (7, 7), (8, 16), (10, 12), (37, 41), (64, 48), (96, 72)], ids=str)
-def test_a_run_of_pixels_gives_the_bits_of_rows_with_gaps(size: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [(2, 1), (3, 3), (7, 7), (8, 16), (10, 12), (37, 41), (64, 48), (96, 72)], ids=str)
+@pytest.mark.parametrize("leading", [(2, 5), (1, 5)], ids=["own", "of_keypoints"])
+def test_a_run_of_pixels_gives_the_bits_of_rows_with_gaps(
+    leading: tuple[int, int], size: tuple[int, int], dtype: torch.dtype
+) -> None:
     """On CPU, where other kernels read them. Negative beta, one map of NaN and one of -inf."""
     heatmap = cases.random((2, 5, *size)).to(dtype)
     heatmap[0, 1, -1, -1], heatmap[1, 2] = torch.nan, -torch.inf
-    values = cases.random((2, 5, 4, *size)).to(dtype)
-    upstream = cases.random((2, 5, *size)).to(dtype)
+    values = cases.random((*leading, 4, *size)).to(dtype)
     beta = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=accumulator(dtype))
 
     def results(*tensors: Tensor) -> list[Tensor]:
         heatmap, values, beta = (t.detach().requires_grad_() for t in tensors)
         softmax = kpfused.spatial_softmax2d(heatmap, beta)
         mean = kpfused.spatial_expectation2d(heatmap, values, beta)
-        of_softmax = torch.autograd.grad(softmax, (heatmap, beta), upstream)
-        return [softmax, mean, *of_softmax, *torch.autograd.grad(mean.sum(), (heatmap, values, beta))]
+        of_softmax = torch.autograd.grad(softmax, (heatmap, beta), cases.upstream_of(softmax).to(dtype))
+        upstream = cases.upstream_of(mean).to(mean.dtype)
+        return [softmax, mean, *of_softmax, *torch.autograd.grad(mean, (heatmap, values, beta), upstream)]
 
     wide = cases.LAYOUTS["sliced"]
     for run, rows in zip(results(heatmap, values, beta), results(wide(heatmap), wide(values), beta), strict=True):
-        assert torch.equal(run.nan_to_num(7.0), rows.nan_to_num(7.0))
+        torch.testing.assert_close(run, rows, rtol=0, atol=0, equal_nan=True)
+
+
+def test_channels_side_by_side_give_a_map_the_same_bits_alone(device: str) -> None:
+    """Of maps of one row, whose pixels overlap: channels and pixels are both neighbours in memory."""
+    heatmap = cases.random((8, 1, 100)).float().to(device).requires_grad_()
+    values = cases.random((8, 115)).float().to(device).unfold(1, 100, 1).unsqueeze(2)
+    together = kpfused.spatial_expectation2d(heatmap, values)
+    for i in range(8):
+        assert torch.equal(kpfused.spatial_expectation2d(heatmap[i], values[i]), together[i])
 
 
 def test_any_number_of_threads(device: str) -> None:

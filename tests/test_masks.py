@@ -228,10 +228,17 @@ def real(result: Any) -> Tensor:
 def test_masks_where_pixels_stand_abreast(device: str, kind: str, channels: int, width: int) -> None:
     """Groups of pixels that fill vectors, and rows that share a word of bits or have several."""
     shape = (2, channels, 5, width)
-    heatmap = cases.channels_last(cases.random(shape).float().to(device))
+    heatmap = cases.channels_last(cases.random(shape).float().to(device)).requires_grad_()
+    oracle = heatmap.detach().double().requires_grad_()
     of_mask = {"shared": (1, 1, 5, width), "of_samples": (2, 1, 5, width), "of_maps": shape}[kind]
     mask = torch.rand(of_mask, device=device) < 0.6
-    for lain in (mask, cases.channels_last(mask)):
-        actual = kpfused.soft_argmax2d(heatmap, mask=lain).double()
-        expected = reference.soft_argmax2d(heatmap.double(), mask=mask)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * width)
+    sizes = (torch.tensor([[4], [5]], device=device), torch.tensor([[width - 3], [width]], device=device))
+    for valid_size in (None, sizes):
+        expected = reference.soft_argmax2d(oracle, mask=mask, valid_size=valid_size)
+        upstream = cases.upstream_of(expected)
+        (want,) = torch.autograd.grad(expected, oracle, upstream)
+        for lain in (mask, cases.channels_last(mask)):
+            actual = kpfused.soft_argmax2d(heatmap, mask=lain, valid_size=valid_size)
+            torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * width)
+            (got,) = torch.autograd.grad(actual, heatmap, upstream.float())
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * want.abs().max().item())

@@ -105,11 +105,6 @@ KPFUSED_INLINE Acc<T> finish_peak(const BackwardParams& params, int64_t index,
   return kBeta ? grad_beta_of_peak<A>(params, index) : A(0);
 }
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
 // n >= lanes elements of one row; q of the column comes from column(i). The last vector overlaps the one before it and
 // writes the same values there once more.
 template <class T, bool kBeta, bool kMoments, class Map, class Q>

@@ -209,27 +209,24 @@ class Excluded {
           for (int64_t c = 0; c < channels; c += kLanes<A>) __builtin_memcpy(each + c, &word, sizeof(word));
         }
       };
-      Word words[kPixels];
-      if constexpr (kTurnsBits<kPixels>) {
-        // All channels twice: what has just been written in parts could not be read as a whole.
-        alignas(64) uint8_t bits[kAbreastChannels][kBits<A> * kPixels / 8 + 4];
-        for (int64_t k = 0; k < planes; ++k) {
-          __builtin_memset(bits[k], 0, sizeof(bits[k]));
-          for (int64_t r = 0; r < rows; ++r) pack_bits(row(k, r), count * kPixels, bits[k] + r * groups * kPixels / 8);
-        }
-        for (int64_t k = 0; k < planes; ++k) {
+      // Of all planes before the first is turned: what has just been written in parts is slow to read as a whole.
+      constexpr bool kTurns = kTurnsBits<kPixels>;
+      alignas(64) uint8_t bits[kTurns ? kAbreastChannels : 1][kBits<A> * kPixels / 8];
+      for (int64_t k = 0; kTurns && k < planes; ++k) {
+        __builtin_memset(bits[k], 0, sizeof(bits[k]));
+        for (int64_t r = 0; r < rows; ++r) pack_bits(row(k, r), count * kPixels, bits[k] + r * groups * kPixels / 8);
+      }
+      for (int64_t k = 0; k < planes; ++k) {
+        Word words[kPixels] = {};
+        if constexpr (kTurns) {
           turn_bits<kPixels>(bits[k], words);
-          put(words, k);
-        }
-      } else {
-        for (int64_t k = 0; k < planes; ++k) {
-          __builtin_memset(words, 0, sizeof(words));
+        } else {
           for (int64_t r = 0; r < rows; ++r) {
             for (int64_t i = 0; i < count * kPixels; i += 64) prefetch(row(k, r) + i, ahead_);
             add_bytes<kPixels>(row(k, r), kPixels, count, int(r * groups), words);
           }
-          put(words, k);
         }
+        put(words, k);
       }
     }
   }

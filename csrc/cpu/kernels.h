@@ -195,7 +195,7 @@ void expectation_of(const ExpectationSteps& steps) {
     see(ExpectationValuesKernel<T>{*steps.values});
     same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
-  if (same && WholeMaps<T>::take(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
+  if (same && WholeMaps<T>::fit(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
   if (steps.stats && keeps_maps<T>(view)) at_once = at_most(at_once, kKept<Acc<T>> / (view.height * view.width));
   if (same) return run_blocks<T>(steps, view, at_once, channels);
   if (steps.stats) stats_of<T>(*steps.stats, softmax_of(steps));

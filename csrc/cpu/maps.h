@@ -87,6 +87,11 @@ KPFUSED_INLINE const void* ahead_of(const void* p, int64_t bytes) {
 KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 2); }
 KPFUSED_INLINE void prefetch_for_write(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 1, 3); }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // Calls body(its number of vectors, a constant; the first of them) for blocks of up to kMost vectors, as equal as possible: a
 // vector alone may have nothing to hide its latencies.
 template <int kMost, class Body>

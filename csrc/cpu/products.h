@@ -41,8 +41,8 @@ KPFUSED_INLINE void add_vector(A* to, Vec<A> v) {
 // sums[m * channels + c] += sum over pixels of p[m] v[c], for M x C of them, each in U sums over the same lanes, since sums
 // that follow on each other cost their latency. With as many for any M and C, a map gets the same bits whatever stands
 // beside it.
-template <int M, int C, class A, class Run>
-KPFUSED_INLINE void add_products(const A* const* p, const Run* v, int64_t pixels, A* sums, int64_t channels) {
+template <int M, int C, class A, class R>
+KPFUSED_INLINE void add_products(const A* const* p, const R* v, int64_t pixels, A* sums, int64_t channels) {
   constexpr int L = kLanes<A>, U = 2;
   Vec<A> sum[U][M][C] = {};
   const auto add = [&](int64_t i, int u) __attribute__((always_inline)) {
@@ -69,8 +69,8 @@ KPFUSED_INLINE void add_products(const A* const* p, const Run* v, int64_t pixels
 
 // `maps` that share their values, or one alone. All of them take a few channels in turn: planes of values are often a
 // power of two apart, so that the nearest cache has room for no more.
-template <class A, class Run>
-void add_all_products(const A* const* p, int maps, const Run* v, int count, int64_t pixels, A* sums, int64_t channels) {
+template <class A, class R>
+void add_all_products(const A* const* p, int maps, const R* v, int count, int64_t pixels, A* sums, int64_t channels) {
   constexpr int M = KPFUSED_AVX512 ? 4 : 2;  // as many as there are registers for their sums
   int c = 0;
   const auto block = [&](auto size) __attribute__((always_inline)) {
@@ -147,8 +147,8 @@ KPFUSED_INLINE A sum_of(const A* p, int64_t count) {
 }
 
 // finish(i, start(i) + sum over j of factor(j) * of[j][i]), a vector at a time.
-template <class A, class Run, class Factor, class Start, class Finish>
-KPFUSED_INLINE void weighted_sums(const Run* of, int count, const Factor& factor, int64_t pixels, const Start& start,
+template <class A, class R, class Factor, class Start, class Finish>
+KPFUSED_INLINE void weighted_sums(const R* of, int count, const Factor& factor, int64_t pixels, const Start& start,
                                   const Finish& finish) {
   constexpr int N = 4, L = kLanes<A>;
   int64_t i = 0;

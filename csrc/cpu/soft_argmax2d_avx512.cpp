@@ -11,6 +11,10 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
+#include <optional>
+#include <type_traits>
+#include <utility>
 
 #include "../params.h"
 

@@ -101,9 +101,9 @@ KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t lane, Vec<A> v, Ve
 }
 
 // Where lanes that do not count are left out of sums. With mask registers it is at the additions, which take one along at no
-// cost; elsewhere it is ahead of them, once for all: they get the distance of no weight.
+// cost; elsewhere it is before the weight, once for all: they get the distance of none.
 template <Counts kCounts, class A>
-KPFUSED_INLINE Vec<A> counted_ahead(const PixelBit<A>& bit, int64_t lane, Vec<A> d, Vec<A> lowest) {
+KPFUSED_INLINE Vec<A> counted_before(const PixelBit<A>& bit, int64_t lane, Vec<A> d, Vec<A> lowest) {
   return KPFUSED_AVX512 ? d : counted<kCounts, A>(bit, lane, d, lowest);
 }
 template <Counts kCounts, class A>
@@ -207,7 +207,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     Vec<A> row[N] = {}, row_x[N] = {};
     const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, int64_t ahead) __attribute__((always_inline)) {
       for (int j = 0; j < N; ++j) {
-        Vec<A> w[1] = {counted_ahead<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest)};
+        Vec<A> w[1] = {counted_before<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest)};
         exp2<A, 1>(w, of[j].scale);
         fetch_ahead<kCounts>(chunk, ahead, j);
         row[j] = added<kCounts, A>(bit, offset[j], row[j] + w[0], row[j]);

@@ -34,8 +34,8 @@ KPFUSED_INLINE Stats<A> stats_of(const SoftmaxParams& params, int64_t map) {
 }
 
 // p[i] = `factor` times the weight of run[i], of whole vectors; returns their sum. Fetches what lies `ahead` meanwhile.
-template <class A, class Run>
-KPFUSED_INLINE A weights(const Run& run, int64_t count, const Falloff<A>& of_map, A factor, int64_t ahead, A* p) {
+template <class A, class R>
+KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, A factor, int64_t ahead, A* p) {
   constexpr int L = kLanes<A>;
   const Falloff<Vec<A>> of = in_lanes(of_map);
   Vec<A> sum[kBlock] = {};
@@ -237,7 +237,7 @@ class ValueTiles {
 
   // Whether maps side by side have the same values, and the same of them count.
   static bool share_values(const Values& values, const SoftmaxParams& softmax) {
-    return values.view.stride_inner == 0 && values.kind != ValueKind::window &&
+    return softmax.view.inner > 1 && values.view.stride_inner == 0 && values.kind != ValueKind::window &&
            counts_of(softmax.pixels, softmax.view) != Counts::by_bits;
   }
 

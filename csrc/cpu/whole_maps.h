@@ -18,12 +18,14 @@ class WholeMaps {
   static constexpr int L = kLanes<A>;
 
   // Whether all steps read and write runs. They walk the same maps.
-  static bool take(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
+  static bool fit(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
     const int64_t width = softmax.view.width, pixels = softmax.view.height * width;
     const auto run = [&](const auto& view) { return view.stride_x == 1 && view.stride_y == width; };
     const auto runs = [&](const Values& values) {
-      return values.kind == ValueKind::tensor && run(values.view) && values.view.channels <= kTileChannels &&
-             !ValueTiles<T>::share_values(values, softmax);
+      const ValueView& view = values.view;
+      // Channels side by side have sums of other bits, pixel after pixel (add_channels).
+      return values.kind == ValueKind::tensor && run(view) && view.channels <= kTileChannels &&
+             (view.stride_channel != 1 || view.channels < L) && !ValueTiles<T>::share_values(values, softmax);
     };
     return run(softmax.view) && pixels <= kKept<A> && softmax.pixels.all() && !softmax.pixels.fills_empty &&
            !softmax.is_probability && (!steps.expectation || runs(steps.expectation->values)) &&
@@ -42,7 +44,7 @@ class WholeMaps {
     for (int64_t n = begin; n < end; ++n, walk.advance()) {
       beta_ = beta_of<A>(softmax_.beta, n);
       // What fills the last vector weighs nothing.
-      heatmap_ = whole(static_cast<const T*>(softmax_.heatmap) + walk.offset(), splat(A(-INFINITY) * sharpness(beta_).sign),
+      heatmap_ = run_of(static_cast<const T*>(softmax_.heatmap) + walk.offset(), splat(A(-INFINITY) * sharpness(beta_).sign),
                        last_heatmap_);
       if (steps_.expectation) {
         take_values(steps_.expectation->values, walk);
@@ -52,21 +54,19 @@ class WholeMaps {
       A factor = A(1);  // from what p holds to P
       if (steps_.stats) {
         factor = find_stats(n);
+        if (steps_.expectation || steps_.heatmap) scale(factor), factor = A(1);
       } else {
         const Stats<A> stats = stats_of<A>(softmax_, n);
         weigh(stats.peak, A(1) / stats.sum, kReadAhead);
       }
-      if (steps_.expectation) {
-        if (steps_.stats) scale(factor), factor = A(1);
-        expect(n);
-      }
+      if (steps_.expectation) expect(n);
       if (steps_.heatmap) write_heatmap_gradient(n, walk);
       if (steps_.values) write_values(n, walk, factor);
     }
   }
 
  private:
-  // Calls tile(first pixel, pixels up to a whole vector) for one tile after the other.
+  // Calls tile(first pixel, pixels rounded up to whole vectors) for one tile after the other.
   template <class F>
   KPFUSED_INLINE void for_tiles(const F& tile) const {
     for (int64_t first = 0; first < pixels_; first += kTile<A>) {
@@ -75,7 +75,7 @@ class WholeMaps {
   }
 
   // A run of the map's pixels, with `fill` behind them up to a whole vector. That one is put together in a buffer.
-  KPFUSED_INLINE Run<T> whole(const T* p, Vec<A> fill, T* buffer) const {
+  KPFUSED_INLINE Run<T> run_of(const T* p, Vec<A> fill, T* buffer) const {
     const Rest rest = this->rest();
     if (rest.pixels > 0) store(buffer, load_first(p + rest.begin, rest.pixels, fill));
     return {p, buffer, rest.pixels > 0 ? rest.begin : -1};
@@ -98,9 +98,9 @@ class WholeMaps {
   A weigh(A peak, A factor, int64_t ahead) {
     of_ = falloff(sharpness(beta_), peak);
     A sum = A(0);
-    for_tiles([&](int64_t first, int64_t vectors) {
-      fetch_values(first, vectors);
-      sum += weights(heatmap_.from(first), vectors, of_, factor, ahead, p_.get() + first);
+    for_tiles([&](int64_t first, int64_t whole) {
+      fetch_values(first, whole);
+      sum += weights(heatmap_.from(first), whole, of_, factor, ahead, p_.get() + first);
     });
     return sum;
   }
@@ -131,7 +131,7 @@ class WholeMaps {
   void take_values(const Values& of, const MapWalk& walk) {
     const ValueView& view = of.view;
     const T* p = static_cast<const T*>(of.data) + walk.row * view.stride_outer + walk.index * view.stride_inner;
-    for (int64_t c = 0; c < view.channels; ++c, p += view.stride_channel) values_[c] = whole(p, Vec<A>{}, last_values_[c]);
+    for (int64_t c = 0; c < view.channels; ++c, p += view.stride_channel) values_[c] = run_of(p, Vec<A>{}, last_values_[c]);
     channels_ = view.channels;
   }
 
@@ -143,9 +143,9 @@ class WholeMaps {
   void expect(int64_t n) {
     A* const sums = static_cast<A*>(steps_.expectation->expectation) + n * channels_;
     for (int64_t c = 0; c < channels_; ++c) sums[c] = A(0);
-    for_tiles([&](int64_t first, int64_t vectors) {
+    for_tiles([&](int64_t first, int64_t whole) {
       const A* const p = p_.get() + first;
-      add_all_products(&p, 1, tile_of_values(first), int(channels_), vectors, sums, channels_);
+      add_all_products(&p, 1, tile_of_values(first), int(channels_), whole, sums, channels_);
     });
   }
 
@@ -160,7 +160,7 @@ class WholeMaps {
     const Falloff<Vec<A>> of = in_lanes(of_);
     const Rest rest = this->rest();
     A of_beta = A(0);
-    for_tiles([&](int64_t first, int64_t vectors) {
+    for_tiles([&](int64_t first, int64_t whole) {
       const Run<T>* const values = tile_of_values(first);
       const A* const p = p_.get() + first;
       const Run<T> h = heatmap_.from(first);
@@ -171,7 +171,7 @@ class WholeMaps {
         rest.put(q * beta, grad, first + i);
       };
       const auto sums = [&](auto wants_beta) __attribute__((always_inline)) {
-        weighted_sums<A>(values, int(channels_), factor, vectors, start, [&](int64_t i, Vec<A> q)
+        weighted_sums<A>(values, int(channels_), factor, whole, start, [&](int64_t i, Vec<A> q)
                              __attribute__((always_inline)) { finish(wants_beta, i, q); });
       };
       params.grad_beta ? sums(std::true_type{}) : sums(std::false_type{});
@@ -189,9 +189,9 @@ class WholeMaps {
     T* to = static_cast<T*>(params.grad_values) + walk.row * view.stride_outer + walk.index * view.stride_inner;
     for (int64_t c = 0; c < view.channels; ++c, to += view.stride_channel) {
       const Vec<A> g = splat(kernel.upstream(n, c)), times = splat(factor);
-      for_tiles([&](int64_t first, int64_t vectors) {
+      for_tiles([&](int64_t first, int64_t whole) {
         const A* const p = p_.get() + first;
-        for (int64_t i = 0; i < vectors; i += L) {
+        for (int64_t i = 0; i < whole; i += L) {
           rest.put(g * (load_vector(p + i) * times), to, first + i);
         }
       });
