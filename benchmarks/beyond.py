@@ -181,6 +181,14 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
             "(B, 1, H, W)": torch.rand(batch, 1, height, width, device=device) < 0.7,
             "(B, K, H, W)": torch.rand(case.shape, device=device) < 0.7,
         }
+        bytes_of_mask = masks["(B, K, H, W)"].view(torch.int64)
+        yield Comparison(
+            "a sum over mask (B, K, H, W), to read it, over forward",
+            case.label,
+            lambda words=bytes_of_mask: words.sum(),
+            lambda h=h: kpfused.soft_argmax2d(h),
+            True,
+        )
         settings: dict[str, dict[str, Any]] = {f"mask {name}": {"mask": mask} for name, mask in masks.items()}
         settings["valid_size of half the rows"] = {"valid_size": (height // 2, width)}
         for name, keywords in settings.items():
