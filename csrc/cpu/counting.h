@@ -104,12 +104,32 @@ KPFUSED_INLINE BitsVector<T> choose(const uint8_t* mask, BitsVector<T> v, BitsVe
 #endif
 }
 
+// Ones for each byte that is zero, of 32.
+KPFUSED_INLINE uint32_t zero_bytes(const uint8_t* p) {
+#if KPFUSED_AVX512
+  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+  return _mm256_testn_epi8_mask(bytes, bytes);
+#elif KPFUSED_AVX2
+  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+  return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
+#elif KPFUSED_SSE2
+  const __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)(p + 16));
+  const __m128i zero = _mm_setzero_si128();
+  return uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(low, zero))) |
+         uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(high, zero))) << 16;
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= uint32_t(p[i] == 0) << i;
+  return bits;
+#endif
+}
+
 // Vectors that are selected at once.
 constexpr int kSelected = 4;
 
 // to[i] = mask[i] ? from[i] : otherwise, vectors of which seen(v, j) sees, j of kSelected in turn: what follows on each
-// other need not wait. Also reads what is not taken. `from` and `to` may be the same.
-template <class T, class Seen>
+// other need not wait. Also reads what is not taken. `from` and `to` may be the same. With kFetch what comes next is fetched.
+template <bool kFetch, class T, class Seen>
 KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n, T otherwise, const Seen& seen) {
   constexpr int L = kElements<T>;
   using V = BitsVector<T>;
@@ -121,8 +141,8 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
     __builtin_memcpy(&v, from + i, sizeof(v));
     v = choose<T>(mask + i, v, other);
     __builtin_memcpy(to + i, &v, sizeof(v));
-    prefetch(from + i, kReadAhead);
-    if (j == 0) prefetch(mask + i, kReadAhead);
+    if (kFetch) prefetch(from + i, kReadAhead);
+    if (kFetch && j == 0) prefetch(mask + i, kReadAhead);
     seen(v, j);
   };
   int64_t i = 0;
@@ -178,14 +198,14 @@ KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, 
   if (!mask) {
     if (from != to) __builtin_memcpy(to, from, valid * sizeof(T));
   } else if (counting.stride_x == 1) {
-    select(mask, from, to, valid, otherwise, [](const auto&, int) {});
+    select<true>(mask, from, to, valid, otherwise, [](const auto&, int) {});
   } else {
     constexpr int64_t kBytes = 64;
     uint8_t bytes[kBytes];
     for (int64_t first = 0; first < valid; first += kBytes) {
       const int64_t count = at_most(kBytes, valid - first);
       for (int64_t i = 0; i < count; ++i) bytes[i] = mask[(first + i) * counting.stride_x];
-      select(bytes, from + first, to + first, count, otherwise, [](const auto&, int) {});
+      select<true>(bytes, from + first, to + first, count, otherwise, [](const auto&, int) {});
     }
   }
   for (int64_t i = valid; i < n; ++i) to[i] = otherwise;
@@ -197,27 +217,29 @@ KPFUSED_INLINE void copy_counting_rows(const T* from, int64_t stride_y, int64_t 
                                        const Counting& counting, int64_t row, int64_t col) {
   if (is_one_row(counting, stride_y, rows, cols, row, col)) {
     const uint8_t* const mask = counting.mask + row * counting.stride_y;
-    return select(mask, from, to, rows * cols, otherwise, [](const auto&, int) {});
+    return select<true>(mask, from, to, rows * cols, otherwise, [](const auto&, int) {});
   }
   for (int64_t r = 0; r < rows; ++r) {
     copy_counting(from + r * stride_y, to + r * cols, cols, otherwise, counting, row + r, col);
   }
 }
 
-// Likewise of a mask whose columns are side by side; returns the greatest key, a logit times sign.
+// Likewise of a mask whose columns are side by side; returns the greatest key.
 template <class A>
 KPFUSED_INLINE A copy_counting_with_peak(const A* from, int64_t stride_y, int64_t rows, int64_t cols, A* to, A otherwise,
-                                         const Counting& counting, int64_t row, int64_t col, A sign) {
+                                         const Counting& counting, int64_t row, int64_t col) {
+  // What has no weight is infinite, and its sign the opposite of that of beta.
+  const BitsVector<A> flip = (BitsVector<A>)splat(otherwise) & (BitsVector<A>)splat(A(-0.0)) ^ (BitsVector<A>)splat(A(-0.0));
   Vec<A> peak[kSelected];
   for (int j = 0; j < kSelected; ++j) peak[j] = splat(Limits<A>::lowest);
   const auto seen = [&](const BitsVector<A>& v, int j) __attribute__((always_inline)) {
-    peak[j] = maximum((Vec<A>)v * sign, peak[j]);
+    peak[j] = maximum((Vec<A>)(v ^ flip), peak[j]);
   };
   const uint8_t* mask = counting.mask + row * counting.stride_y + col;
   int64_t valid = at_most(at_least(counting.cols - col, 0), cols);
   if (is_one_row(counting, stride_y, rows, cols, row, col)) valid = cols *= rows, rows = 1;
   for (int64_t r = 0; r < rows; ++r, from += stride_y, to += cols, mask += counting.stride_y) {
-    select(mask, from, to, valid, otherwise, seen);
+    select<false>(mask, from, to, valid, otherwise, seen);
     for (int64_t i = valid; i < cols; ++i) to[i] = otherwise;
   }
   for (int j = 1; j < kSelected; ++j) peak[0] = maximum(peak[j], peak[0]);

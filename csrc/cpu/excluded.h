@@ -55,27 +55,7 @@ struct PixelBit {
   }
 };
 
-// Ones for each byte that is zero, of 32.
-KPFUSED_INLINE uint32_t zero_bytes(const uint8_t* p) {
-#if KPFUSED_AVX512
-  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
-  return _mm256_testn_epi8_mask(bytes, bytes);
-#elif KPFUSED_AVX2
-  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
-  return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
-#elif KPFUSED_SSE2
-  const __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)(p + 16));
-  const __m128i zero = _mm_setzero_si128();
-  return uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(low, zero))) |
-         uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(high, zero))) << 16;
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= uint32_t(p[i] == 0) << i;
-  return bits;
-#endif
-}
-
-// The same of as many bytes as a word has bits.
+// Ones for each byte that is zero, of as many as a word has bits.
 template <class A>
 KPFUSED_INLINE Bits<A> word_of(const uint8_t* p) {
   Bits<A> bits = zero_bytes(p);

@@ -102,10 +102,18 @@ KPFUSED_INLINE Exponents<A, N> split(const Vec<A> (&d)[N], Vec<A> scale) {
   return e;
 }
 
+// What becomes of vector j of the results: all of it is kept.
+struct KeepAll {
+  template <class V>
+  KPFUSED_INLINE V operator()(int, V v) const {
+    return v;
+  }
+};
+
 // N vectors a step at a time: compilers keep the order, and a scheduler full of one vector's chain of dependent
-// instructions would have nothing else to start.
-template <class A, int N>
-KPFUSED_INLINE void join(const Exponents<A, N>& e, Vec<A> (&w)[N]) {
+// instructions would have nothing else to start. What `kept` leaves out costs nothing where products take a mask along.
+template <class A, int N, class Kept = KeepAll>
+KPFUSED_INLINE void join(const Exponents<A, N>& e, Vec<A> (&w)[N], const Kept& kept = {}) {
   using K = Exp2Constants<A>;
   Vec<A> p[N];
   for (int j = 0; j < N; ++j) p[j] = e.f[j] * K::kPolynomial[0] + K::kPolynomial[1];
@@ -113,13 +121,13 @@ KPFUSED_INLINE void join(const Exponents<A, N>& e, Vec<A> (&w)[N]) {
     for (int j = 0; j < N; ++j) p[j] = p[j] * e.f[j] + K::kPolynomial[i];
   }
   for (int j = 0; j < N; ++j) p[j] = p[j] * e.f[j] + A(1);
-  for (int j = 0; j < N; ++j) w[j] = KPFUSED_PRODUCT(p[j] * power_of_two<A>(e.shifted[j]));
+  for (int j = 0; j < N; ++j) w[j] = KPFUSED_PRODUCT(kept(j, p[j] * power_of_two<A>(e.shifted[j])));
 }
 
 // In place.
-template <class A, int N>
-KPFUSED_INLINE void exp2(Vec<A> (&d)[N], Vec<A> scale) {
-  join<A, N>(split<A, N>(d, scale), d);
+template <class A, int N, class Kept = KeepAll>
+KPFUSED_INLINE void exp2(Vec<A> (&d)[N], Vec<A> scale, const Kept& kept = {}) {
+  join<A, N>(split<A, N>(d, scale), d, kept);
 }
 
 // 2^t for any t <= 0.

@@ -58,9 +58,18 @@ class ForwardRows {
     const T* next;  // where to read on afterwards
   };
 
-  // Beside a mask, a chunk is two: as it is in memory, and in the buffer.
+  // Bytes of a chunk. What is done at the end of its columns is more with moments.
+  static constexpr int64_t kBytes = kMoments ? 2 * kChunkBytes : kChunkBytes;
+
+  // Whether bits of a mask are what the sums take, in whole bytes for each row, rather than a copy of what counts.
+  bool by_bits(const Counting& counting, int64_t cols) const {
+    return KPFUSED_AVX512 && !kMoments && !plan_.flat && counting.mask && counting.stride_x == 1 && cols % 8 == 0;
+  }
+
+  // Beside a copy, a chunk is two: as it is in memory, and in the buffer.
   Tiling chunks_of(int64_t rows, int64_t cols) const {
-    return plan_.chunks(rows, cols, params_.pixels.mask ? kGatherBytes : kChunkBytes);
+    const bool copied = params_.pixels.mask && !by_bits(counting_of(params_.pixels, view_, 0), view_.width);
+    return plan_.chunks(rows, cols, copied ? kGatherBytes : kBytes);
   }
 
   Part part_of(const T* base, int64_t item) const {
@@ -99,7 +108,7 @@ class ForwardRows {
     const T* p = part.p + y.begin(i) * view_.stride_y + x.begin(j);
     if (plan_.flat) return flat_chunk(p, view_.stride_y, y.size(i), row, sharp, so_far);
     return rows_chunk({p, view_.stride_y, y.size(i), x.size(j), centred<A>(col, view_.width),
-                       centred<A>(row, view_.height), (after(part, i, j) - p) * int64_t(sizeof(T))},
+                       centred<A>(row, view_.height), after(part, i, j), view_.stride_y},
                       sharp, so_far);
   }
 
@@ -147,10 +156,8 @@ class ForwardRows {
   S of_counting(const Part& part) const {
     const Sharpness<A> sharp = sharpness(beta_of<A>(params_.beta, part.map));
     const Counting counting = counting_of(params_.pixels, view_, part.map);
-    // Beside a mask, rows are counted by pieces of average width, and none is twice as wide. Without one, all that is copied
-    // of a piece is a vector of columns.
-    static_assert(kChunkBytes >= 2 * kGatherBytes);
-    alignas(64) T buffer[kChunkBytes / sizeof(T)];
+    // Rows are counted by pieces of average width, and none is twice as wide.
+    alignas(64) T buffer[2 * kBytes / sizeof(T)];
     S state = nothing();
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
       for (int64_t j = 0; j < part.chunks.x.count; ++j) {
@@ -171,19 +178,26 @@ class ForwardRows {
     const int64_t valid = at_most(cols, counting.cols - col);
     const T* const p = part.p + y * view_.stride_y + x;
     const A x0 = centred<A>(col, view_.width), y0 = centred<A>(row, view_.height);
-    const auto bytes_to_next = [&](const T* from) {
-      return int64_t(reinterpret_cast<intptr_t>(after(part, i, j)) - reinterpret_cast<intptr_t>(from));
-    };
-    if (!plan_.flat && valid >= kLanes<A> && (!counting.mask || all_set(counting, {row, rows, col, valid}))) {
-      return rows_chunk({p, view_.stride_y, rows, valid, x0, y0, bytes_to_next(p)}, sharp, so_far);
+    RowsChunk<T> chunk = {p, view_.stride_y, rows, valid, x0, y0, after(part, i, j), view_.stride_y};
+    const bool enough = !plan_.flat && valid >= kLanes<A>;
+    if (enough && (!counting.mask || all_set(counting, {row, rows, col, valid}))) return rows_chunk(chunk, sharp, so_far);
+    if (counting.mask && counting.stride_x == 1) {
+      chunk.next_mask = counting.mask + (row + rows) * counting.stride_y + col, chunk.next_mask_y = counting.stride_y;
     }
+#if KPFUSED_AVX512
+    if constexpr (!kMoments) {
+      if (enough && by_bits(counting, valid)) {
+        return sums_by_bits(chunk, counting.mask + row * counting.stride_y + col, counting.stride_y, sharp);
+      }
+    }
+#endif
     if (!plan_.flat) cols = at_least(valid, kLanes<A>);
-    RowsChunk<T> chunk = {buffer, cols, rows, cols, x0, y0, bytes_to_next(buffer)};
+    chunk.p = buffer, chunk.stride_y = chunk.cols = cols;
     const T otherwise = weightless<T>(sharp.sign);
     A peak;
     if constexpr (std::is_same_v<T, A>) {
-      if (counting.mask && counting.stride_x == 1) {
-        peak = copy_counting_with_peak(p, view_.stride_y, rows, cols, buffer, otherwise, counting, row, col, sharp.sign);
+      if (chunk.next_mask) {
+        peak = copy_counting_with_peak(p, view_.stride_y, rows, cols, buffer, otherwise, counting, row, col);
         chunk.peak = &peak;
       }
     }

@@ -144,7 +144,7 @@ struct FlatTable {
 };
 
 // What is left to do when all rows of a few columns have gone by costs as much as some rows.
-constexpr int64_t kChunkRows = 16;
+constexpr int64_t kChunkRows = 4;
 
 // How one map is cut on this instruction set. Chunks are those of the part at hand.
 template <class T>

@@ -72,17 +72,19 @@ void moment_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const Falloff<Vec<A>> falloff = in_lanes(of);
-  const int64_t last = Tail ? chunk.cols - L : first + (N - 1) * L;
+  const int64_t last = Tail ? chunk.cols - L - first : (N - 1) * L;
   const Mask<A> mask = last_lanes<A>(chunk.cols - first - (N - 1) * L);
   Vec<A> column[N] = {}, cross[N] = {}, sum_yy = {}, distances = {}, y = splat(chunk.y0);
-  const T* p = chunk.p;
+  const T* p = chunk.p + first;
+  RowsAhead<T> ahead(chunk, first, N);
   for (int64_t r = 0; r < chunk.rows; ++r, p += chunk.stride_y, y += A(1)) {
     Vec<A> d[N], w[N];
     for (int j = 0; j < N; ++j) {
-      const T* q = p + (j < N - 1 ? first + j * L : last);
+      const T* q = p + (j < N - 1 ? j * L : last);
       w[j] = d[j] = distance(load(q), falloff);
-      if (j * L * int(sizeof(T)) % 64 == 0) prefetch(q, chunk.ahead);
+      ahead.fetch(chunk, j);
     }
+    ahead.next_row(chunk);
     exp2<A, N>(w, falloff.scale);
     if (Tail) w[N - 1] = keep<A>(w[N - 1], mask);
     for (int j = 0; j < N; ++j) {
@@ -96,7 +98,7 @@ void moment_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<
   }
   const Vec<A> x0 = iota<A>() + chunk.x0;
   for (int j = 0; j < N; ++j) {
-    const Vec<A> x = x0 + A(j < N - 1 ? first + j * L : last), weighed = column[j] * x;
+    const Vec<A> x = x0 + A(first + (j < N - 1 ? j * L : last)), weighed = column[j] * x;
     sums.sum += column[j];
     sums.x += weighed;
     sums.y += cross[j];
@@ -137,7 +139,7 @@ KPFUSED_INLINE Moments<Acc<T>> flat_moments(const T* p, int64_t n, const FlatTab
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t end = at_least(n, L), last = end - L;
-  const A peak = peak_of(RowsChunk<T>{p, end, 1, end, A(0), A(0), 0}, sharp.sign);
+  const A peak = peak_of(RowsChunk<T>{p, end, 1, end, A(0), A(0), nullptr, 0}, sharp.sign);
   A at_x = so_far.at_x, at_y = so_far.at_y;
   if (!(peak < so_far.peak)) {
     const int64_t i = find_in_span(p, end, peak * sharp.sign);

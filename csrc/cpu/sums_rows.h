@@ -9,7 +9,7 @@
 // while the rows of a chunk go by, so x costs one multiplication a column and y one a row of the block.
 #pragma once
 
-#include "maps.h"
+#include "counting.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -23,9 +23,47 @@ struct RowsChunk {
   using A = Acc<T>;
   const T* p;
   int64_t stride_y, rows, cols;
-  A x0, y0;       // centred coordinates of the first pixel
-  int64_t ahead;  // bytes from here to the chunk that comes next, fetched meanwhile
-  const A* peak = nullptr;  // where it is known
+  A x0, y0;  // centred coordinates of the first pixel
+  const T* next;   // the chunk that is fetched meanwhile
+  int64_t next_y;  // between its rows
+  const uint8_t* next_mask = nullptr;
+  int64_t next_mask_y = 0;
+  const A* peak = nullptr;        // where it is known
+  const uint8_t* bits = nullptr;  // as count_bits() writes them; null: all pixels count
+};
+
+// What is fetched of the next chunk and its mask while the vectors from column `first` on of this one's rows are gone through.
+// Where rows follow each other in memory it is their share in that order, not what they themselves will read: memory is
+// quickest in order.
+template <class T>
+class RowsAhead {
+ public:
+  KPFUSED_INLINE RowsAhead(const RowsChunk<T>& chunk, int64_t first, int vectors)
+      : next_(chunk, first, vectors, chunk.next_y), mask_(chunk, first, vectors, chunk.next_mask_y) {
+    next_.at *= int64_t(sizeof(T)), next_.step *= int64_t(sizeof(T));
+  }
+
+  // A vector of them: each line once.
+  KPFUSED_INLINE void fetch(const RowsChunk<T>& chunk, int vector) const {
+    const int bytes = vector * kLanes<Acc<T>> * int(sizeof(T));
+    if (bytes % 64 == 0) prefetch(chunk.next, next_.at + bytes);
+  }
+  KPFUSED_INLINE void next_row(const RowsChunk<T>& chunk) {
+    next_.at += next_.step;
+    if (!chunk.next_mask) return;
+    prefetch(chunk.next_mask, mask_.at);
+    mask_.at += mask_.step;
+  }
+
+ private:
+  struct Place {
+    int64_t at, step;
+
+    KPFUSED_INLINE Place(const RowsChunk<T>& chunk, int64_t first, int vectors, int64_t stride_y)
+        : at(stride_y == chunk.cols ? first * chunk.rows : first),
+          step(stride_y == chunk.cols ? vectors * kLanes<Acc<T>> : stride_y) {}
+  };
+  Place next_, mask_;
 };
 
 // The greatest key of n >= lanes elements, lane by lane. The last vector overlaps the one before it.
@@ -64,25 +102,70 @@ KPFUSED_INLINE Acc<T> peak_of(const RowsChunk<T>& chunk, Acc<T> sign) {
   return sign < 0 ? peak_of_rows<T, true>(chunk) : peak_of_rows<T, false>(chunk);
 }
 
+#if KPFUSED_AVX512
+// Writes a bit for each pixel, whether it counts, row after row of whole bytes, and up to seven bytes more. Returns the
+// greatest key of those that do.
+template <class T, bool kNegative>
+Acc<T> count_bits(const RowsChunk<T>& chunk, const uint8_t* mask, int64_t mask_y, uint8_t* bits) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>, kWord = 64, kPeaks = 4;
+  Vec<A> peak[kPeaks];
+  for (int j = 0; j < kPeaks; ++j) peak[j] = splat(Limits<A>::lowest);
+  const bool dense = mask_y == chunk.cols && chunk.stride_y == chunk.cols;
+  const int64_t rows = dense ? 1 : chunk.rows, cols = dense ? chunk.rows * chunk.cols : chunk.cols;
+  const T* p = chunk.p;
+  for (int64_t r = 0; r < rows; ++r, p += chunk.stride_y, mask += mask_y, bits += cols / 8) {
+    const auto see = [&](int64_t col, int j, __mmask64 lanes) __attribute__((always_inline)) {
+      const Vec<A> key = kNegative ? -load(p + col) : load(p + col);
+      peak[j] = choose_lanes<A>(LaneBits<A>(lanes), maximum(key, peak[j]), peak[j]);
+    };
+    const auto word = [&](int64_t col, __m512i bytes) __attribute__((always_inline)) {
+      const __mmask64 set = _mm512_test_epi8_mask(bytes, bytes);
+      __builtin_memcpy(bits + col / 8, &set, sizeof(set));
+      return set;
+    };
+    int64_t col = 0;
+    for (; col + kWord <= cols; col += kWord) {
+      __mmask64 set = word(col, _mm512_loadu_si512(mask + col));
+      for (int j = 0; j < kWord / L; ++j, set = _kshiftri_mask64(set, L)) see(col + j * L, j % kPeaks, set);
+    }
+    if (col == cols) continue;
+    const __mmask64 set = word(col, _mm512_maskz_loadu_epi8((1ull << (cols - col)) - 1, mask + col));
+    for (int64_t i = col; i < cols; i += L) {
+      const int64_t at = at_most(i, cols - L);
+      see(at, 0, set >> (i - col) << (i - at));
+    }
+  }
+  for (int j = 1; j < kPeaks; ++j) peak[0] = maximum(peak[j], peak[0]);
+  return reduce_max<A>(peak[0]);
+}
+#endif
+
 // N vectors side by side, from column `first` on, over all rows of the chunk. With Tail the last of them is the last
-// vector of the row, which overlaps columns already counted.
-template <class T, int N, bool Tail>
+// vector of the row, which overlaps columns already counted. With kCounted not all pixels count.
+template <class T, int N, bool Tail, bool kCounted>
 void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>& of, Sums<Acc<T>>& sums) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const Falloff<Vec<A>> falloff = in_lanes(of);
-  const int64_t last = Tail ? chunk.cols - L : first + (N - 1) * L;
+  const int64_t last = Tail ? chunk.cols - L - first : (N - 1) * L;
   const Mask<A> mask = last_lanes<A>(chunk.cols - first - (N - 1) * L);
   Vec<A> column[N] = {}, sum_y = {}, y = splat(chunk.y0);
-  const T* p = chunk.p;
+  const T* p = chunk.p + first;
+  const uint8_t* bits = kCounted ? chunk.bits + (first >> 3) : nullptr;
+  RowsAhead<T> ahead(chunk, first, N);
   for (int64_t r = 0; r < chunk.rows; ++r, p += chunk.stride_y, y += A(1)) {
     Vec<A> w[N];
     for (int j = 0; j < N; ++j) {
-      const T* q = p + (j < N - 1 ? first + j * L : last);
+      const T* q = p + (j < N - 1 ? j * L : last);
       w[j] = distance(load(q), falloff);
-      if (j * L * int(sizeof(T)) % 64 == 0) prefetch(q, chunk.ahead);
+      ahead.fetch(chunk, j);
     }
-    exp2<A, N>(w, falloff.scale);
+    ahead.next_row(chunk);
+    exp2<A, N>(w, falloff.scale, [&](int j, Vec<A> v) __attribute__((always_inline)) {
+      return kCounted ? choose_lanes<A>(bits + ((j < N - 1 ? j * L : last) >> 3), v, Vec<A>{}) : v;
+    });
+    if (kCounted) bits += chunk.cols >> 3;
     if (Tail) w[N - 1] = keep<A>(w[N - 1], mask);
     for (int j = 0; j < N; ++j) column[j] += w[j];
     for (int j = 1; j < N; ++j) w[0] += w[j];
@@ -91,7 +174,7 @@ void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>
   const Vec<A> x = iota<A>() + chunk.x0;
   for (int j = 0; j < N; ++j) {
     sums.sum += column[j];
-    sums.x += column[j] * (x + A(j < N - 1 ? first + j * L : last));
+    sums.x += column[j] * (x + A(first + (j < N - 1 ? j * L : last)));
   }
   sums.y += sum_y;
 }
@@ -106,11 +189,33 @@ State<Acc<T>> chunk_sums(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sha
   Sums<A> sums = {};
   for_blocks<kBlock>(vectors, [&](auto n, int64_t first) {
     const bool tail = chunk.cols % L != 0 && first + n == vectors;
-    tail ? sum_columns<T, n, true>(chunk, first * L, of, sums) : sum_columns<T, n, false>(chunk, first * L, of, sums);
+    const auto sum = [&](auto counted) {
+      tail ? sum_columns<T, n, true, counted>(chunk, first * L, of, sums)
+           : sum_columns<T, n, false, counted>(chunk, first * L, of, sums);
+    };
+    if constexpr (KPFUSED_AVX512) {
+      if (chunk.bits) return sum(std::true_type{});
+    }
+    sum(std::false_type{});
   });
   const Triple<A> total = reduce<A>(sums.sum, sums.x, sums.y);
   return {peak, total.sum, total.x, total.y};
 }
+
+#if KPFUSED_AVX512
+// Of the pixels of a mask, where they are, whatever the others hold.
+template <class T>
+KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const uint8_t* mask, int64_t mask_y,
+                                          const Sharpness<Acc<T>>& sharp) {
+  // Rows are counted by pieces of average width, and none is twice as wide.
+  constexpr int64_t kMost = 2 * kChunkBytes / int64_t(sizeof(T));
+  uint8_t bits[kMost / 8 + 8];
+  const Acc<T> peak = sharp.sign < 0 ? count_bits<T, true>(chunk, mask, mask_y, bits)
+                                     : count_bits<T, false>(chunk, mask, mask_y, bits);
+  chunk.bits = bits, chunk.peak = &peak;
+  return chunk_sums(chunk, sharp);
+}
+#endif
 
 // n elements in a row whose coordinates are in a table. Where there are fewer than a vector of them, p points to a
 // whole vector all the same, the rest of it copies of the first element.
@@ -120,7 +225,7 @@ KPFUSED_INLINE State<Acc<T>> flat_sums(const T* p, int64_t n, const FlatTable<Ac
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t end = at_least(n, L), last = end - L;
-  const A peak = peak_of(RowsChunk<T>{p, end, 1, end, A(0), A(0), 0}, sharp.sign);
+  const A peak = peak_of(RowsChunk<T>{p, end, 1, end, A(0), A(0), nullptr, 0}, sharp.sign);
   const Falloff<Vec<A>> of = in_lanes(falloff(sharp, peak));
   Sums<A> sums = {};
   const auto add = [&](Vec<A> w, int64_t i) __attribute__((always_inline)) {

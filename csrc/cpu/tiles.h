@@ -103,7 +103,7 @@ class SoftmaxTiles {
       const int64_t whole = whole_vectors<A>(pixels);
       for (int m = 0; m < count; ++m) {
         for (int64_t i = pixels; i < whole; ++i) buffer_[m][i] = run_[m][0];
-        peak[m] = larger(peak[m], peak_of<T>({run_[m], whole, 1, whole, A(0), A(0), 0}, maps_[m].of.sign));
+        peak[m] = larger(peak[m], peak_of<T>({run_[m], whole, 1, whole, A(0), A(0), nullptr, 0}, maps_[m].of.sign));
       }
     });
     for (int m = 0; m < count; ++m) set_stats(m, sharpness(maps_[m].beta), peak[m], A(1));

@@ -117,7 +117,7 @@ class WholeMaps {
   A find_stats(int64_t n) {
     const int64_t count = at_least(pixels_, L);
     const T* const run = pixels_ < L ? heatmap_.last : heatmap_.p;
-    const A peak = peak_of<T>({run, count, 1, count, A(0), A(0), 0}, sharpness(beta_).sign);
+    const A peak = peak_of<T>({run, count, 1, count, A(0), A(0), nullptr, 0}, sharpness(beta_).sign);
     const A sum = weigh(peak, A(1), pixels_ * int64_t(sizeof(T)));  // this map has been read
     static_cast<Stats<A>*>(steps_.stats->stats)[n] = {peak, sum, A(0), A(0)};
     return A(1) / sum;
