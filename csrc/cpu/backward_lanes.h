@@ -43,7 +43,7 @@ struct GradientChunk {
   int64_t lanes;     // at least one vector of them
   int64_t abreast;   // pixels in them: cols and stride_x count groups of these
   PixelMask mask;                // where all channels count alike
-  ExcludedRows<Acc<T>> excluded;  // Counts::by_bits
+  CountedLanes<Acc<T>> counted;  // Counts::by_lanes
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -60,7 +60,8 @@ class BackwardLanes {
         view_(params.view),
         parts_(part_tiling(view_)),
         blocks_(channel_blocks(view_.inner)),
-        abreast_(params.grad_view.stride_x == view_.inner ? pixels_abreast<A>(view_, parts_, params.pixels) : 1) {}
+        abreast_(params.grad_view.stride_x == view_.inner ? pixels_abreast<A>(view_, parts_, params.pixels) : 1),
+        lane_bytes_(params.pixels, view_.inner, abreast_) {}
 
   void run(int64_t begin, int64_t end) const {
     for (int64_t item = begin; item < end; ++item) {
@@ -91,8 +92,8 @@ class BackwardLanes {
       const int64_t first_map = outer * view_.inner + first;
       if (all.lanes < L) {
         buffered(all, first_map, lanes);
-      } else if (lane_counts(params_.pixels, view_, abreast_) == Counts::by_bits) {
-        counted_by_bits(all, first_map, lanes);
+      } else if (lane_counts(params_.pixels, view_, abreast_) == Counts::by_lanes) {
+        counted_by_lanes(all, first_map, lanes);
       } else {
         counted(all, counting_of(params_.pixels, view_, first_map), lanes);
       }
@@ -152,7 +153,7 @@ class BackwardLanes {
     clear_beyond(all, chunk.rows, chunk.cols);
   }
 
-  void counted_by_bits(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
+  void counted_by_lanes(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
     int64_t rows = all.rows, cols = all.cols;
     if (one_size(params_.pixels, view_)) {
       const Counting counting = counting_of(params_.pixels, view_, first_map);
@@ -161,15 +162,15 @@ class BackwardLanes {
     }
     clear_beyond(all, rows, cols);
     if (rows == 0 || cols == 0) return;
-    const Tiling chunks = lane_chunks<T>(Counts::by_bits, rows, cols, all.lanes, all.abreast);
-    Excluded<A> excluded(params_.pixels, view_, first_map, all.lanes / all.abreast, all.abreast);
+    const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, cols, all.lanes, all.abreast);
+    Counted<A> counted(params_.pixels, view_, lane_bytes_, first_map, all.lanes / all.abreast, all.abreast);
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
         GradientChunk<T> chunk = all;
         chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
         chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x * all.abreast, chunk.cols = chunks.x.size(j);
-        chunk.excluded = excluded.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast}, all.lanes);
+        chunk.counted = counted.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast});
         pixels<true>(chunk, lanes);
       }
     }
@@ -185,9 +186,9 @@ class BackwardLanes {
     for (int64_t g = 0; g < ceil_div(lanes, L); ++g) store(out + group_begin<A>(g, lanes), Vec<A>{});
   }
 
-  template <bool kByBits>
+  template <bool kByLanes>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
-    if (kByBits && !chunk.excluded.words) return pixels<false>(chunk, lanes);
+    if (kByLanes && !chunk.counted.words) return pixels<false>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
@@ -204,22 +205,14 @@ class BackwardLanes {
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       const uint8_t* const mask = chunk.mask.row(r);
-      const Bits<A>* const of_row = kByBits ? chunk.excluded.row(r) : nullptr;
-      PixelBit<A> bit = {};
-      const int64_t first_bit = kByBits ? chunk.excluded.first_bit(r) : 0;
+      const LaneWord<A>* of_pixel = kByLanes ? chunk.counted.at(r, 0) : nullptr;
       const A step = A(chunk.abreast);
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
-      for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += step) {
+      const int64_t words = chunk.counted.stride_x;
+      for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += step, of_pixel += words) {
         if (!chunk.mask.at(mask, c)) {
           clear(out, chunk.lanes);
           continue;
-        }
-        if constexpr (kByBits) {
-          if (c == 0 || (first_bit + c) % kBits<A> == 0) {
-            bit = PixelBit<A>(of_row, chunk.lanes, first_bit + c);
-          } else {
-            bit.bit += bit.bit;
-          }
         }
         for (int64_t g = 0; g < groups; ++g) {
           auto& m = lanes.group[g];
@@ -233,9 +226,9 @@ class BackwardLanes {
             q[0] = m.x * dx + m.of_row;
           }
           gradient<A, kBeta, kMoments, 1>(v, q, m.of, by_distance, m.beta, dbeta);
-          if constexpr (kByBits) {
-            v[0] = bit.choose(k, v[0], Vec<A>{});
-            if (kBeta) dbeta[0] = bit.choose(k, dbeta[0], Vec<A>{});
+          if constexpr (kByLanes) {
+            v[0] = choose_lanes<A>(of_pixel + g, v[0], Vec<A>{});
+            if (kBeta) dbeta[0] = choose_lanes<A>(of_pixel + g, dbeta[0], Vec<A>{});
           }
           store(out + k, v[0]);
           if (kBeta) m.dbeta += dbeta[0];
@@ -248,7 +241,7 @@ class BackwardLanes {
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
     const int64_t padded = padded_channels<A>(all.lanes);
     const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.lanes);
-    Excluded<A> excluded(params_.pixels, view_, first_map, all.lanes);
+    Counted<A> counted(params_.pixels, view_, lane_bytes_, first_map, all.lanes, 1);
     T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
     __builtin_memset(from, 0, sizeof(from));
     for (int64_t i = 0; i < chunks.y.count; ++i) {
@@ -260,7 +253,7 @@ class BackwardLanes {
                     range.rows, range.cols, all.lanes);
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
                                   range.cols, range.row, range.col, padded, 1,        {},     {}};
-        if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
+        if (!params_.pixels.all()) chunk.counted = counted.of(range);
         pixels<true>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
                     range.cols, all.lanes);
@@ -273,6 +266,7 @@ class BackwardLanes {
   Tiling parts_;
   ChannelBlocks blocks_;
   int64_t abreast_;
+  LaneBytes<A> lane_bytes_;
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Pixels that do not count: a mask, or beyond the valid size. Rows go through a buffer in the nearest cache, in which these
-// pixels hold a logit of no weight, and their gradients are set to zero afterwards. Where lanes are channels, a bit for each
-// lane says what counts (excluded.h), or kernels skip pixels of which no channel does.
+// pixels hold a logit of no weight, and their gradients are set to zero afterwards; with mask registers, sums take bits of a
+// mask in place of that. Where lanes are channels, words say which of them count (counted.h), or kernels skip pixels of which
+// no channel does.
 #pragma once
 
 #include <type_traits>
@@ -104,23 +105,36 @@ KPFUSED_INLINE BitsVector<T> choose(const uint8_t* mask, BitsVector<T> v, BitsVe
 #endif
 }
 
-// Ones for each byte that is zero, of 32.
-KPFUSED_INLINE uint32_t zero_bytes(const uint8_t* p) {
+// Which lanes of a vector count, as one word: a bit for each where there are mask registers, elsewhere a byte of ones.
 #if KPFUSED_AVX512
-  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
-  return _mm256_testn_epi8_mask(bytes, bytes);
-#elif KPFUSED_AVX2
-  const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
-  return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
-#elif KPFUSED_SSE2
-  const __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)(p + 16));
-  const __m128i zero = _mm_setzero_si128();
-  return uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(low, zero))) |
-         uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(high, zero))) << 16;
+template <class A>
+using LaneWord = std::conditional_t<sizeof(A) == 8, uint8_t, uint16_t>;
 #else
-  uint32_t bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= uint32_t(p[i] == 0) << i;
-  return bits;
+template <class A>
+using LaneWord = std::conditional_t<kLanes<A> == 8, uint64_t, std::conditional_t<kLanes<A> == 4, uint32_t, uint16_t>>;
+#endif
+
+// From a bit for each lane.
+template <class A>
+KPFUSED_INLINE LaneWord<A> lane_word(uint32_t bits) {
+  if constexpr (sizeof(LaneWord<A>) < kLanes<A>) return LaneWord<A>(bits);
+  // All of them in each byte, of which its own is left, carried to the byte's highest bit, and from there to all of it.
+  const uint64_t own = (bits & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
+  const uint64_t highest = (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+  return LaneWord<A>(highest * 0xff);
+}
+
+// v in the lanes that count, elsewhere `otherwise`. `word` need not be aligned.
+template <class A>
+KPFUSED_INLINE Vec<A> choose_lanes(const void* word, Vec<A> v, Vec<A> otherwise) {
+#if KPFUSED_AVX512
+  LaneWord<A> lanes;
+  __builtin_memcpy(&lanes, word, sizeof(lanes));
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_mask_mov_ps((__m512)otherwise, lanes, (__m512)v);
+  if constexpr (sizeof(A) == 8) return (Vec<A>)_mm512_mask_mov_pd((__m512d)otherwise, lanes, (__m512d)v);
+#else
+  const BitsVector<A> lanes = load_bytes<A>(static_cast<const uint8_t*>(word));
+  return (Vec<A>)(((BitsVector<A>)v & lanes) | ((BitsVector<A>)otherwise & ~lanes));
 #endif
 }
 
@@ -229,7 +243,7 @@ template <class A>
 KPFUSED_INLINE A copy_counting_with_peak(const A* from, int64_t stride_y, int64_t rows, int64_t cols, A* to, A otherwise,
                                          const Counting& counting, int64_t row, int64_t col) {
   // What has no weight is infinite, and its sign the opposite of that of beta.
-  const BitsVector<A> flip = (BitsVector<A>)splat(otherwise) & (BitsVector<A>)splat(A(-0.0)) ^ (BitsVector<A>)splat(A(-0.0));
+  const BitsVector<A> flip = ~(BitsVector<A>)splat(otherwise) & (BitsVector<A>)splat(A(-0.0));
   Vec<A> peak[kSelected];
   for (int j = 0; j < kSelected; ++j) peak[j] = splat(Limits<A>::lowest);
   const auto seen = [&](const BitsVector<A>& v, int j) __attribute__((always_inline)) {

@@ -23,7 +23,8 @@ class ForwardLanes {
         view_(params.view),
         parts_(part_tiling(view_)),
         blocks_(channel_blocks(view_.inner)),
-        abreast_(pixels_abreast<A>(view_, parts_, params.pixels)) {}
+        abreast_(pixels_abreast<A>(view_, parts_, params.pixels)),
+        lane_bytes_(params.pixels, view_.inner, abreast_) {}
 
   void run(int64_t begin, int64_t end) const {
     const int64_t parts = parts_.count();
@@ -44,7 +45,7 @@ class ForwardLanes {
         switch (lane_counts(params_.pixels, view_, abreast_)) {
           case Counts::all: run_part<Counts::all>(base, next, part, first_map, channels, lanes); break;
           case Counts::listed: run_part<Counts::listed>(base, next, part, first_map, channels, lanes); break;
-          case Counts::by_bits: run_part<Counts::by_bits>(base, next, part, first_map, channels, lanes); break;
+          case Counts::by_lanes: run_part<Counts::by_lanes>(base, next, part, first_map, channels, lanes); break;
         }
       }
       for (int64_t c = 0; c < channels; ++c) {
@@ -59,7 +60,7 @@ class ForwardLanes {
   // In place of what a kind of counting needs none of.
   struct Nothing {
     Nothing() = default;
-    Nothing(const PixelView&, const MapView&, int64_t, int64_t, int64_t) {}
+    Nothing(const PixelView&, const MapView&, const LaneBytes<A>&, int64_t, int64_t, int64_t) {}
   };
 
   // Lanes beyond the channels of a padded buffer get the beta of the last.
@@ -117,8 +118,8 @@ class ForwardLanes {
                                        chunks.x.begin(n % chunks.x.count) * stride_x;
     };
     std::conditional_t<kCounts == Counts::listed, ColumnList, Nothing> list;
-    std::conditional_t<kCounts == Counts::by_bits, Excluded<A>, Nothing> excluded(params_.pixels, view_, first_map, channels,
-                                                                                  abreast_);
+    std::conditional_t<kCounts == Counts::by_lanes, Counted<A>, Nothing> counted(params_.pixels, view_, lane_bytes_,
+                                                                                first_map, channels, abreast_);
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
       const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj) * abreast_,
@@ -127,7 +128,7 @@ class ForwardLanes {
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
                              (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_bits) chunk.excluded = excluded.of(range, n_lanes);
+      if constexpr (kCounts == Counts::by_lanes) chunk.counted = counted.of(range);
       run_chunk<kCounts>(chunk, lanes);
     }
   }
@@ -146,7 +147,7 @@ class ForwardLanes {
   void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
     const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
-    Excluded<A> excluded(params_.pixels, view_, first_map, channels);
+    Counted<A> counted(params_.pixels, view_, lane_bytes_, first_map, channels, 1);
     alignas(64) T buffer[kGatherBytes / sizeof(T)];
     __builtin_memset(buffer, 0, sizeof(buffer));
     for (int64_t n = 0; n < chunks.count(); ++n) {
@@ -158,15 +159,15 @@ class ForwardLanes {
       LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, 1, n == 0,
                              nullptr, {}};
-      if (!params_.pixels.all()) chunk.excluded = excluded.of(range, padded);
-      run_chunk<Counts::by_bits>(chunk, lanes);
+      if (!params_.pixels.all()) chunk.counted = counted.of(range);
+      run_chunk<Counts::by_lanes>(chunk, lanes);
     }
   }
 
   // Peaks, then sums: of a few vectors at a time where nothing passes between pixels abreast.
   template <Counts kCounts>
   static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
-    if (kCounts == Counts::by_bits && !chunk.excluded.words) return run_chunk<Counts::all>(chunk, lanes);
+    if (kCounts == Counts::by_lanes && !chunk.counted.words) return run_chunk<Counts::all>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, kLanes<A>);
     if (chunk.abreast > 1) {
       for_blocks<kLaneVectors>(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
@@ -209,6 +210,7 @@ class ForwardLanes {
   Tiling parts_;
   ChannelBlocks blocks_;
   int64_t abreast_;
+  LaneBytes<A> lane_bytes_;
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

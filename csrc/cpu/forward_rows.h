@@ -182,13 +182,11 @@ class ForwardRows {
     const bool enough = !plan_.flat && valid >= kLanes<A>;
     if (enough && (!counting.mask || all_set(counting, {row, rows, col, valid}))) return rows_chunk(chunk, sharp, so_far);
     if (counting.mask && counting.stride_x == 1) {
-      chunk.next_mask = counting.mask + (row + rows) * counting.stride_y + col, chunk.next_mask_y = counting.stride_y;
+      chunk.mask = counting.mask + row * counting.stride_y + col, chunk.mask_y = counting.stride_y;
     }
 #if KPFUSED_AVX512
     if constexpr (!kMoments) {
-      if (enough && by_bits(counting, valid)) {
-        return sums_by_bits(chunk, counting.mask + row * counting.stride_y + col, counting.stride_y, sharp);
-      }
+      if (enough && by_bits(counting, valid)) return sums_by_bits(chunk, sharp);
     }
 #endif
     if (!plan_.flat) cols = at_least(valid, kLanes<A>);
@@ -196,7 +194,7 @@ class ForwardRows {
     const T otherwise = weightless<T>(sharp.sign);
     A peak;
     if constexpr (std::is_same_v<T, A>) {
-      if (chunk.next_mask) {
+      if (chunk.mask) {
         peak = copy_counting_with_peak(p, view_.stride_y, rows, cols, buffer, otherwise, counting, row, col);
         chunk.peak = &peak;
       }

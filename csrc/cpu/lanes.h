@@ -2,7 +2,7 @@
 // What forward and backward share where lanes are channels.
 #pragma once
 
-#include "excluded.h"
+#include "counted.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -10,11 +10,11 @@ namespace kpfused::cpu::KPFUSED_ISA {
 enum class Counts {
   all,
   listed,    // the same for all channels: a list of columns
-  by_bits,   // a bit for each lane: channels count by themselves, or pixels stand abreast
+  by_lanes,  // lanes by themselves: channels count by themselves, or pixels stand abreast
 };
 
 KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
-  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_bits;
+  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_lanes;
   return pixels.mask ? Counts::listed : Counts::all;
 }
 
@@ -37,36 +37,6 @@ KPFUSED_INLINE int64_t pixels_abreast(const MapView& view, const Tiling& parts, 
   return 1;
 }
 
-// Vectors that hold the lanes of one work item. Numbers of these are called group; groups of pixels are those abreast.
-template <class A>
-constexpr int kGroups = int(at_least(2 * kChannelBlock / kLanes<A>, kAbreastChannels));
-
-// First lane of such a vector.
-template <class A>
-KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t lanes) {
-  return at_most(group * kLanes<A>, lanes - kLanes<A>);
-}
-
-// The lanes of all vectors one after the other, for what is done between channels and the pixels that stand abreast.
-template <class A>
-struct LaneRow {
-  static constexpr int64_t L = kLanes<A>;
-  A values[(kGroups<A> + 1) * L];
-
-  KPFUSED_INLINE void set(int64_t group, int64_t lanes, Vec<A> v) { store_vector(values + group_begin<A>(group, lanes), v); }
-  KPFUSED_INLINE Vec<A> get(int64_t group, int64_t lanes) const { return load_vector(values + group_begin<A>(group, lanes)); }
-
-  // Gives all pixels what their channel has. What is written beyond one is overwritten by the next.
-  KPFUSED_INLINE void spread(int64_t abreast, int64_t channels) {
-    Vec<A> from[kAbreastChannels / L + 1];  // not read where it has just been written, which would have to be waited for
-    const int64_t vectors = ceil_div(channels, L);
-    for (int64_t i = 0; i < vectors; ++i) from[i] = load_vector(values + i * L);
-    for (int64_t a = 1; a < abreast; ++a) {
-      for (int64_t i = 0; i < vectors; ++i) store_vector(values + a * channels + i * L, from[i]);
-    }
-  }
-};
-
 // Leaves op over the pixels abreast in each channel, of several rows side by side: each step waits for the one before. The
 // last vector of a half takes lanes along that were used already.
 template <class A, int N, class Op>
@@ -88,7 +58,7 @@ constexpr int kLaneVectors = 4;
 // A list of columns has no place for pixels abreast.
 KPFUSED_INLINE Counts lane_counts(const PixelView& pixels, const MapView& view, int64_t abreast) {
   if (abreast == 1) return counts_of(pixels, view);
-  return pixels.all() ? Counts::all : Counts::by_bits;
+  return pixels.all() ? Counts::all : Counts::by_lanes;
 }
 
 // Pixels that a list has room for.
@@ -123,7 +93,8 @@ struct ColumnList {
   }
 };
 
-// Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes.
+// Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes. Half as many beside a
+// mask, which is read meanwhile.
 constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 
 // Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, kChunkBytes are read twice in a row: those
@@ -131,9 +102,10 @@ constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 template <class T>
 KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast = 1) {
   const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
-  int64_t groups = (abreast == 1 ? kChunkBytes / at_once : kAbreastBytes / lanes) / int64_t(sizeof(T));
+  const int64_t abreast_bytes = counts == Counts::by_lanes ? kAbreastBytes / 2 : kAbreastBytes;
+  int64_t groups = (abreast == 1 ? kChunkBytes / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
   if (counts == Counts::listed) groups = at_most(groups, kListed);
-  if (counts == Counts::by_bits) groups = at_most(groups, at_least(kExcludedWords / (lanes * words_of<Acc<T>>(cols)), 1) * cols);
+  if (counts == Counts::by_lanes) groups = at_most(groups, kCountedWords / ceil_div(lanes, kLanes<Acc<T>>));
   return tile(rows, cols, groups, 1);
 }
 

@@ -42,10 +42,9 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& 
     for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = none;
-      const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, int64_t) __attribute__((always_inline)) {
-        for (int j = 0; j < N; ++j) {
-          top[j] = counted<kCounts, A>(bit, offset[j], maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
-        }
+      const auto pixel = [&](const T* p, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
+        CountedVectors<kCounts, A> counted(of_pixel, group);
+        for (int j = 0; j < N; ++j) top[j] = counted.next(maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
       };
       for_pixels<kCounts>(chunk, r, i, at_most(i + kSegment, count), {}, pixel);
       for (int j = 0; j < N; ++j) {
@@ -79,9 +78,9 @@ KPFUSED_INLINE Place<Acc<T>> find_in_segment(const LanesChunk<T>& chunk, const M
   const Vec<A> peak = lanes.peak[group];
   // How far it is to the peak could not be predicted: through all of the segment.
   Vec<A> left = splat(-kNowhere<A>);
-  const auto pixel = [&](const T* p, Vec<A> at, const PixelBit<A>& bit, int64_t) __attribute__((always_inline)) {
+  const auto pixel = [&](const T* p, Vec<A> at, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
     const Vec<A> here = key(p, offset, flip) == peak ? -at : splat(-kNowhere<A>);
-    left = counted<kCounts, A>(bit, offset, maximum(here, left), left);
+    left = CountedVectors<kCounts, A>(of_pixel, group).next(maximum(here, left), left);
   };
   for_pixels<kCounts>(chunk, row, begin, end, {}, pixel);
   A columns[L];
@@ -150,9 +149,9 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
       Vec<A> x, d[1];
       Exponents<A, 1> exponents;
     } last;
-    const auto begin = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, int64_t ahead) __attribute__((always_inline)) {
+    const auto begin = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
       last.x = x;
-      last.d[0] = counted<kCounts, A>(bit, offset, distance(load(p + offset), of), of.lowest);
+      last.d[0] = CountedVectors<kCounts, A>(of_pixel, g).next(distance(load(p + offset), of), of.lowest);
       fetch_ahead<kCounts>(chunk, ahead, 0);
       last.exponents = split<A, 1>(last.d, of.scale);
     };
@@ -165,10 +164,10 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
       row_xx += w[0] * (dx * dx);
       sums.distance += w[0] * pixel.d[0];
     };
-    const auto next_pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, int64_t ahead)
+    const auto next_pixel = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead)
                                 __attribute__((always_inline)) {
       const Pixel before = last;
-      begin(p, x, bit, ahead);
+      begin(p, x, of_pixel, ahead);
       end(before);
     };
     const int64_t count = pixels_of_row<kCounts>(chunk, r);

@@ -172,28 +172,6 @@ KPFUSED_INLINE uint32_t lane_bits(Mask<A> mask) {
 #endif
 }
 
-// A bit for every lane, the first lane's the lowest.
-template <class A>
-using LaneBits = std::conditional_t<(kLanes<A> > 8), uint16_t, uint8_t>;
-
-// v in the lanes whose bit is set, elsewhere `otherwise`.
-template <class A>
-KPFUSED_INLINE Vec<A> choose_lanes(LaneBits<A> lanes, Vec<A> v, Vec<A> otherwise) {
-#if KPFUSED_AVX512
-  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_mask_mov_ps((__m512)otherwise, lanes, (__m512)v);
-  if constexpr (sizeof(A) == 8) return (Vec<A>)_mm512_mask_mov_pd((__m512d)otherwise, lanes, (__m512d)v);
-#endif
-  Mask<A> bit;
-  for (int i = 0; i < kLanes<A>; ++i) bit[i] = 1 << i;
-  return ((lanes - Mask<A>{}) & bit) != 0 ? v : otherwise;
-}
-template <class A>
-KPFUSED_INLINE Vec<A> choose_lanes(const uint8_t* bits, Vec<A> v, Vec<A> otherwise) {
-  LaneBits<A> lanes;
-  __builtin_memcpy(&lanes, bits, sizeof(lanes));
-  return choose_lanes<A>(lanes, v, otherwise);
-}
-
 // ---- Elements to vectors of their accumulator, and back, at any alignment -------------------------------------------
 
 KPFUSED_INLINE Vec<float> load(const float* p) { return load_vector(p); }

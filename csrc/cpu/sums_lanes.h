@@ -23,7 +23,7 @@ struct LanesChunk {
   int64_t abreast;   // pixels in them: a "pixel" below is a group of these, and x that of the group's first
   bool first;        // no state to merge with yet
   const ColumnList* list;   // Counts::listed
-  ExcludedRows<A> excluded;  // Counts::by_bits
+  CountedLanes<A> counted;  // Counts::by_lanes
 };
 
 // Pixels of a row that are to be read.
@@ -59,7 +59,7 @@ KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, int64_t at, int j) {
   if (kCounts == Counts::listed) prefetch(chunk.p, at + j * kBytes + chunk.stride_x * int64_t(sizeof(T)));
 }
 
-// Calls body(pixel, its x, its bit, what to fetch ahead) for these, from the one with number `begin` to `end`. The next chunk
+// Calls body(pixel, its x, its words, what to fetch ahead) for these, from the one with number `begin` to `end`. The next chunk
 // has another list: for it, two pixels are fetched for each of this one's, evenly.
 template <Counts kCounts, class T, class Body>
 KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Ahead& ahead,
@@ -72,44 +72,55 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     int64_t even = begin * step;
     for (int64_t i = begin; i < end; ++i, even += step) {
       const int64_t at = ahead.at + (even >> 16) * ahead.step;
-      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), PixelBit<A>{}, at);
+      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), nullptr, at);
     }
   } else {
     const A step = A(chunk.abreast);
     Vec<A> x = splat(chunk.x0 + A(begin) * step);
     int64_t at = ahead.at + begin * ahead.step;
     p += begin * chunk.stride_x;
-    if constexpr (kCounts == Counts::by_bits) {
-      const Bits<A>* const of_row = chunk.excluded.row(row);
-      const int64_t first = chunk.excluded.first_bit(row);
-      for (int64_t i = begin; i < end;) {
-        const int64_t stop = at_most(end, ((first + i) / kBits<A> + 1) * kBits<A> - first);
-        PixelBit<A> bit(of_row, chunk.lanes, first + i);
-        for (; i < stop; ++i, p += chunk.stride_x, x += step, bit.bit += bit.bit, at += ahead.step) body(p, x, bit, at);
+    if constexpr (kCounts == Counts::by_lanes) {
+      const LaneWord<A>* lanes = chunk.counted.at(row, begin);
+      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, lanes += chunk.counted.stride_x, at += ahead.step) {
+        body(p, x, lanes, at);
       }
     } else {
-      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, at += ahead.step) body(p, x, PixelBit<A>{}, at);
+      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, at += ahead.step) body(p, x, nullptr, at);
     }
   }
 }
 
-// v, or `otherwise` in the lanes, from `lane` on, that do not count.
+// Leaves lanes that do not count out of vectors side by side, one after the other from number `group` on.
 template <Counts kCounts, class A>
-KPFUSED_INLINE Vec<A> counted(const PixelBit<A>& bit, int64_t lane, Vec<A> v, Vec<A> otherwise) {
-  if constexpr (kCounts == Counts::by_bits) return bit.choose(lane, v, otherwise);
-  return v;
-}
+class CountedVectors {
+ public:
+  KPFUSED_INLINE CountedVectors(const LaneWord<A>*, int64_t) {}
+  KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A>) { return v; }
+};
+template <class A>
+class CountedVectors<Counts::by_lanes, A> {
+ public:
+#if KPFUSED_AVX512
+  // Words of several vectors in one register: shifts cost less than loads.
+  KPFUSED_INLINE CountedVectors(const LaneWord<A>* of_pixel, int64_t group) {
+    __builtin_memcpy(&words_, of_pixel + group, sizeof(words_));
+  }
+  KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A> otherwise) {
+    const LaneWord<A> word = LaneWord<A>(words_);
+    words_ = _kshiftri_mask64(words_, kLanes<A>);
+    return choose_lanes<A>(&word, v, otherwise);
+  }
 
-// Where lanes that do not count are left out of sums. With mask registers it is at the additions, which take one along at no
-// cost; elsewhere it is before the weight, once for all: they get the distance of none.
-template <Counts kCounts, class A>
-KPFUSED_INLINE Vec<A> counted_before(const PixelBit<A>& bit, int64_t lane, Vec<A> d, Vec<A> lowest) {
-  return KPFUSED_AVX512 ? d : counted<kCounts, A>(bit, lane, d, lowest);
-}
-template <Counts kCounts, class A>
-KPFUSED_INLINE Vec<A> added(const PixelBit<A>& bit, int64_t lane, Vec<A> sum, Vec<A> before) {
-  return KPFUSED_AVX512 ? counted<kCounts, A>(bit, lane, sum, before) : sum;
-}
+ private:
+  __mmask64 words_;
+#else
+  KPFUSED_INLINE CountedVectors(const LaneWord<A>* of_pixel, int64_t group) : words_(of_pixel + group) {}
+  KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A> otherwise) { return choose_lanes<A>(words_++, v, otherwise); }
+
+ private:
+  const LaneWord<A>* words_;
+#endif
+};
 
 // S: State or Moments of vectors.
 template <class A, class S>
@@ -180,10 +191,9 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, St
     peak[j] = splat(Limits<A>::lowest);
   }
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    const auto pixel = [&](const T* p, Vec<A>, const PixelBit<A>& bit, int64_t) __attribute__((always_inline)) {
-      for (int j = 0; j < N; ++j) {
-        peak[j] = counted<kCounts, A>(bit, offset[j], maximum(key(p, offset[j], flip[j]), peak[j]), peak[j]);
-      }
+    const auto pixel = [&](const T* p, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
+      CountedVectors<kCounts, A> counted(of_pixel, group);
+      for (int j = 0; j < N; ++j) peak[j] = counted.next(maximum(key(p, offset[j], flip[j]), peak[j]), peak[j]);
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), {}, pixel);
   }
@@ -203,15 +213,20 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
   }
   Vec<A> y = splat(chunk.y0);
+  MaskWalk mask(chunk.counted.ahead, group * chunk.rows * chunk.cols * kLanes<A>);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
-    const auto pixel = [&](const T* p, Vec<A> x, const PixelBit<A>& bit, int64_t ahead) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
+      CountedVectors<kCounts, A> counted(of_pixel, group);
       for (int j = 0; j < N; ++j) {
-        Vec<A> w[1] = {counted_before<kCounts, A>(bit, offset[j], distance(load(p + offset[j]), of[j]), of[j].lowest)};
-        exp2<A, 1>(w, of[j].scale);
+        Vec<A> w[1] = {distance(load(p + offset[j]), of[j])};
+        exp2<A, 1>(w, of[j].scale, [&](int, Vec<A> v) __attribute__((always_inline)) {
+          return counted.next(v, Vec<A>{});
+        });
         fetch_ahead<kCounts>(chunk, ahead, j);
-        row[j] = added<kCounts, A>(bit, offset[j], row[j] + w[0], row[j]);
-        row_x[j] = added<kCounts, A>(bit, offset[j], row_x[j] + w[0] * x, row_x[j]);
+        if (kCounts == Counts::by_lanes && j == 0) mask.fetch(N * kLanes<A>);
+        row[j] += w[0];
+        row_x[j] += w[0] * x;
       }
     };
     const Ahead ahead = ahead_of_row<N, kCounts>(chunk, group, r);

@@ -26,8 +26,8 @@ struct RowsChunk {
   A x0, y0;  // centred coordinates of the first pixel
   const T* next;   // the chunk that is fetched meanwhile
   int64_t next_y;  // between its rows
-  const uint8_t* next_mask = nullptr;
-  int64_t next_mask_y = 0;
+  const uint8_t* mask = nullptr;  // its own; what lies below it is fetched meanwhile
+  int64_t mask_y = 0;
   const A* peak = nullptr;        // where it is known
   const uint8_t* bits = nullptr;  // as count_bits() writes them; null: all pixels count
 };
@@ -39,8 +39,9 @@ template <class T>
 class RowsAhead {
  public:
   KPFUSED_INLINE RowsAhead(const RowsChunk<T>& chunk, int64_t first, int vectors)
-      : next_(chunk, first, vectors, chunk.next_y), mask_(chunk, first, vectors, chunk.next_mask_y) {
+      : next_(chunk, first, vectors, chunk.next_y), mask_(chunk, first, vectors, chunk.mask_y) {
     next_.at *= int64_t(sizeof(T)), next_.step *= int64_t(sizeof(T));
+    mask_.at += chunk.rows * chunk.mask_y;
   }
 
   // A vector of them: each line once.
@@ -50,8 +51,8 @@ class RowsAhead {
   }
   KPFUSED_INLINE void next_row(const RowsChunk<T>& chunk) {
     next_.at += next_.step;
-    if (!chunk.next_mask) return;
-    prefetch(chunk.next_mask, mask_.at);
+    if (!chunk.mask) return;
+    prefetch(chunk.mask, mask_.at);
     mask_.at += mask_.step;
   }
 
@@ -106,18 +107,20 @@ KPFUSED_INLINE Acc<T> peak_of(const RowsChunk<T>& chunk, Acc<T> sign) {
 // Writes a bit for each pixel, whether it counts, row after row of whole bytes, and up to seven bytes more. Returns the
 // greatest key of those that do.
 template <class T, bool kNegative>
-Acc<T> count_bits(const RowsChunk<T>& chunk, const uint8_t* mask, int64_t mask_y, uint8_t* bits) {
+Acc<T> count_bits(const RowsChunk<T>& chunk, uint8_t* bits) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>, kWord = 64, kPeaks = 4;
   Vec<A> peak[kPeaks];
   for (int j = 0; j < kPeaks; ++j) peak[j] = splat(Limits<A>::lowest);
-  const bool dense = mask_y == chunk.cols && chunk.stride_y == chunk.cols;
+  const bool dense = chunk.mask_y == chunk.cols && chunk.stride_y == chunk.cols;
   const int64_t rows = dense ? 1 : chunk.rows, cols = dense ? chunk.rows * chunk.cols : chunk.cols;
   const T* p = chunk.p;
-  for (int64_t r = 0; r < rows; ++r, p += chunk.stride_y, mask += mask_y, bits += cols / 8) {
+  const uint8_t* mask = chunk.mask;
+  for (int64_t r = 0; r < rows; ++r, p += chunk.stride_y, mask += chunk.mask_y, bits += cols / 8) {
     const auto see = [&](int64_t col, int j, __mmask64 lanes) __attribute__((always_inline)) {
       const Vec<A> key = kNegative ? -load(p + col) : load(p + col);
-      peak[j] = choose_lanes<A>(LaneBits<A>(lanes), maximum(key, peak[j]), peak[j]);
+      const LaneWord<A> word = LaneWord<A>(lanes);
+      peak[j] = choose_lanes<A>(&word, maximum(key, peak[j]), peak[j]);
     };
     const auto word = [&](int64_t col, __m512i bytes) __attribute__((always_inline)) {
       const __mmask64 set = _mm512_test_epi8_mask(bytes, bytes);
@@ -205,13 +208,11 @@ State<Acc<T>> chunk_sums(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sha
 #if KPFUSED_AVX512
 // Of the pixels of a mask, where they are, whatever the others hold.
 template <class T>
-KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const uint8_t* mask, int64_t mask_y,
-                                          const Sharpness<Acc<T>>& sharp) {
+KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const Sharpness<Acc<T>>& sharp) {
   // Rows are counted by pieces of average width, and none is twice as wide.
   constexpr int64_t kMost = 2 * kChunkBytes / int64_t(sizeof(T));
   uint8_t bits[kMost / 8 + 8];
-  const Acc<T> peak = sharp.sign < 0 ? count_bits<T, true>(chunk, mask, mask_y, bits)
-                                     : count_bits<T, false>(chunk, mask, mask_y, bits);
+  const Acc<T> peak = sharp.sign < 0 ? count_bits<T, true>(chunk, bits) : count_bits<T, false>(chunk, bits);
   chunk.bits = bits, chunk.peak = &peak;
   return chunk_sums(chunk, sharp);
 }

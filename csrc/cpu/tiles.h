@@ -238,7 +238,7 @@ class ValueTiles {
   // Whether maps side by side have the same values, and the same of them count.
   static bool share_values(const Values& values, const SoftmaxParams& softmax) {
     return softmax.view.inner > 1 && values.view.stride_inner == 0 && values.kind != ValueKind::window &&
-           counts_of(softmax.pixels, softmax.view) != Counts::by_bits;
+           counts_of(softmax.pixels, softmax.view) != Counts::by_lanes;
   }
 
   bool shared() const { return shared_; }

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: MIT
+// Which pixels count where lanes are channels: a word for each vector of lanes, pixel after pixel, as kernels go through them.
+// Where several pixels stand abreast in the lanes (lanes.h), read "group of pixels" for pixel.
+//
+// Masks come in three ways. Channels side by side are bits in the order of lanes. Of planes, a mask for each channel, eight
+// at a time give a byte of bits to each pixel, whole vectors of pixels at once, and so does one mask for all; bytes are then
+// dealt to lanes.
+#pragma once
+
+#include "counting.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+// Channels of a map whose pixels may stand abreast.
+constexpr int64_t kAbreastChannels = 32;
+
+// Vectors that hold the lanes of one work item. Numbers of these are called group; groups of pixels are those abreast.
+template <class A>
+constexpr int kGroups = int(at_least(2 * kChannelBlock / kLanes<A>, kAbreastChannels));
+
+// First lane of such a vector: the last one overlaps the one before.
+template <class A>
+KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t lanes) {
+  return at_most(group * kLanes<A>, lanes - kLanes<A>);
+}
+
+// The lanes of all vectors one after the other, for what is done between channels and the pixels that stand abreast.
+template <class A>
+struct LaneRow {
+  static constexpr int64_t L = kLanes<A>;
+  A values[(kGroups<A> + 1) * L];
+
+  KPFUSED_INLINE void set(int64_t group, int64_t lanes, Vec<A> v) { store_vector(values + group_begin<A>(group, lanes), v); }
+  KPFUSED_INLINE Vec<A> get(int64_t group, int64_t lanes) const { return load_vector(values + group_begin<A>(group, lanes)); }
+
+  // Gives all pixels what their channel has. What is written beyond one is overwritten by the next.
+  KPFUSED_INLINE void spread(int64_t abreast, int64_t channels) {
+    Vec<A> from[kAbreastChannels / L + 1];  // not read where it has just been written, which would have to be waited for
+    const int64_t vectors = ceil_div(channels, L);
+    for (int64_t i = 0; i < vectors; ++i) from[i] = load_vector(values + i * L);
+    for (int64_t a = 1; a < abreast; ++a) {
+      for (int64_t i = 0; i < vectors; ++i) store_vector(values + a * channels + i * L, from[i]);
+    }
+  }
+};
+
+// Whether all channels of a pixel count, or none.
+KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner == 0; }
+KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
+  return !pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0;
+}
+
+// Words that a chunk may need: lane_chunks() sees to it that no chunk needs more.
+constexpr int64_t kCountedWords = 8192;
+
+// The bytes of a mask for the next chunk: from `p + first` on, in runs, `between` bytes from one to the next. Of one mask for
+// all there are few: nothing is fetched.
+struct MaskAhead {
+  const uint8_t* p;
+  int64_t first, run, between;
+};
+
+// Goes through them in order, from byte `begin` on.
+class MaskWalk {
+ public:
+  KPFUSED_INLINE MaskWalk(const MaskAhead& ahead, int64_t begin)
+      : p_(ahead.p), run_(ahead.run), gap_(ahead.between - ahead.run), at_(0), left_(0) {
+    if (run_ == 0) return;
+    const int64_t index = begin / run_;
+    at_ = ahead.first + begin + index * gap_, left_ = (index + 1) * run_ - begin;
+  }
+  KPFUSED_INLINE void fetch(int64_t bytes) {
+    if (run_ == 0) return;
+    prefetch(p_, at_);
+    at_ += bytes, left_ -= bytes;
+    if (left_ <= 0) at_ += gap_, left_ += run_;
+  }
+
+ private:
+  const uint8_t* p_;
+  int64_t run_, gap_, at_, left_;
+};
+
+// The words of a chunk; null if all count.
+template <class A>
+struct CountedLanes {
+  const LaneWord<A>* words;
+  int64_t stride_y, stride_x;
+  MaskAhead ahead;
+
+  KPFUSED_INLINE const LaneWord<A>* at(int64_t row, int64_t pixel) const {
+    return words + row * stride_y + pixel * stride_x;
+  }
+};
+
+// From bits of pixels to those of lanes where pixels stand abreast: a byte for each lane, that of its pixel and of its channel
+// with seven others, and of it the channel's bit.
+template <class A>
+class LaneBytes {
+ public:
+  static constexpr int L = kLanes<A>, kPixels = 16, kMost = int(kAbreastChannels) / 8;
+
+  LaneBytes(const PixelView& pixels, int64_t channels, int64_t abreast)
+      : bytes_(one_mask(pixels) ? 1 : ceil_div(channels, 8)), blocks_(0) {
+    if (!pixels.mask || abreast == 1) return;
+    const int64_t lanes = abreast * channels, vectors = ceil_div(lanes, L);
+    blocks_ = int(ceil_div(vectors, kVectors));
+    for (int64_t v = 0; v < blocks_ * kVectors; ++v) {
+      const int64_t begin = group_begin<A>(at_most(v, vectors - 1), lanes);
+      int64_t pixel = begin / channels, channel = begin - pixel * channels;
+      for (int64_t i = v * L; i < (v + 1) * L; ++i) {
+        for (int64_t b = 0; b < bytes_; ++b) index_[b][i] = bytes_ == 1 || b == channel / 8 ? uint8_t(pixel) : kNone;
+        bit_[i] = uint8_t(1 << channel % 8);
+        if (++channel == channels) channel = 0, ++pixel;
+      }
+    }
+  }
+
+  // Of bits for a pixel: those of eight channels each, or one for all.
+  int64_t bytes() const { return bytes_; }
+
+  // Words for some pixels abreast, the bytes of which lie `stride` apart. Writes whole blocks.
+  template <int kBytes>
+  KPFUSED_INLINE void words(const uint8_t* bits, int64_t stride, LaneWord<A>* to) const {
+    for (int block = 0; block < blocks_; ++block, to += kVectors) {
+      const int64_t at = int64_t(block) * kVectorBytes;
+#if KPFUSED_AVX512
+      __m512i lanes = _mm512_setzero_si512();
+      for (int b = 0; b < kBytes; ++b) {
+        const __m512i pixels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
+        lanes = _mm512_or_si512(lanes, _mm512_shuffle_epi8(pixels, _mm512_load_si512(index_[b] + at)));
+      }
+      const __mmask64 set = _mm512_test_epi8_mask(lanes, _mm512_load_si512(bit_ + at));
+      __builtin_memcpy(to, &set, sizeof(set));
+#elif KPFUSED_AVX2
+      __m256i lanes = _mm256_setzero_si256();
+      for (int b = 0; b < kBytes; ++b) {
+        const __m256i pixels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
+        lanes = _mm256_or_si256(lanes, _mm256_shuffle_epi8(pixels, _mm256_load_si256((const __m256i*)(index_[b] + at))));
+      }
+      const __m256i bit = _mm256_load_si256((const __m256i*)(bit_ + at));
+      _mm256_storeu_si256((__m256i*)to, _mm256_cmpeq_epi8(_mm256_and_si256(lanes, bit), bit));
+#else
+      uint8_t lanes[kVectorBytes] = {};
+      for (int i = 0; i < kVectorBytes; ++i) {
+        for (int b = 0; b < kBytes; ++b) {
+          const uint8_t index = index_[b][at + i];
+          if (index != kNone && (bits[b * stride + index] & bit_[at + i])) lanes[i] = 0xff;
+        }
+      }
+      __builtin_memcpy(to, lanes, sizeof(lanes));
+#endif
+    }
+  }
+
+ private:
+  static constexpr int kVectors = kVectorBytes / L;  // whose lanes are as many as a vector has bytes
+  static constexpr int kBlocks = int(ceil_div(kAbreastChannels, kVectors));
+  static constexpr uint8_t kNone = 0x80;  // gives zero in a shuffle
+  int64_t bytes_;
+  int blocks_;
+  alignas(64) uint8_t index_[kMost][kBlocks * kVectorBytes], bit_[kBlocks * kVectorBytes];
+};
+
+// Which pixels of a chunk count, for each channel of a block. `abreast` as in pixels_abreast(): a lane is a channel of one of
+// the pixels of a group.
+template <class A>
+class Counted {
+ public:
+  static constexpr int L = kLanes<A>;
+  using Word = LaneWord<A>;
+
+  Counted(const PixelView& pixels, const MapView& view, const LaneBytes<A>& lane_bytes, int64_t first_map,
+          int64_t channels, int64_t abreast)
+      : first_(counting_of(pixels, view, first_map)),
+        channels_(channels),
+        abreast_(abreast),
+        lanes_(at_least(channels * abreast, L)),
+        vectors_(ceil_div(lanes_, L)),
+        same_size_(one_size(pixels, view)),
+        between_(pixels.mask_view.stride_inner),
+        lane_bytes_(lane_bytes) {
+    if (!pixels.sizes) return;
+    LaneRow<A> rows, cols;
+    for (int64_t c = 0; c < channels; ++c) {
+      const Counting each = counting_of(pixels, view, first_map + c);
+      for (int64_t a = 0; a < abreast; ++a) {
+        rows.values[a * channels + c] = A(each.rows), cols.values[a * channels + c] = A(each.cols - a);
+      }
+    }
+    for (int64_t g = 0; g < vectors_; ++g) rows_[g] = rows.get(g, lanes_), cols_[g] = cols.get(g, lanes_);
+  }
+
+  CountedLanes<A> of(const PixelRange& range) {
+    const bool sized = !same_size_ || range.row + range.rows > first_.rows || range.col + range.cols > first_.cols;
+    if (!first_.mask && !sized) return {};
+    const int64_t pixels = range.cols / abreast_, words = range.rows * pixels * vectors_;
+    if (first_.mask) masked(range);
+    if (sized) within_size(range);
+    return {all_count(words) ? nullptr : words_, pixels * vectors_, vectors_, ahead(range)};
+  }
+
+ private:
+  static constexpr int64_t kPiece = 256;  // pixels whose bits are found at once
+
+  MaskAhead ahead(const PixelRange& range) const {
+    if (!first_.mask || between_ == 0) return {};
+    const int64_t pixels = range.rows * range.cols;
+    return {first_.mask, (range.row + range.rows) * first_.stride_y + range.col * first_.stride_x,
+            between_ == 1 ? pixels * channels_ : pixels, between_};
+  }
+
+  void within_size(const PixelRange& range) {
+    Word* to = words_;
+    for (int64_t r = 0; r < range.rows; ++r) {
+      for (int64_t c = 0; c < range.cols; c += abreast_, to += vectors_) {
+        const Vec<A> row = splat(A(range.row + r)), col = splat(A(range.col + c));
+        for (int64_t g = 0; g < vectors_; ++g) {
+          const Word valid = lane_word<A>(lane_bits<A>((rows_[g] > row) & (cols_[g] > col)));
+          to[g] = first_.mask ? to[g] & valid : valid;
+        }
+      }
+    }
+  }
+
+  bool all_count(int64_t words) const {
+    Word common = Word(~Word(0));
+    for (int64_t i = 0; i < words; ++i) common &= words_[i];
+    return common == Word(~Word(0));
+  }
+
+  void masked(const PixelRange& range) {
+    const uint8_t* const mask = first_.mask + range.row * first_.stride_y + range.col * first_.stride_x;
+    const int64_t pixels = range.cols / abreast_;
+    const bool in_line = between_ == 1 && (abreast_ == 1 || first_.stride_x == channels_);
+    if (in_line && channels_ * abreast_ == lanes_) {
+      for (int64_t r = 0; r < range.rows; ++r) {
+        side_by_side(mask + r * first_.stride_y, pixels, words_ + r * pixels * vectors_);
+      }
+      return;
+    }
+    // Rows that follow each other, in the mask as in the words, are one.
+    const bool one_row = first_.stride_y == range.cols * first_.stride_x;
+    const int64_t rows = one_row ? 1 : range.rows, count = one_row ? range.rows * range.cols : range.cols;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < count; i += kPiece) {
+        const uint8_t* const from = mask + r * first_.stride_y + i * first_.stride_x;
+        Word* const to = words_ + (r * pixels + i / abreast_) * vectors_;
+        const int64_t some = at_most(count - i, kPiece);
+        abreast_ > 1 ? abreast(from, some, to) : planes(from, some, to);
+      }
+    }
+  }
+
+  // Words of lanes whose bytes are side by side.
+  template <int kBytes>
+  static KPFUSED_INLINE void set_lanes(const uint8_t* p, Word* to) {
+#if KPFUSED_AVX512
+    if constexpr (kBytes == 64) {
+      const __m512i bytes = _mm512_loadu_si512(p);
+      const __mmask64 set = _mm512_test_epi8_mask(bytes, bytes);
+      __builtin_memcpy(to, &set, sizeof(set));
+    } else {
+      const __m128i bytes = L == 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_loadl_epi64((const __m128i*)p);
+      *to = Word(_mm_test_epi8_mask(bytes, bytes));
+    }
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
+    Bytes bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    bytes = (Bytes)(bytes != 0);
+    __builtin_memcpy(to, &bytes, sizeof(bytes));
+#endif
+  }
+
+  // Lanes as they are in memory.
+  KPFUSED_INLINE void side_by_side(const uint8_t* mask, int64_t pixels, Word* to) const {
+    constexpr int64_t kVectors = kVectorBytes / L;
+    for (int64_t c = 0; c < pixels; ++c, mask += first_.stride_x * abreast_, to += vectors_) {
+      int64_t g = 0;
+      for (; (g + kVectors) * L <= lanes_; g += kVectors) set_lanes<kVectorBytes>(mask + g * L, to + g);
+      for (; g < vectors_; ++g) set_lanes<L>(mask + group_begin<A>(g, lanes_), to + g);
+    }
+  }
+
+  // Of each pixel, bits of `count` channels from `channel` on, at most eight, or of one mask for all.
+  KPFUSED_INLINE void bits_of(const uint8_t* mask, int64_t channel, int64_t count, int64_t pixels, uint8_t* to) const {
+    typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+    const uint8_t all = uint8_t((1u << count) - 1);
+    const uint8_t first = between_ == 0 ? all : 1;
+    const int64_t planes = between_ == 0 ? 1 : count;
+    mask += channel * between_;
+    if (first_.stride_x != 1 || pixels < kVectorBytes) {
+      for (int64_t i = 0; i < pixels; ++i) {
+        uint8_t bits = 0;
+        for (int64_t k = 0; k < planes; ++k) bits |= uint8_t((mask[k * between_ + i * first_.stride_x] != 0) << k);
+        to[i] = between_ == 0 && bits ? all : bits;
+      }
+      return;
+    }
+    for (int64_t i = 0; i < pixels; i += kVectorBytes) {
+      const int64_t at = at_most(i, pixels - kVectorBytes);
+      Bytes bits = {}, one = Bytes{} + first;
+      for (int64_t k = 0; k < planes; ++k, one += one) {
+        const uint8_t* const from = mask + k * between_ + at;
+        Bytes bytes;
+        __builtin_memcpy(&bytes, from, sizeof(bytes));
+        bits |= bytes != 0 ? one : Bytes{};
+      }
+      __builtin_memcpy(to + at, &bits, sizeof(bits));
+    }
+  }
+
+  // One pixel after the other: of the channels of each vector.
+  void planes(const uint8_t* mask, int64_t pixels, Word* to) const {
+    constexpr int kBytes = int(ceil_div(L, 8));
+    // Lanes beyond the channels of a padded buffer do not matter.
+    const uint32_t beyond = channels_ < L ? ~0u << channels_ : 0;
+    uint8_t bits[kBytes][kPiece];
+    for (int64_t g = 0; g < vectors_; ++g) {
+      const int64_t channel = at_least(at_most(g * L, channels_ - L), 0), channels = at_most(channels_, L);
+      for (int b = 0; b < kBytes; ++b) {
+        bits_of(mask, channel + b * 8, at_least(at_most(channels - b * 8, 8), 0), pixels, bits[b]);
+      }
+      for (int64_t i = 0; i < pixels; ++i) {
+        const uint32_t all = bits[0][i] | (kBytes > 1 ? bits[kBytes - 1][i] << 8 : 0) | beyond;
+        to[i * vectors_ + g] = lane_word<A>(all);
+      }
+    }
+  }
+
+  // Pixels abreast.
+  void abreast(const uint8_t* mask, int64_t pixels, Word* to) const {
+    uint8_t bits[LaneBytes<A>::kMost][kPiece + LaneBytes<A>::kPixels];
+    for (int64_t b = 0; b < lane_bytes_.bytes(); ++b) bits_of(mask, b * 8, at_most(channels_ - b * 8, 8), pixels, bits[b]);
+    const auto words = [&](auto bytes) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < pixels; i += abreast_, to += vectors_) {
+        lane_bytes_.template words<decltype(bytes)::value>(bits[0] + i, sizeof(bits[0]), to);
+      }
+    };
+    switch (lane_bytes_.bytes()) {
+      case 1: return words(Count<1>{});
+      case 2: return words(Count<2>{});
+      case 3: return words(Count<3>{});
+      case 4: return words(Count<4>{});
+    }
+  }
+
+  const Counting first_;
+  const int64_t channels_, abreast_, lanes_, vectors_;
+  const bool same_size_;
+  const int64_t between_;  // the masks of two channels
+  Vec<A> rows_[kGroups<A>], cols_[kGroups<A>];  // the valid size for each lane, columns counted from a group's first pixel
+  const LaneBytes<A>& lane_bytes_;
+  Word words_[kCountedWords + kVectorBytes / L];  // with room for the last block
+};
+
+}  // namespace kpfused::cpu::KPFUSED_ISA
