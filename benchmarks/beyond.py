@@ -182,6 +182,8 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
             "(B, K, H, W)": torch.rand(case.shape, device=device) < 0.7,
         }
         bytes_of_mask = masks["(B, K, H, W)"].view(torch.int64)
+        if layout == "channels_last":  # as comparisons of such a heatmap are
+            masks["(B, K, H, W) channels_last"] = masks["(B, K, H, W)"].contiguous(memory_format=torch.channels_last)
         yield Comparison(
             "a sum over mask (B, K, H, W), to read it, over forward",
             case.label,

@@ -114,6 +114,13 @@ class LaneBytes {
         if (++channel == channels) channel = 0, ++pixel;
       }
     }
+    pairs_ = KPFUSED_AVX512 && sizeof(A) == 4 && bytes_ == 1 && channels > 8;
+    for (int64_t v = 0; v < vectors && pairs_; ++v) {
+      const int64_t begin = group_begin<A>(v, lanes), pixel = begin / channels, left = (pixel + 1) * channels - begin;
+      first_[v] = uint16_t(pixel), second_[v] = uint16_t(at_most(pixel + 1, abreast - 1));
+      of_first_[v] = uint16_t((1u << at_most(left, L)) - 1);
+      pairs_ = left + channels >= L;
+    }
   }
 
   // Of bits for a pixel: those of eight channels each, or one for all.
@@ -153,12 +160,29 @@ class LaneBytes {
     }
   }
 
+#if KPFUSED_AVX512
+  // Whether there is one mask for all, and no vector with lanes of three pixels.
+  bool pairs() const { return pairs_; }
+
+  // The words then, as many as there may be.
+  KPFUSED_INLINE void words_of_pairs(const uint8_t* bits, LaneWord<A>* to) const {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)bits);
+    const __m512i pixels = _mm512_movm_epi16(_mm_test_epi8_mask(bytes, bytes));
+    const __m512i first = _mm512_permutexvar_epi16(_mm512_load_si512(first_), pixels);
+    const __m512i second = _mm512_permutexvar_epi16(_mm512_load_si512(second_), pixels);
+    constexpr int kChoose = 0xca;  // the first where set, else the second
+    _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(_mm512_load_si512(of_first_), first, second, kChoose));
+  }
+#endif
+
  private:
   static constexpr int kVectors = kVectorBytes / L;  // whose lanes are as many as a vector has bytes
   static constexpr int kBlocks = int(ceil_div(kAbreastChannels, kVectors));
   static constexpr uint8_t kNone = 0x80;  // gives zero in a shuffle
   int64_t bytes_;
   int blocks_;
+  bool pairs_ = false;
+  alignas(64) uint16_t first_[kAbreastChannels], second_[kAbreastChannels], of_first_[kAbreastChannels];
   alignas(64) uint8_t index_[kMost][kBlocks * kVectorBytes], bit_[kBlocks * kVectorBytes];
 };
 
@@ -285,7 +309,6 @@ class Counted {
 
   // Of each pixel, bits of `count` channels from `channel` on, at most eight, or of one mask for all.
   KPFUSED_INLINE void bits_of(const uint8_t* mask, int64_t channel, int64_t count, int64_t pixels, uint8_t* to) const {
-    typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
     const uint8_t all = uint8_t((1u << count) - 1);
     const uint8_t first = between_ == 0 ? all : 1;
     const int64_t planes = between_ == 0 ? 1 : count;
@@ -298,14 +321,28 @@ class Counted {
       }
       return;
     }
+    // Most often eight, unfolded.
+    planes == 8 ? add_planes(mask, std::integral_constant<int64_t, 8>{}, first, pixels, to)
+                : add_planes(mask, planes, first, pixels, to);
+  }
+
+  // Bits of planes, the first one's `first`, each of the others' twice that of the one before.
+  template <class N>
+  KPFUSED_INLINE void add_planes(const uint8_t* mask, N planes, uint8_t first, int64_t pixels, uint8_t* to) const {
+    typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
     for (int64_t i = 0; i < pixels; i += kVectorBytes) {
       const int64_t at = at_most(i, pixels - kVectorBytes);
+      const uint8_t* from = mask + at;
       Bytes bits = {}, one = Bytes{} + first;
-      for (int64_t k = 0; k < planes; ++k, one += one) {
-        const uint8_t* const from = mask + k * between_ + at;
+      for (int64_t k = 0; k < planes; ++k, from += between_, one += one) {
         Bytes bytes;
         __builtin_memcpy(&bytes, from, sizeof(bytes));
-        bits |= bytes != 0 ? one : Bytes{};
+#if KPFUSED_AVX512
+        bits = (Bytes)_mm512_mask_add_epi8((__m512i)bits, _mm512_test_epi8_mask((__m512i)bytes, (__m512i)bytes),
+                                           (__m512i)bits, (__m512i)one);
+#else
+        bits |= (Bytes)(bytes != 0) & one;
+#endif
       }
       __builtin_memcpy(to + at, &bits, sizeof(bits));
     }
@@ -333,6 +370,12 @@ class Counted {
   void abreast(const uint8_t* mask, int64_t pixels, Word* to) const {
     uint8_t bits[LaneBytes<A>::kMost][kPiece + LaneBytes<A>::kPixels];
     for (int64_t b = 0; b < lane_bytes_.bytes(); ++b) bits_of(mask, b * 8, at_most(channels_ - b * 8, 8), pixels, bits[b]);
+#if KPFUSED_AVX512
+    if (lane_bytes_.pairs()) {
+      for (int64_t i = 0; i < pixels; i += abreast_, to += vectors_) lane_bytes_.words_of_pairs(bits[0] + i, to);
+      return;
+    }
+#endif
     const auto words = [&](auto bytes) __attribute__((always_inline)) {
       for (int64_t i = 0; i < pixels; i += abreast_, to += vectors_) {
         lane_bytes_.template words<decltype(bytes)::value>(bits[0] + i, sizeof(bits[0]), to);
@@ -352,7 +395,7 @@ class Counted {
   const int64_t between_;  // the masks of two channels
   Vec<A> rows_[kGroups<A>], cols_[kGroups<A>];  // the valid size for each lane, columns counted from a group's first pixel
   const LaneBytes<A>& lane_bytes_;
-  Word words_[kCountedWords + kVectorBytes / L];  // with room for the last block
+  Word words_[kCountedWords + kAbreastChannels];  // with room for the last ones written at once
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA
