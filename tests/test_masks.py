@@ -242,3 +242,33 @@ def test_masks_where_pixels_stand_abreast(device: str, kind: str, channels: int,
             torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * width)
             (got,) = torch.autograd.grad(actual, heatmap, upstream.float())
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("less", [0, 3, 8])
+@pytest.mark.parametrize("width", [16, 40, 56, 72, 130, 520, 1032])
+def test_masks_along_rows(device: str, width: int, less: int, dtype: torch.dtype) -> None:
+    """Rows with gaps, in map and mask, of whole vectors and not; a valid size of whole bytes of bits and not."""
+    shape = (2, 3, 33, width)
+    heatmap = cases.random((2, 3, 33, width + 5)).to(device)[..., 5:]
+    mask = (torch.rand(2, 1, 33, width + 3, device=device) < 0.6)[..., 3:]
+    mask[0, 0, 10:20] = True
+    keywords: dict[str, Any] = {"mask": mask, "valid_size": (31, width - less)}
+    counts = reference.counting(heatmap, mask, keywords["valid_size"])
+    assert counts is not None
+    heatmap = heatmap.masked_fill(~counts.expand(shape), torch.nan).to(dtype)
+    beta = torch.tensor([1.0, -0.7, 2.0], dtype=torch.float64, device=device)
+    expected = reference.soft_argmax2d(heatmap.double(), beta=beta, **keywords)
+    got = kpfused.soft_argmax2d(heatmap, beta=beta.to(torch.promote_types(dtype, torch.float32)), **keywords)
+    tolerance = {"atol": 1e-10, "rtol": 1e-10} if dtype == torch.float64 else {"atol": 1e-3 * width / 100, "rtol": 1e-4}
+    torch.testing.assert_close(got.double(), expected, **tolerance)
+
+
+def test_masks_that_are_copied_for_a_batch_give_the_bits_of_one_image(device: str) -> None:
+    """Such a mask has other strides for one image than in a batch of them."""
+    heatmap = cases.random((2, 2, 2, 128, 128)).to(device, torch.float32)
+    mask = (torch.rand(2, 1, 2, 128, 128, device=device) < 0.6).mT
+    together = kpfused.soft_argmax2d(heatmap, mask=mask)
+    for i in range(2):
+        alone = kpfused.soft_argmax2d(heatmap[i], mask=mask[i])
+        torch.testing.assert_close(alone, together[i], atol=0, rtol=0)

@@ -50,7 +50,7 @@ KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
   return !pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0;
 }
 
-// Words that a chunk may need: lane_chunks() sees to it that no chunk needs more.
+// Words that a chunk may need: lane_chunks() sees to it that no chunk needs more, and those through a buffer need fewer.
 constexpr int64_t kCountedWords = 8192;
 
 // The bytes of a mask for the next chunk: from `p + first` on, in runs, `between` bytes from one to the next. Of one mask for
@@ -93,8 +93,8 @@ struct CountedLanes {
   }
 };
 
-// From bits of pixels to those of lanes where pixels stand abreast: a byte for each lane, that of its pixel and of its channel
-// with seven others, and of it the channel's bit.
+// From bits of pixels to words of lanes where pixels stand abreast. Every lane gets a byte of its pixel, the one in which its
+// channel is a bit, and counts where that bit is set.
 template <class A>
 class LaneBytes {
  public:
@@ -117,8 +117,8 @@ class LaneBytes {
     pairs_ = KPFUSED_AVX512 && sizeof(A) == 4 && bytes_ == 1 && channels > 8;
     for (int64_t v = 0; v < vectors && pairs_; ++v) {
       const int64_t begin = group_begin<A>(v, lanes), pixel = begin / channels, left = (pixel + 1) * channels - begin;
-      first_[v] = uint16_t(pixel), second_[v] = uint16_t(at_most(pixel + 1, abreast - 1));
-      of_first_[v] = uint16_t((1u << at_most(left, L)) - 1);
+      pixel_[v] = uint16_t(pixel), next_[v] = uint16_t(at_most(pixel + 1, abreast - 1));
+      of_pixel_[v] = uint16_t((1u << at_most(left, L)) - 1);
       pairs_ = left + channels >= L;
     }
   }
@@ -164,14 +164,14 @@ class LaneBytes {
   // Whether there is one mask for all, and no vector with lanes of three pixels.
   bool pairs() const { return pairs_; }
 
-  // The words then, as many as there may be.
+  // The words then; writes kAbreastChannels of them.
   KPFUSED_INLINE void words_of_pairs(const uint8_t* bits, LaneWord<A>* to) const {
     const __m128i bytes = _mm_loadu_si128((const __m128i*)bits);
     const __m512i pixels = _mm512_movm_epi16(_mm_test_epi8_mask(bytes, bytes));
-    const __m512i first = _mm512_permutexvar_epi16(_mm512_load_si512(first_), pixels);
-    const __m512i second = _mm512_permutexvar_epi16(_mm512_load_si512(second_), pixels);
+    const __m512i first = _mm512_permutexvar_epi16(_mm512_load_si512(pixel_), pixels);
+    const __m512i second = _mm512_permutexvar_epi16(_mm512_load_si512(next_), pixels);
     constexpr int kChoose = 0xca;  // the first where set, else the second
-    _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(_mm512_load_si512(of_first_), first, second, kChoose));
+    _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(_mm512_load_si512(of_pixel_), first, second, kChoose));
   }
 #endif
 
@@ -182,7 +182,7 @@ class LaneBytes {
   int64_t bytes_;
   int blocks_;
   bool pairs_ = false;
-  alignas(64) uint16_t first_[kAbreastChannels], second_[kAbreastChannels], of_first_[kAbreastChannels];
+  alignas(64) uint16_t pixel_[kAbreastChannels], next_[kAbreastChannels], of_pixel_[kAbreastChannels];
   alignas(64) uint8_t index_[kMost][kBlocks * kVectorBytes], bit_[kBlocks * kVectorBytes];
 };
 
@@ -212,6 +212,10 @@ class Counted {
         rows.values[a * channels + c] = A(each.rows), cols.values[a * channels + c] = A(each.cols - a);
       }
     }
+    // Lanes beyond the channels of a padded buffer repeat the last channel.
+    for (int64_t i = abreast * channels; i < lanes_; ++i) {
+      rows.values[i] = rows.values[i - 1], cols.values[i] = cols.values[i - 1];
+    }
     for (int64_t g = 0; g < vectors_; ++g) rows_[g] = rows.get(g, lanes_), cols_[g] = cols.get(g, lanes_);
   }
 
@@ -221,7 +225,8 @@ class Counted {
     const int64_t pixels = range.cols / abreast_, words = range.rows * pixels * vectors_;
     if (first_.mask) masked(range);
     if (sized) within_size(range);
-    return {all_count(words) ? nullptr : words_, pixels * vectors_, vectors_, ahead(range)};
+    if (all_count(words)) return {};
+    return {words_, pixels * vectors_, vectors_, ahead(range)};
   }
 
  private:
@@ -332,11 +337,10 @@ class Counted {
     typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
     for (int64_t i = 0; i < pixels; i += kVectorBytes) {
       const int64_t at = at_most(i, pixels - kVectorBytes);
-      const uint8_t* from = mask + at;
       Bytes bits = {}, one = Bytes{} + first;
-      for (int64_t k = 0; k < planes; ++k, from += between_, one += one) {
+      for (int64_t k = 0; k < planes; ++k, one += one) {
         Bytes bytes;
-        __builtin_memcpy(&bytes, from, sizeof(bytes));
+        __builtin_memcpy(&bytes, mask + k * between_ + at, sizeof(bytes));
 #if KPFUSED_AVX512
         bits = (Bytes)_mm512_mask_add_epi8((__m512i)bits, _mm512_test_epi8_mask((__m512i)bytes, (__m512i)bytes),
                                            (__m512i)bits, (__m512i)one);
@@ -357,7 +361,8 @@ class Counted {
     for (int64_t g = 0; g < vectors_; ++g) {
       const int64_t channel = at_least(at_most(g * L, channels_ - L), 0), channels = at_most(channels_, L);
       for (int b = 0; b < kBytes; ++b) {
-        bits_of(mask, channel + b * 8, at_least(at_most(channels - b * 8, 8), 0), pixels, bits[b]);
+        const int64_t some = at_most(channels - b * 8, 8);
+        some > 0 ? bits_of(mask, channel + b * 8, some, pixels, bits[b]) : void(__builtin_memset(bits[b], 0, pixels));
       }
       for (int64_t i = 0; i < pixels; ++i) {
         const uint32_t all = bits[0][i] | (kBytes > 1 ? bits[kBytes - 1][i] << 8 : 0) | beyond;

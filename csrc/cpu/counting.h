@@ -110,18 +110,31 @@ KPFUSED_INLINE BitsVector<T> choose(const uint8_t* mask, BitsVector<T> v, BitsVe
 template <class A>
 using LaneWord = std::conditional_t<sizeof(A) == 8, uint8_t, uint16_t>;
 #else
+__extension__ typedef unsigned __int128 Uint128;
 template <class A>
-using LaneWord = std::conditional_t<kLanes<A> == 8, uint64_t, std::conditional_t<kLanes<A> == 4, uint32_t, uint16_t>>;
+using LaneWord = std::conditional_t<
+    kLanes<A> == 16, Uint128,
+    std::conditional_t<kLanes<A> == 8, uint64_t, std::conditional_t<kLanes<A> == 4, uint32_t, uint16_t>>>;
 #endif
+static_assert(8 * sizeof(LaneWord<float>) == kLanes<float> || sizeof(LaneWord<float>) == kLanes<float>);
+static_assert(8 * sizeof(LaneWord<double>) == kLanes<double> || sizeof(LaneWord<double>) == kLanes<double>);
 
 // From a bit for each lane.
 template <class A>
 KPFUSED_INLINE LaneWord<A> lane_word(uint32_t bits) {
-  if constexpr (sizeof(LaneWord<A>) < kLanes<A>) return LaneWord<A>(bits);
-  // All of them in each byte, of which its own is left, carried to the byte's highest bit, and from there to all of it.
-  const uint64_t own = (bits & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
-  const uint64_t highest = (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
-  return LaneWord<A>(highest * 0xff);
+  // All of eight in each byte, of which its own is left, carried to the byte's highest bit, and from there to all of it.
+  const auto spread = [](uint32_t eight) {
+    const uint64_t own = (eight & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
+    const uint64_t highest = (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+    return LaneWord<A>(highest * 0xff);
+  };
+  if constexpr (sizeof(LaneWord<A>) < kLanes<A>) {
+    return LaneWord<A>(bits);
+  } else if constexpr (kLanes<A> > 8) {
+    return spread(bits) | spread(bits >> 8) << 64;
+  } else {
+    return spread(bits);
+  }
 }
 
 // v in the lanes that count, elsewhere `otherwise`. `word` need not be aligned.

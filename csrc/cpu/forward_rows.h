@@ -61,15 +61,13 @@ class ForwardRows {
   // Bytes of a chunk. What is done at the end of its columns is more with moments.
   static constexpr int64_t kBytes = kMoments ? 2 * kChunkBytes : kChunkBytes;
 
-  // Whether bits of a mask are what the sums take, in whole bytes for each row, rather than a copy of what counts.
-  bool by_bits(const Counting& counting, int64_t cols) const {
-    return KPFUSED_AVX512 && !kMoments && !plan_.flat && counting.mask && counting.stride_x == 1 && cols % 8 == 0;
-  }
+  // Whether bits of a mask are what the sums take, rather than a copy of what counts: they are whole bytes for each row.
+  bool by_bits(int64_t cols) const { return KPFUSED_AVX512 && !kMoments && !plan_.flat && cols % 8 == 0; }
 
-  // Beside a copy, a chunk is two: as it is in memory, and in the buffer.
+  // Beside a copy, a chunk is two: as it is in memory, and in the buffer. The mask's layout must not matter: it may be another
+  // for a map alone.
   Tiling chunks_of(int64_t rows, int64_t cols) const {
-    const bool copied = params_.pixels.mask && !by_bits(counting_of(params_.pixels, view_, 0), view_.width);
-    return plan_.chunks(rows, cols, copied ? kGatherBytes : kBytes);
+    return plan_.chunks(rows, cols, params_.pixels.mask && !by_bits(view_.width) ? kGatherBytes : kBytes);
   }
 
   Part part_of(const T* base, int64_t item) const {
@@ -179,14 +177,14 @@ class ForwardRows {
     const T* const p = part.p + y * view_.stride_y + x;
     const A x0 = centred<A>(col, view_.width), y0 = centred<A>(row, view_.height);
     RowsChunk<T> chunk = {p, view_.stride_y, rows, valid, x0, y0, after(part, i, j), view_.stride_y};
-    const bool enough = !plan_.flat && valid >= kLanes<A>;
-    if (enough && (!counting.mask || all_set(counting, {row, rows, col, valid}))) return rows_chunk(chunk, sharp, so_far);
     if (counting.mask && counting.stride_x == 1) {
       chunk.mask = counting.mask + row * counting.stride_y + col, chunk.mask_y = counting.stride_y;
     }
+    const bool enough = !plan_.flat && valid >= kLanes<A>;
+    if (enough && (!counting.mask || all_set(counting, {row, rows, col, valid}))) return rows_chunk(chunk, sharp, so_far);
 #if KPFUSED_AVX512
     if constexpr (!kMoments) {
-      if (enough && by_bits(counting, valid)) return sums_by_bits(chunk, sharp);
+      if (enough && chunk.mask && by_bits(valid)) return sums_by_bits<kBytes>(chunk, sharp);
     }
 #endif
     if (!plan_.flat) cols = at_least(valid, kLanes<A>);

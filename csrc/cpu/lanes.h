@@ -93,8 +93,8 @@ struct ColumnList {
   }
 };
 
-// Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes. Half as many beside a
-// mask, which is read meanwhile.
+// Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes. Half as many where
+// lanes count by themselves: a mask is read meanwhile.
 constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 
 // Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, kChunkBytes are read twice in a row: those

@@ -207,10 +207,9 @@ State<Acc<T>> chunk_sums(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sha
 
 #if KPFUSED_AVX512
 // Of the pixels of a mask, where they are, whatever the others hold.
-template <class T>
+template <int64_t kBytes, class T>
 KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const Sharpness<Acc<T>>& sharp) {
-  // Rows are counted by pieces of average width, and none is twice as wide.
-  constexpr int64_t kMost = 2 * kChunkBytes / int64_t(sizeof(T));
+  constexpr int64_t kMost = 2 * kBytes / int64_t(sizeof(T));  // as of a copy
   uint8_t bits[kMost / 8 + 8];
   const Acc<T> peak = sharp.sign < 0 ? count_bits<T, true>(chunk, bits) : count_bits<T, false>(chunk, bits);
   chunk.bits = bits, chunk.peak = &peak;
