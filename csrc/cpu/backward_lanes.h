@@ -117,27 +117,21 @@ class BackwardLanes {
   }
 
  private:
-  // Lanes beyond the channels of a padded buffer repeat the last channel.
   void load_maps(int64_t map, int64_t channels, Lanes& lanes) const {
-    const int64_t padded = at_least(channels * abreast_, L), groups = ceil_div(padded, L);
     Map maps[2 * kChannelBlock];
     for (int64_t c = 0; c < channels; ++c) load_gradient(params_, map + c, maps[c]);
-    for (int64_t g = 0; g < groups; ++g) {
+    for_lanes<A>(channels, abreast_, [&](int64_t g, int i, int64_t pixel, int64_t c) {
       auto& group = lanes.group[g];
-      for (int i = 0; i < L; ++i) {
-        const int64_t lane = group_begin<A>(g, padded) + i, a = at_most(lane / channels, abreast_ - 1);
-        const Map& m = maps[at_most(lane - a * channels, channels - 1)];
-        group.pixel[i] = A(a);
-        group.of.sign[i] = m.of.sign, group.of.peak[i] = m.of.peak, group.beta[i] = m.beta;
-        group.of.scale[i] = m.of.scale, group.of.lowest[i] = m.of.lowest;
-        group.x[i] = m.q.x, group.y[i] = m.q.y, group.mean_x[i] = m.q.mean_x, group.mean_y[i] = m.q.mean_y;
-        if constexpr (kMoments) {
-          group.constant[i] = m.q.constant, group.distance[i] = m.q.distance;
-          group.xx[i] = m.q.xx, group.xy[i] = m.q.xy, group.yy[i] = m.q.yy;
-        }
+      const Map& m = maps[c];
+      group.pixel[i] = A(pixel), group.dbeta[i] = A(0);
+      group.of.sign[i] = m.of.sign, group.of.peak[i] = m.of.peak, group.beta[i] = m.beta;
+      group.of.scale[i] = m.of.scale, group.of.lowest[i] = m.of.lowest;
+      group.x[i] = m.q.x, group.y[i] = m.q.y, group.mean_x[i] = m.q.mean_x, group.mean_y[i] = m.q.mean_y;
+      if constexpr (kMoments) {
+        group.constant[i] = m.q.constant, group.distance[i] = m.q.distance;
+        group.xx[i] = m.q.xx, group.xy[i] = m.q.xy, group.yy[i] = m.q.yy;
       }
-      group.dbeta = Vec<A>{};
-    }
+    });
   }
 
   // The part that lies within the valid size; gradients of the rest are zero.
@@ -170,7 +164,7 @@ class BackwardLanes {
         GradientChunk<T> chunk = all;
         chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
         chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x * all.abreast, chunk.cols = chunks.x.size(j);
-        chunk.counted = counted.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast});
+        chunk.counted = counted.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast}, nullptr);
         pixels<true>(chunk, lanes);
       }
     }
@@ -253,7 +247,7 @@ class BackwardLanes {
                     range.rows, range.cols, all.lanes);
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
                                   range.cols, range.row, range.col, padded, 1,        {},     {}};
-        if (!params_.pixels.all()) chunk.counted = counted.of(range);
+        if (!params_.pixels.all()) chunk.counted = counted.of(range, nullptr);
         pixels<true>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
                     range.cols, all.lanes);

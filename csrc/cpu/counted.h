@@ -8,41 +8,9 @@
 #pragma once
 
 #include "counting.h"
+#include "lane_vectors.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
-
-// Channels of a map whose pixels may stand abreast.
-constexpr int64_t kAbreastChannels = 32;
-
-// Vectors that hold the lanes of one work item. Numbers of these are called group; groups of pixels are those abreast.
-template <class A>
-constexpr int kGroups = int(at_least(2 * kChannelBlock / kLanes<A>, kAbreastChannels));
-
-// First lane of such a vector: the last one overlaps the one before.
-template <class A>
-KPFUSED_INLINE int64_t group_begin(int64_t group, int64_t lanes) {
-  return at_most(group * kLanes<A>, lanes - kLanes<A>);
-}
-
-// The lanes of all vectors one after the other, for what is done between channels and the pixels that stand abreast.
-template <class A>
-struct LaneRow {
-  static constexpr int64_t L = kLanes<A>;
-  A values[(kGroups<A> + 1) * L];
-
-  KPFUSED_INLINE void set(int64_t group, int64_t lanes, Vec<A> v) { store_vector(values + group_begin<A>(group, lanes), v); }
-  KPFUSED_INLINE Vec<A> get(int64_t group, int64_t lanes) const { return load_vector(values + group_begin<A>(group, lanes)); }
-
-  // Gives all pixels what their channel has. What is written beyond one is overwritten by the next.
-  KPFUSED_INLINE void spread(int64_t abreast, int64_t channels) {
-    Vec<A> from[kAbreastChannels / L + 1];  // not read where it has just been written, which would have to be waited for
-    const int64_t vectors = ceil_div(channels, L);
-    for (int64_t i = 0; i < vectors; ++i) from[i] = load_vector(values + i * L);
-    for (int64_t a = 1; a < abreast; ++a) {
-      for (int64_t i = 0; i < vectors; ++i) store_vector(values + a * channels + i * L, from[i]);
-    }
-  }
-};
 
 // Whether all channels of a pixel count, or none.
 KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner == 0; }
@@ -53,11 +21,11 @@ KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
 // Words that a chunk may need: lane_chunks() sees to it that no chunk needs more, and those through a buffer need fewer.
 constexpr int64_t kCountedWords = 8192;
 
-// The bytes of a mask for the next chunk: from `p + first` on, in runs, `between` bytes from one to the next. Of one mask for
-// all there are few: nothing is fetched.
+// The bytes of a mask for the next chunk: in runs, `between` bytes from one to the next. Of one mask for all there are few:
+// nothing is fetched.
 struct MaskAhead {
   const uint8_t* p;
-  int64_t first, run, between;
+  int64_t run, between;
 };
 
 // Goes through them in order, from byte `begin` on.
@@ -67,7 +35,7 @@ class MaskWalk {
       : p_(ahead.p), run_(ahead.run), gap_(ahead.between - ahead.run), at_(0), left_(0) {
     if (run_ == 0) return;
     const int64_t index = begin / run_;
-    at_ = ahead.first + begin + index * gap_, left_ = (index + 1) * run_ - begin;
+    at_ = begin + index * gap_, left_ = (index + 1) * run_ - begin;
   }
   KPFUSED_INLINE void fetch(int64_t bytes) {
     if (run_ == 0) return;
@@ -105,12 +73,14 @@ class LaneBytes {
     if (!pixels.mask || abreast == 1) return;
     const int64_t lanes = abreast * channels, vectors = ceil_div(lanes, L);
     blocks_ = int(ceil_div(vectors, kVectors));
+    const auto first_lane = [&](int64_t v) { return group_begin<A>(at_most(v, vectors - 1), lanes); };
     for (int64_t v = 0; v < blocks_ * kVectors; ++v) {
-      const int64_t begin = group_begin<A>(at_most(v, vectors - 1), lanes);
+      const int64_t begin = first_lane(v), near = bytes_ == 1 ? 0 : first_lane(v * L / kShuffled * kShuffled / L) / channels;
       int64_t pixel = begin / channels, channel = begin - pixel * channels;
       for (int64_t i = v * L; i < (v + 1) * L; ++i) {
-        for (int64_t b = 0; b < bytes_; ++b) index_[b][i] = bytes_ == 1 || b == channel / 8 ? uint8_t(pixel) : kNone;
+        index_[i] = bytes_ == 1 ? uint8_t(pixel) : uint8_t((pixel - near) * 4 + channel / 8);
         bit_[i] = uint8_t(1 << channel % 8);
+        if (i % 4 == 0) near_[i / 4] = uint32_t(at_most(near + i / 4 % 4, kPixels - 1));
         if (++channel == channels) channel = 0, ++pixel;
       }
     }
@@ -126,38 +96,51 @@ class LaneBytes {
   // Of bits for a pixel: those of eight channels each, or one for all.
   int64_t bytes() const { return bytes_; }
 
-  // Words for some pixels abreast, the bytes of which lie `stride` apart. Writes whole blocks.
+  // Words for some pixels abreast, the bytes of which lie `stride` apart. Writes whole blocks. Of several bytes a pixel has
+  // four side by side; sixteen lanes have theirs in four pixels at most, which are brought near first.
   template <int kBytes>
   KPFUSED_INLINE void words(const uint8_t* bits, int64_t stride, LaneWord<A>* to) const {
+#if KPFUSED_AVX512
+    __m512i pixels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)bits));
+    if (kBytes > 1) pixels = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bits));
+    for (int b = 1; b < kBytes; ++b) {
+      const __m512i more = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
+      pixels = _mm512_or_si512(pixels, _mm512_slli_epi32(more, 8 * b));
+    }
     for (int block = 0; block < blocks_; ++block, to += kVectors) {
       const int64_t at = int64_t(block) * kVectorBytes;
-#if KPFUSED_AVX512
-      __m512i lanes = _mm512_setzero_si512();
-      for (int b = 0; b < kBytes; ++b) {
-        const __m512i pixels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
-        lanes = _mm512_or_si512(lanes, _mm512_shuffle_epi8(pixels, _mm512_load_si512(index_[b] + at)));
-      }
+      const __m512i near = kBytes == 1 ? pixels : _mm512_permutexvar_epi32(_mm512_load_si512(near_ + at / 4), pixels);
+      const __m512i lanes = _mm512_shuffle_epi8(near, _mm512_load_si512(index_ + at));
       const __mmask64 set = _mm512_test_epi8_mask(lanes, _mm512_load_si512(bit_ + at));
       __builtin_memcpy(to, &set, sizeof(set));
+    }
 #elif KPFUSED_AVX2
-      __m256i lanes = _mm256_setzero_si256();
-      for (int b = 0; b < kBytes; ++b) {
-        const __m256i pixels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
-        lanes = _mm256_or_si256(lanes, _mm256_shuffle_epi8(pixels, _mm256_load_si256((const __m256i*)(index_[b] + at))));
-      }
+    __m256i pixels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bits));
+    if (kBytes > 1) pixels = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bits));
+    for (int b = 1; b < kBytes; ++b) {
+      const __m256i more = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(bits + b * stride)));
+      pixels = _mm256_or_si256(pixels, _mm256_slli_epi32(more, 8 * b));
+    }
+    for (int block = 0; block < blocks_; ++block, to += kVectors) {
+      const int64_t at = int64_t(block) * kVectorBytes;
+      const __m256i near =
+          kBytes == 1 ? pixels : _mm256_permutevar8x32_epi32(pixels, _mm256_load_si256((const __m256i*)(near_ + at / 4)));
+      const __m256i lanes = _mm256_shuffle_epi8(near, _mm256_load_si256((const __m256i*)(index_ + at)));
       const __m256i bit = _mm256_load_si256((const __m256i*)(bit_ + at));
       _mm256_storeu_si256((__m256i*)to, _mm256_cmpeq_epi8(_mm256_and_si256(lanes, bit), bit));
+    }
 #else
-      uint8_t lanes[kVectorBytes] = {};
+    for (int block = 0; block < blocks_; ++block, to += kVectors) {
+      uint8_t lanes[kVectorBytes];
       for (int i = 0; i < kVectorBytes; ++i) {
-        for (int b = 0; b < kBytes; ++b) {
-          const uint8_t index = index_[b][at + i];
-          if (index != kNone && (bits[b * stride + index] & bit_[at + i])) lanes[i] = 0xff;
-        }
+        const int at = block * kVectorBytes + i, pixel = kBytes == 1 ? 0 : int(near_[at / kShuffled * kShuffled / 4]);
+        const uint8_t* const byte =
+            kBytes == 1 ? bits + index_[at] : bits + index_[at] % 4 * stride + pixel + index_[at] / 4;
+        lanes[i] = *byte & bit_[at] ? 0xff : 0;
       }
       __builtin_memcpy(to, lanes, sizeof(lanes));
-#endif
     }
+#endif
   }
 
 #if KPFUSED_AVX512
@@ -178,12 +161,13 @@ class LaneBytes {
  private:
   static constexpr int kVectors = kVectorBytes / L;  // whose lanes are as many as a vector has bytes
   static constexpr int kBlocks = int(ceil_div(kAbreastChannels, kVectors));
-  static constexpr uint8_t kNone = 0x80;  // gives zero in a shuffle
+  static constexpr int kShuffled = 16;             // lanes that a shuffle serves from the same bytes
   int64_t bytes_;
   int blocks_;
   bool pairs_ = false;
   alignas(64) uint16_t pixel_[kAbreastChannels], next_[kAbreastChannels], of_pixel_[kAbreastChannels];
-  alignas(64) uint8_t index_[kMost][kBlocks * kVectorBytes], bit_[kBlocks * kVectorBytes];
+  alignas(64) uint8_t index_[kBlocks * kVectorBytes], bit_[kBlocks * kVectorBytes];
+  alignas(64) uint32_t near_[kBlocks * kVectorBytes / 4];  // the pixels that go to each of sixteen lanes' four
 };
 
 // Which pixels of a chunk count, for each channel of a block. `abreast` as in pixels_abreast(): a lane is a channel of one of
@@ -205,38 +189,34 @@ class Counted {
         between_(pixels.mask_view.stride_inner),
         lane_bytes_(lane_bytes) {
     if (!pixels.sizes) return;
-    LaneRow<A> rows, cols;
+    A rows[2 * kChannelBlock], cols[2 * kChannelBlock];
     for (int64_t c = 0; c < channels; ++c) {
       const Counting each = counting_of(pixels, view, first_map + c);
-      for (int64_t a = 0; a < abreast; ++a) {
-        rows.values[a * channels + c] = A(each.rows), cols.values[a * channels + c] = A(each.cols - a);
-      }
+      rows[c] = A(each.rows), cols[c] = A(each.cols);
     }
-    // Lanes beyond the channels of a padded buffer repeat the last channel.
-    for (int64_t i = abreast * channels; i < lanes_; ++i) {
-      rows.values[i] = rows.values[i - 1], cols.values[i] = cols.values[i - 1];
-    }
-    for (int64_t g = 0; g < vectors_; ++g) rows_[g] = rows.get(g, lanes_), cols_[g] = cols.get(g, lanes_);
+    for_lanes<A>(channels, abreast, [&](int64_t g, int i, int64_t pixel, int64_t c) {
+      rows_[g][i] = rows[c], cols_[g][i] = cols[c] - A(pixel);
+    });
   }
 
-  CountedLanes<A> of(const PixelRange& range) {
+  // `next`: the mask from the first pixel of the next chunk on, to be fetched; or null.
+  CountedLanes<A> of(const PixelRange& range, const uint8_t* next) {
     const bool sized = !same_size_ || range.row + range.rows > first_.rows || range.col + range.cols > first_.cols;
     if (!first_.mask && !sized) return {};
     const int64_t pixels = range.cols / abreast_, words = range.rows * pixels * vectors_;
     if (first_.mask) masked(range);
     if (sized) within_size(range);
     if (all_count(words)) return {};
-    return {words_, pixels * vectors_, vectors_, ahead(range)};
+    return {words_, pixels * vectors_, vectors_, ahead(range, next)};
   }
 
  private:
   static constexpr int64_t kPiece = 256;  // pixels whose bits are found at once
 
-  MaskAhead ahead(const PixelRange& range) const {
-    if (!first_.mask || between_ == 0) return {};
+  MaskAhead ahead(const PixelRange& range, const uint8_t* next) const {
+    if (!next || between_ == 0) return {};
     const int64_t pixels = range.rows * range.cols;
-    return {first_.mask, (range.row + range.rows) * first_.stride_y + range.col * first_.stride_x,
-            between_ == 1 ? pixels * channels_ : pixels, between_};
+    return {next, between_ == 1 ? pixels * channels_ : pixels, between_};
   }
 
   void within_size(const PixelRange& range) {

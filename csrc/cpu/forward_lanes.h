@@ -28,19 +28,21 @@ class ForwardLanes {
 
   void run(int64_t begin, int64_t end) const {
     const int64_t parts = parts_.count();
+    Lanes lanes;
+    int64_t loaded = 0;  // channels for which lanes have their beta, as long as there is one
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item % blocks_.count, part = item / blocks_.count % parts;
       const int64_t outer = item / blocks_.count / parts;
       const int64_t first = blocks_.begin(block), channels = blocks_.begin(block + 1) - first;
-      Lanes lanes;
-      load_beta(outer * view_.inner + first, channels, lanes);
+      if (params_.beta.values || channels != loaded) load_beta(outer * view_.inner + first, channels, lanes);
+      loaded = channels;
       const int64_t then = at_most(item + 1, end - 1);
-      const T* const base = origin(outer, part, first);
-      const T* const next =
+      const Origin base = origin(outer, part, first);
+      const Origin next =
           origin(then / blocks_.count / parts, then / blocks_.count % parts, blocks_.begin(then % blocks_.count));
       const int64_t first_map = outer * view_.inner + first;
       if (channels * abreast_ < kLanes<A>) {
-        run_buffered(base, part, first_map, channels, lanes);
+        run_buffered(base.heatmap, part, first_map, channels, lanes);
       } else {
         switch (lane_counts(params_.pixels, view_, abreast_)) {
           case Counts::all: run_part<Counts::all>(base, next, part, first_map, channels, lanes); break;
@@ -63,24 +65,13 @@ class ForwardLanes {
     Nothing(const PixelView&, const MapView&, const LaneBytes<A>&, int64_t, int64_t, int64_t) {}
   };
 
-  // Lanes beyond the channels of a padded buffer get the beta of the last.
   void load_beta(int64_t map, int64_t channels, Lanes& lanes) const {
-    constexpr int L = kLanes<A>;
-    const int64_t padded = at_least(channels * abreast_, L), groups = ceil_div(padded, L);
     Sharpness<A> sharp = sharpness(params_.beta.values ? A(1) : A(params_.beta.value));
-    for (int64_t g = 0; g < groups; ++g) {
-      A sign[L], scale[L], pixel[L];
-      for (int i = 0; i < L; ++i) {
-        const int64_t lane = group_begin<A>(g, padded) + i, a = at_most(lane / channels, abreast_ - 1);
-        const int64_t c = at_most(lane - a * channels, channels - 1);
-        if (params_.beta.values) sharp = sharpness(beta_of<A>(params_.beta, map + c));
-        sign[i] = sharp.sign, scale[i] = sharp.scale, pixel[i] = A(a);
-      }
-      lanes.sign[g] = load_vector(sign);
-      lanes.scale[g] = load_vector(scale);
-      lanes.lowest[g] = Exp2Constants<A>::kLowest / lanes.scale[g];
-      lanes.pixel[g] = load_vector(pixel);
-    }
+    for_lanes<A>(channels, abreast_, [&](int64_t g, int i, int64_t pixel, int64_t c) {
+      if (params_.beta.values) sharp = sharpness(beta_of<A>(params_.beta, map + c));
+      lanes.sign[g][i] = sharp.sign, lanes.scale[g][i] = sharp.scale;
+      lanes.lowest[g][i] = Exp2Constants<A>::kLowest / sharp.scale, lanes.pixel[g][i] = A(pixel);
+    });
   }
 
   S state_of(const Lanes& lanes, int64_t c, int64_t channels) const {
@@ -93,15 +84,23 @@ class ForwardLanes {
     }
   }
 
-  const T* origin(int64_t outer, int64_t part, int64_t first) const {
+  // Where an item begins; without a mask, null.
+  struct Origin {
+    const T* heatmap;
+    const uint8_t* mask;
+  };
+  Origin origin(int64_t outer, int64_t part, int64_t first) const {
     const int64_t row = parts_.y.begin(part / parts_.x.count), col = parts_.x.begin(part % parts_.x.count);
-    return static_cast<const T*>(params_.heatmap) + outer * view_.stride_outer + first * view_.stride_inner +
-           row * view_.stride_y + col * view_.stride_x;
+    const MapView& mask = params_.pixels.mask_view;
+    const int64_t of_mask = params_.pixels.mask ? map_offset(mask, outer * view_.inner + first) : 0;
+    return {static_cast<const T*>(params_.heatmap) + outer * view_.stride_outer + first * view_.stride_inner +
+                row * view_.stride_y + col * view_.stride_x,
+            params_.pixels.mask ? params_.pixels.mask + of_mask + row * mask.stride_y + col * mask.stride_x : nullptr};
   }
 
   // `next` is where the item after this one begins.
   template <Counts kCounts>
-  void run_part(const T* base, const T* next, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
+  void run_part(const Origin& base, const Origin& next, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     Counting counting = counting_of(params_.pixels, view_, first_map);
     // Sizes of their own are in the bits.
     if (!one_size(params_.pixels, view_)) counting.rows = view_.height, counting.cols = view_.width;
@@ -112,10 +111,12 @@ class ForwardLanes {
     if (rows <= 0 || cols <= 0) return clear(channels, lanes);
     const int64_t n_lanes = channels * abreast_, stride_x = view_.stride_x * abreast_;
     const Tiling chunks = lane_chunks<T>(kCounts, rows, ceil_div(cols, abreast_), n_lanes, abreast_);
-    const auto begin = [&](int64_t n) {
-      return n == chunks.count() ? next
-                                 : base + chunks.y.begin(n / chunks.x.count) * view_.stride_y +
-                                       chunks.x.begin(n % chunks.x.count) * stride_x;
+    const auto begin = [&](int64_t n) -> Origin {
+      if (n == chunks.count()) return next;
+      const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);
+      const MapView& mask = params_.pixels.mask_view;
+      return {base.heatmap + y * view_.stride_y + x * stride_x,
+              base.mask ? base.mask + y * mask.stride_y + x * abreast_ * mask.stride_x : nullptr};
     };
     std::conditional_t<kCounts == Counts::listed, ColumnList, Nothing> list;
     std::conditional_t<kCounts == Counts::by_lanes, Counted<A>, Nothing> counted(params_.pixels, view_, lane_bytes_,
@@ -124,11 +125,12 @@ class ForwardLanes {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
       const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj) * abreast_,
                                 chunks.x.size(cj) * abreast_};
-      LanesChunk<T> chunk = {begin(n), view_.stride_y, stride_x, range.rows, chunks.x.size(cj),
+      const Origin here = begin(n), then = begin(n + 1);
+      LanesChunk<T> chunk = {here.heatmap, view_.stride_y, stride_x, range.rows, chunks.x.size(cj),
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
-                             (begin(n + 1) - begin(n)) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
+                             (then.heatmap - here.heatmap) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_lanes) chunk.counted = counted.of(range);
+      if constexpr (kCounts == Counts::by_lanes) chunk.counted = counted.of(range, then.mask);
       run_chunk<kCounts>(chunk, lanes);
     }
   }
@@ -159,7 +161,7 @@ class ForwardLanes {
       LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, 1, n == 0,
                              nullptr, {}};
-      if (!params_.pixels.all()) chunk.counted = counted.of(range);
+      if (!params_.pixels.all()) chunk.counted = counted.of(range, nullptr);
       run_chunk<Counts::by_lanes>(chunk, lanes);
     }
   }

@@ -37,18 +37,22 @@ KPFUSED_INLINE int64_t pixels_abreast(const MapView& view, const Tiling& parts, 
   return 1;
 }
 
-// Leaves op over the pixels abreast in each channel, of several rows side by side: each step waits for the one before. The
-// last vector of a half takes lanes along that were used already.
+// Leaves op over the pixels abreast in each channel, of several rows side by side: each step waits for the one before. Pixels
+// are read as they were stored, all at once: what is read where it has just been written in other vectors has to wait.
 template <class A, int N, class Op>
 KPFUSED_INLINE void fold(LaneRow<A> (&rows)[N], int64_t abreast, int64_t channels, const Op& op) {
-  constexpr int64_t L = kLanes<A>;
-  for (int64_t pixels = abreast / 2; pixels > 0; pixels /= 2) {
-    const int64_t half = pixels * channels;
-    for (int64_t i = 0; i < half; i += L) {
-      for (LaneRow<A>& row : rows) {
-        store_vector(row.values + i, op(load_vector(row.values + i), load_vector(row.values + half + i)));
+  for (int64_t i = 0; i < channels; i += kLanes<A>) {
+    Vec<A> even[N], odd[N];
+    for (int n = 0; n < N; ++n) {
+      even[n] = load_vector(rows[n].values + i), odd[n] = load_vector(rows[n].values + channels + i);
+    }
+    for (int64_t a = 2; a < abreast; a += 2) {
+      for (int n = 0; n < N; ++n) {
+        const A* const pixel = rows[n].values + a * channels + i;
+        even[n] = op(even[n], load_vector(pixel)), odd[n] = op(odd[n], load_vector(pixel + channels));
       }
     }
+    for (int n = 0; n < N; ++n) store_vector(rows[n].values + i, op(even[n], odd[n]));
   }
 }
 
