@@ -28,25 +28,30 @@ struct MaskAhead {
   int64_t run, between;
 };
 
-// Goes through them in order, from byte `begin` on.
+// Goes through them in order, from byte `begin` on, `step` bytes at a time.
 class MaskWalk {
  public:
-  KPFUSED_INLINE MaskWalk(const MaskAhead& ahead, int64_t begin)
-      : p_(ahead.p), run_(ahead.run), gap_(ahead.between - ahead.run), at_(0), left_(0) {
+  KPFUSED_INLINE MaskWalk(const MaskAhead& ahead, int64_t begin, int64_t step)
+      : p_(ahead.p), run_(ahead.run), gap_(ahead.between - ahead.run), at_(0), left_(0), step_(ahead.run > 0 ? step : 0) {
     if (run_ == 0) return;
     const int64_t index = begin / run_;
     at_ = begin + index * gap_, left_ = (index + 1) * run_ - begin;
   }
-  KPFUSED_INLINE void fetch(int64_t bytes) {
-    if (run_ == 0) return;
-    prefetch(p_, at_);
-    at_ += bytes, left_ -= bytes;
+  // How many steps, at most `count`, are in the same run; where they begin; and how far it is from one to the next.
+  KPFUSED_INLINE int64_t steps(int64_t count) const { return left_ >= count * step_ ? count : ceil_div(left_, step_); }
+  KPFUSED_INLINE const uint8_t* at(const void* otherwise) const {
+    return static_cast<const uint8_t*>(run_ == 0 ? otherwise : ahead_of(p_, at_));
+  }
+  KPFUSED_INLINE int64_t step() const { return step_; }
+
+  KPFUSED_INLINE void advance(int64_t steps) {
+    at_ += steps * step_, left_ -= steps * step_;
     if (left_ <= 0) at_ += gap_, left_ += run_;
   }
 
  private:
   const uint8_t* p_;
-  int64_t run_, gap_, at_, left_;
+  int64_t run_, gap_, at_, left_, step_;
 };
 
 // The words of a chunk; null if all count.
@@ -73,17 +78,27 @@ class LaneBytes {
     if (!pixels.mask || abreast == 1) return;
     const int64_t lanes = abreast * channels, vectors = ceil_div(lanes, L);
     blocks_ = int(ceil_div(vectors, kVectors));
-    const auto first_lane = [&](int64_t v) { return group_begin<A>(at_most(v, vectors - 1), lanes); };
     for (int64_t v = 0; v < blocks_ * kVectors; ++v) {
-      const int64_t begin = first_lane(v), near = bytes_ == 1 ? 0 : first_lane(v * L / kShuffled * kShuffled / L) / channels;
-      int64_t pixel = begin / channels, channel = begin - pixel * channels;
-      for (int64_t i = v * L; i < (v + 1) * L; ++i) {
-        index_[i] = bytes_ == 1 ? uint8_t(pixel) : uint8_t((pixel - near) * 4 + channel / 8);
-        bit_[i] = uint8_t(1 << channel % 8);
-        if (i % 4 == 0) near_[i / 4] = uint32_t(at_most(near + i / 4 % 4, kPixels - 1));
-        if (++channel == channels) channel = 0, ++pixel;
+      const int64_t begin = group_begin<A>(at_most(v, vectors - 1), lanes);
+      Block& block = block_[v / kVectors];
+      for (int64_t i = 0; i < L; ++i) {
+        const int64_t pixel = (begin + i) / channels, channel = begin + i - pixel * channels, at = v % kVectors * L + i;
+        uint32_t* const near = block.near + at / kShuffled * 4;
+        for (int k = 0; k < 4 && at % kShuffled == 0; ++k) near[k] = uint32_t(at_most(pixel + k, kPixels - 1));
+        block.index[at] = uint8_t(bytes_ == 1 ? pixel : (pixel - near[0]) * 4 + channel / 8);
+        block.bit[at] = uint8_t(one_mask(pixels) ? 1 : 1 << channel % 8);
       }
     }
+#if KPFUSED_AVX512
+    for (int64_t v = 0; v < kAbreastChannels; ++v) {
+      const int64_t begin = group_begin<A>(at_most(v, vectors - 1), lanes), pixel = begin / channels;
+      Window& window = window_[v / kWindow];
+      for (int64_t k = 0; k < 3; ++k) {
+        window.pixel[k][v % kWindow] = uint32_t(at_most(pixel + k, kPixels - 1));
+        window.shift[k][v % kWindow] = uint32_t(k == 0 ? begin - pixel * channels : (pixel + k) * channels - begin);
+      }
+    }
+#endif
     pairs_ = KPFUSED_AVX512 && sizeof(A) == 4 && bytes_ == 1 && channels > 8;
     for (int64_t v = 0; v < vectors && pairs_; ++v) {
       const int64_t begin = group_begin<A>(v, lanes), pixel = begin / channels, left = (pixel + 1) * channels - begin;
@@ -93,7 +108,7 @@ class LaneBytes {
     }
   }
 
-  // Of bits for a pixel: those of eight channels each, or one for all.
+  // Of bits for a pixel: those of eight channels each, or the first of them for all.
   int64_t bytes() const { return bytes_; }
 
   // Words for some pixels abreast, the bytes of which lie `stride` apart. Writes whole blocks. Of several bytes a pixel has
@@ -101,17 +116,10 @@ class LaneBytes {
   template <int kBytes>
   KPFUSED_INLINE void words(const uint8_t* bits, int64_t stride, LaneWord<A>* to) const {
 #if KPFUSED_AVX512
-    __m512i pixels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)bits));
-    if (kBytes > 1) pixels = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bits));
-    for (int b = 1; b < kBytes; ++b) {
-      const __m512i more = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
-      pixels = _mm512_or_si512(pixels, _mm512_slli_epi32(more, 8 * b));
-    }
-    for (int block = 0; block < blocks_; ++block, to += kVectors) {
-      const int64_t at = int64_t(block) * kVectorBytes;
-      const __m512i near = kBytes == 1 ? pixels : _mm512_permutexvar_epi32(_mm512_load_si512(near_ + at / 4), pixels);
-      const __m512i lanes = _mm512_shuffle_epi8(near, _mm512_load_si512(index_ + at));
-      const __mmask64 set = _mm512_test_epi8_mask(lanes, _mm512_load_si512(bit_ + at));
+    const __m512i pixels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)bits));
+    for (const Block *block = block_, *end = block_ + blocks_; block != end; ++block, to += kVectors) {
+      const __m512i lanes = _mm512_shuffle_epi8(pixels, _mm512_load_si512(block->index));
+      const __mmask64 set = _mm512_test_epi8_mask(lanes, _mm512_load_si512(block->bit));
       __builtin_memcpy(to, &set, sizeof(set));
     }
 #elif KPFUSED_AVX2
@@ -121,22 +129,20 @@ class LaneBytes {
       const __m256i more = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(bits + b * stride)));
       pixels = _mm256_or_si256(pixels, _mm256_slli_epi32(more, 8 * b));
     }
-    for (int block = 0; block < blocks_; ++block, to += kVectors) {
-      const int64_t at = int64_t(block) * kVectorBytes;
+    for (const Block *block = block_, *end = block_ + blocks_; block != end; ++block, to += kVectors) {
       const __m256i near =
-          kBytes == 1 ? pixels : _mm256_permutevar8x32_epi32(pixels, _mm256_load_si256((const __m256i*)(near_ + at / 4)));
-      const __m256i lanes = _mm256_shuffle_epi8(near, _mm256_load_si256((const __m256i*)(index_ + at)));
-      const __m256i bit = _mm256_load_si256((const __m256i*)(bit_ + at));
+          kBytes == 1 ? pixels : _mm256_permutevar8x32_epi32(pixels, _mm256_load_si256((const __m256i*)block->near));
+      const __m256i lanes = _mm256_shuffle_epi8(near, _mm256_load_si256((const __m256i*)block->index));
+      const __m256i bit = _mm256_load_si256((const __m256i*)block->bit);
       _mm256_storeu_si256((__m256i*)to, _mm256_cmpeq_epi8(_mm256_and_si256(lanes, bit), bit));
     }
 #else
-    for (int block = 0; block < blocks_; ++block, to += kVectors) {
+    for (const Block *block = block_, *end = block_ + blocks_; block != end; ++block, to += kVectors) {
       uint8_t lanes[kVectorBytes];
       for (int i = 0; i < kVectorBytes; ++i) {
-        const int at = block * kVectorBytes + i, pixel = kBytes == 1 ? 0 : int(near_[at / kShuffled * kShuffled / 4]);
-        const uint8_t* const byte =
-            kBytes == 1 ? bits + index_[at] : bits + index_[at] % 4 * stride + pixel + index_[at] / 4;
-        lanes[i] = *byte & bit_[at] ? 0xff : 0;
+        const int index = block->index[i], near = int(block->near[i / kShuffled * 4]);
+        const uint8_t byte = kBytes == 1 ? bits[index] : bits[index % 4 * stride + near + index / 4];
+        lanes[i] = byte & block->bit[i] ? 0xff : 0;
       }
       __builtin_memcpy(to, lanes, sizeof(lanes));
     }
@@ -144,6 +150,37 @@ class LaneBytes {
   }
 
 #if KPFUSED_AVX512
+  // Of more than eight channels: a vector sees bits of three pixels at most, those of the first shifted down, those of the
+  // others up. As many channels as two bytes have bits make no more vectors than there are words in a window; more channels
+  // leave no third pixel to be seen. Writes kAbreastChannels words for the last pixels.
+  template <int kBytes>
+  void words_of_windows(const uint8_t* bits, int64_t stride, int64_t pixels, int64_t abreast, int64_t vectors,
+                        LaneWord<A>* to) const {
+    constexpr int kWindows = kBytes == 2 ? 1 : 2, kSeen = kBytes == 2 ? 3 : 2;
+    __m512i pixel[kWindows][kSeen], shift[kWindows][kSeen];
+    for (int i = 0; i < kWindows; ++i) {
+      for (int k = 0; k < kSeen; ++k) {
+        pixel[i][k] = _mm512_load_si512(window_[i].pixel[k]), shift[i][k] = _mm512_load_si512(window_[i].shift[k]);
+      }
+    }
+    for (; pixels > 0; pixels -= abreast, bits += abreast, to += vectors) {
+      __m512i of_pixel = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bits));
+      for (int b = 1; b < kBytes; ++b) {
+        const __m512i more = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
+        of_pixel = _mm512_or_si512(of_pixel, _mm512_slli_epi32(more, 8 * b));
+      }
+      for (int i = 0; i < kWindows; ++i) {
+        __m512i seen = _mm512_srlv_epi32(_mm512_permutexvar_epi32(pixel[i][0], of_pixel), shift[i][0]);
+        for (int k = 1; k < kSeen; ++k) {
+          const __m512i more = _mm512_sllv_epi32(_mm512_permutexvar_epi32(pixel[i][k], of_pixel), shift[i][k]);
+          seen = _mm512_or_si512(seen, more);
+        }
+        if constexpr (sizeof(A) == 4) _mm256_storeu_si256((__m256i*)(to + i * kWindow), _mm512_cvtepi32_epi16(seen));
+        if constexpr (sizeof(A) == 8) _mm_storeu_si128((__m128i*)(to + i * kWindow), _mm512_cvtepi32_epi8(seen));
+      }
+    }
+  }
+
   // Whether there is one mask for all, and no vector with lanes of three pixels.
   bool pairs() const { return pairs_; }
 
@@ -161,13 +198,27 @@ class LaneBytes {
  private:
   static constexpr int kVectors = kVectorBytes / L;  // whose lanes are as many as a vector has bytes
   static constexpr int kBlocks = int(ceil_div(kAbreastChannels, kVectors));
-  static constexpr int kShuffled = 16;             // lanes that a shuffle serves from the same bytes
+  static constexpr int kShuffled = 16;  // lanes that a shuffle serves from the same bytes
+  // For each lane of as many as a vector has bytes: which byte, of those near, and its bit there. The four pixels that are
+  // near to sixteen of them.
+  struct Block {
+    alignas(kVectorBytes) uint8_t index[kVectorBytes], bit[kVectorBytes];
+    uint32_t near[kVectorBytes / 4];
+  };
+#if KPFUSED_AVX512
+  // Of more than eight channels, a vector sees those of three pixels at most: bits of the first shifted down, those of the
+  // others up.
+  static constexpr int64_t kWindow = 16;
+  struct Window {
+    alignas(64) uint32_t pixel[3][kWindow], shift[3][kWindow];
+  };
+  Window window_[kAbreastChannels / kWindow];
+#endif
   int64_t bytes_;
   int blocks_;
   bool pairs_ = false;
   alignas(64) uint16_t pixel_[kAbreastChannels], next_[kAbreastChannels], of_pixel_[kAbreastChannels];
-  alignas(64) uint8_t index_[kBlocks * kVectorBytes], bit_[kBlocks * kVectorBytes];
-  alignas(64) uint32_t near_[kBlocks * kVectorBytes / 4];  // the pixels that go to each of sixteen lanes' four
+  Block block_[kBlocks];
 };
 
 // Which pixels of a chunk count, for each channel of a block. `abreast` as in pixels_abreast(): a lane is a channel of one of
@@ -292,63 +343,77 @@ class Counted {
     }
   }
 
-  // Of each pixel, bits of `count` channels from `channel` on, at most eight, or of one mask for all.
-  KPFUSED_INLINE void bits_of(const uint8_t* mask, int64_t channel, int64_t count, int64_t pixels, uint8_t* to) const {
-    const uint8_t all = uint8_t((1u << count) - 1);
-    const uint8_t first = between_ == 0 ? all : 1;
-    const int64_t planes = between_ == 0 ? 1 : count;
+  // Of each pixel, bits of some channels from `channel` on, at most eight. Of one mask for all, only the first is its.
+  KPFUSED_INLINE void bits_of(const uint8_t* mask, int64_t channel, int64_t channels, int64_t pixels, uint8_t* to) const {
+    const int64_t planes = between_ == 0 ? 1 : channels;
     mask += channel * between_;
     if (first_.stride_x != 1 || pixels < kVectorBytes) {
       for (int64_t i = 0; i < pixels; ++i) {
         uint8_t bits = 0;
         for (int64_t k = 0; k < planes; ++k) bits |= uint8_t((mask[k * between_ + i * first_.stride_x] != 0) << k);
-        to[i] = between_ == 0 && bits ? all : bits;
+        to[i] = bits;
       }
       return;
     }
-    // Most often eight, unfolded.
-    planes == 8 ? add_planes(mask, std::integral_constant<int64_t, 8>{}, first, pixels, to)
-                : add_planes(mask, planes, first, pixels, to);
+    // Several vectors of each plane in turn: memory is quickest in order, and steps wait for the ones before.
+    constexpr int64_t kSome = 4 * kVectorBytes;
+    int64_t i = 0;
+    for (; i + kSome <= pixels; i += kSome) pack_planes<4>(mask + i, planes, to + i);
+    for (; i < pixels; i += kVectorBytes) {
+      const int64_t at = at_most(i, pixels - kVectorBytes);
+      pack_planes<1>(mask + at, planes, to + at);
+    }
   }
 
-  // Bits of planes, the first one's `first`, each of the others' twice that of the one before.
-  template <class N>
-  KPFUSED_INLINE void add_planes(const uint8_t* mask, N planes, uint8_t first, int64_t pixels, uint8_t* to) const {
-    typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
-    for (int64_t i = 0; i < pixels; i += kVectorBytes) {
-      const int64_t at = at_most(i, pixels - kVectorBytes);
-      Bytes bits = {}, one = Bytes{} + first;
-      for (int64_t k = 0; k < planes; ++k, one += one) {
-        Bytes bytes;
-        __builtin_memcpy(&bytes, mask + k * between_ + at, sizeof(bytes));
-#if KPFUSED_AVX512
-        bits = (Bytes)_mm512_mask_add_epi8((__m512i)bits, _mm512_test_epi8_mask((__m512i)bytes, (__m512i)bytes),
-                                           (__m512i)bits, (__m512i)one);
-#else
-        bits |= (Bytes)(bytes != 0) & one;
-#endif
-      }
-      __builtin_memcpy(to + at, &bits, sizeof(bits));
+  template <int N>
+  KPFUSED_INLINE void pack_planes(const uint8_t* mask, int64_t planes, uint8_t* to) const {
+    ByteVector bits[N] = {};
+    const uint8_t* p = mask + (planes - 1) * between_;
+    for (int64_t k = planes; k > 0; --k, p -= between_) {
+      for (int n = 0; n < N; ++n) bits[n] = bits[n] + bits[n] + ones(load_mask(p + n * kVectorBytes));
     }
+    for (int n = 0; n < N; ++n) __builtin_memcpy(to + n * kVectorBytes, &bits[n], sizeof(bits[n]));
   }
 
   // One pixel after the other: of the channels of each vector.
   void planes(const uint8_t* mask, int64_t pixels, Word* to) const {
-    constexpr int kBytes = int(ceil_div(L, 8));
-    // Lanes beyond the channels of a padded buffer do not matter.
-    const uint32_t beyond = channels_ < L ? ~0u << channels_ : 0;
-    uint8_t bits[kBytes][kPiece];
-    for (int64_t g = 0; g < vectors_; ++g) {
-      const int64_t channel = at_least(at_most(g * L, channels_ - L), 0), channels = at_most(channels_, L);
-      for (int b = 0; b < kBytes; ++b) {
-        const int64_t some = at_most(channels - b * 8, 8);
-        some > 0 ? bits_of(mask, channel + b * 8, some, pixels, bits[b]) : void(__builtin_memset(bits[b], 0, pixels));
-      }
+    constexpr int64_t kBytes = ceil_div(L, 8), kMost = ceil_div(2 * kChannelBlock, L) * kBytes;
+    uint8_t bits[kMost][kPiece];
+    if (between_ == 0) {
+      bits_of(mask, 0, 1, pixels, bits[0]);
       for (int64_t i = 0; i < pixels; ++i) {
-        const uint32_t all = bits[0][i] | (kBytes > 1 ? bits[kBytes - 1][i] << 8 : 0) | beyond;
-        to[i * vectors_ + g] = lane_word<A>(all);
+        for (int64_t g = 0; g < vectors_; ++g) to[i * vectors_ + g] = bits[0][i] ? Word(~Word(0)) : Word(0);
+      }
+      return;
+    }
+    for (int64_t b = 0; b < vectors_ * kBytes; ++b) {
+      // Lanes beyond the channels of a padded buffer count, if anyone asks.
+      const int64_t first = at_least(at_most(b / kBytes * L, channels_ - L), 0) + b % kBytes * 8;
+      const int64_t channels = at_most(at_least(channels_ - first, 0), at_most(L, 8));
+      bits_of(mask, first, channels, pixels, bits[b]);
+      for (int64_t i = 0; i < pixels && channels < 8; ++i) bits[b][i] |= uint8_t(0xff << channels);
+    }
+#if KPFUSED_AVX512
+    // Bytes of a pixel's words follow each other, eight at a time. What is written beyond them is overwritten by the next.
+    uint64_t eight[ceil_div(kMost, 8)][kPiece];
+    const int64_t parts = ceil_div(vectors_ * kBytes, 8);
+    for (int64_t q = 0; q < parts; ++q) {
+      for (int64_t i = 0; i < pixels; ++i) eight[q][i] = 0;
+      for (int64_t b = 0; b < at_most(vectors_ * kBytes - q * 8, 8); ++b) {
+        for (int64_t i = 0; i < pixels; ++i) eight[q][i] |= uint64_t(bits[q * 8 + b][i]) << 8 * b;
       }
     }
+    for (int64_t i = 0; i < pixels; ++i, to += vectors_) {
+      for (int64_t q = 0; q < parts; ++q) __builtin_memcpy(reinterpret_cast<uint8_t*>(to) + q * 8, &eight[q][i], 8);
+    }
+#else
+    for (int64_t g = 0; g < vectors_; ++g) {
+      for (int64_t i = 0; i < pixels; ++i) {
+        const uint32_t more = kBytes > 1 ? bits[(g + 1) * kBytes - 1][i] << 8 : 0;
+        to[i * vectors_ + g] = lane_word<A>(bits[g * kBytes][i] | more);
+      }
+    }
+#endif
   }
 
   // Pixels abreast.
@@ -362,6 +427,12 @@ class Counted {
     }
 #endif
     const auto words = [&](auto bytes) __attribute__((always_inline)) {
+#if KPFUSED_AVX512
+      constexpr int kBytes = decltype(bytes)::value;
+      if constexpr (kBytes > 1) {
+        return lane_bytes_.template words_of_windows<kBytes>(bits[0], sizeof(bits[0]), pixels, abreast_, vectors_, to);
+      }
+#endif
       for (int64_t i = 0; i < pixels; i += abreast_, to += vectors_) {
         lane_bytes_.template words<decltype(bytes)::value>(bits[0] + i, sizeof(bits[0]), to);
       }

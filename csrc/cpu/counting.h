@@ -85,6 +85,24 @@ KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
 #endif
 }
 
+// As many bytes of a mask as fill a vector, and one in place of each that is not zero.
+typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes)));
+KPFUSED_INLINE ByteVector load_mask(const uint8_t* p) {
+  ByteVector bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return bytes;
+}
+KPFUSED_INLINE ByteVector ones(ByteVector bytes) {
+  const ByteVector one = ByteVector{} + 1;
+#if KPFUSED_AVX512
+  return (ByteVector)_mm512_min_epu8((__m512i)bytes, (__m512i)one);
+#elif KPFUSED_AVX2
+  return (ByteVector)_mm256_min_epu8((__m256i)bytes, (__m256i)one);
+#else
+  return (ByteVector)(bytes != 0) & one;
+#endif
+}
+
 // v where the byte is not zero, else `otherwise`.
 template <class T>
 KPFUSED_INLINE BitsVector<T> choose(const uint8_t* mask, BitsVector<T> v, BitsVector<T> otherwise) {

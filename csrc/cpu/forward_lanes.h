@@ -126,11 +126,15 @@ class ForwardLanes {
       const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj) * abreast_,
                                 chunks.x.size(cj) * abreast_};
       const Origin here = begin(n), then = begin(n + 1);
+      // Chunks that follow each other in memory need not be of one size: what is fetched is as far ahead as the largest.
+      const auto ahead = [&](const auto* from, const auto* to, int64_t stride_y) {
+        return to == from + range.rows * stride_y ? from + chunks.y.size(0) * stride_y : to;
+      };
       LanesChunk<T> chunk = {here.heatmap, view_.stride_y, stride_x, range.rows, chunks.x.size(cj),
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
-                             (then.heatmap - here.heatmap) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
+                             (ahead(here.heatmap, then.heatmap, view_.stride_y) - here.heatmap) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_lanes) chunk.counted = counted.of(range, then.mask);
+      if constexpr (kCounts == Counts::by_lanes) chunk.counted = counted.of(range, ahead(here.mask, then.mask, counting.stride_y));
       run_chunk<kCounts>(chunk, lanes);
     }
   }

@@ -106,7 +106,7 @@ constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 template <class T>
 KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast = 1) {
   const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
-  const int64_t abreast_bytes = counts == Counts::by_lanes ? kAbreastBytes / 2 : kAbreastBytes;
+  const int64_t abreast_bytes = counts == Counts::by_lanes ? kAbreastBytes / 4 * 3 : kAbreastBytes;
   int64_t groups = (abreast == 1 ? kChunkBytes / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
   if (counts == Counts::listed) groups = at_most(groups, kListed);
   if (counts == Counts::by_lanes) groups = at_most(groups, kCountedWords / ceil_div(lanes, kLanes<Acc<T>>));

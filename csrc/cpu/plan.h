@@ -31,13 +31,16 @@ KPFUSED_INLINE bool is_channels_last(const MapView& view) {
   return view.stride_x != 1 && (view.stride_inner == 1 || view.inner == 1) && (view.width > 1 || view.inner > 1);
 }
 
-// An even partition of one extent: pieces that differ by no more than `multiple`, and begin at multiples of it.
+// An even partition of one extent: pieces that differ by no more than `multiple`, the larger ones first, and begin at
+// multiples of it. What is left beyond the last multiple goes to the last piece.
 struct Cut {
   int64_t extent, count, multiple;
+  int64_t whole, larger;  // multiples in a piece; pieces that have one more
 
-  KPFUSED_INLINE int64_t begin(int64_t i) const {
-    return i == 0 ? 0 : i == count ? extent : extent * i / count / multiple * multiple;
-  }
+  KPFUSED_INLINE Cut(int64_t extent, int64_t count, int64_t multiple)
+      : extent(extent), count(count), multiple(multiple), whole(extent / multiple / count), larger(extent / multiple % count) {}
+
+  KPFUSED_INLINE int64_t begin(int64_t i) const { return i == count ? extent : (i * whole + (i < larger ? i : larger)) * multiple; }
   KPFUSED_INLINE int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
 };
 

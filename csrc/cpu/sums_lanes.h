@@ -213,9 +213,10 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
   }
   Vec<A> y = splat(chunk.y0);
-  MaskWalk mask(chunk.counted.ahead, group * chunk.rows * chunk.cols * kLanes<A>);
+  MaskWalk mask(chunk.counted.ahead, group * chunk.rows * chunk.cols * kLanes<A>, N * kLanes<A>);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
+    const uint8_t* of_mask = nullptr;
     const auto pixel = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
       CountedVectors<kCounts, A> counted(of_pixel, group);
       for (int j = 0; j < N; ++j) {
@@ -224,13 +225,20 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
           return counted.next(v, Vec<A>{});
         });
         fetch_ahead<kCounts>(chunk, ahead, j);
-        if (kCounts == Counts::by_lanes && j == 0) mask.fetch(N * kLanes<A>);
+        if (kCounts == Counts::by_lanes && j == 0) prefetch(of_mask, 0), of_mask += mask.step();
         row[j] += w[0];
         row_x[j] += w[0] * x;
       }
     };
     const Ahead ahead = ahead_of_row<N, kCounts>(chunk, group, r);
-    for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), ahead, pixel);
+    const int64_t count = pixels_of_row<kCounts>(chunk, r);
+    for (int64_t i = 0; i < count;) {
+      const int64_t steps = kCounts == Counts::by_lanes ? mask.steps(count - i) : count;
+      of_mask = mask.at(chunk.p);
+      for_pixels<kCounts>(chunk, r, i, i + steps, ahead, pixel);
+      if (kCounts == Counts::by_lanes) mask.advance(steps);
+      i += steps;
+    }
     for (int j = 0; j < N; ++j) {
       sum[j] += row[j];
       sum_x[j] += row_x[j];
