@@ -43,7 +43,7 @@ struct GradientChunk {
   int64_t lanes;     // at least one vector of them
   int64_t abreast;   // pixels in them: cols and stride_x count groups of these
   PixelMask mask;                // where all channels count alike
-  CountedLanes<Acc<T>> counted;  // Counts::by_lanes
+  ChunkWords<Acc<T>> words;  // Counts::by_lanes
 };
 
 // The backward of one thread's range of (outer, part, block of channels).
@@ -61,7 +61,7 @@ class BackwardLanes {
         parts_(part_tiling(view_)),
         blocks_(channel_blocks(view_.inner)),
         abreast_(params.grad_view.stride_x == view_.inner ? pixels_abreast<A>(view_, parts_, params.pixels) : 1),
-        lane_bytes_(params.pixels, view_.inner, abreast_) {}
+        abreast_words_(params.pixels, view_.inner, abreast_) {}
 
   void run(int64_t begin, int64_t end) const {
     for (int64_t item = begin; item < end; ++item) {
@@ -157,14 +157,14 @@ class BackwardLanes {
     clear_beyond(all, rows, cols);
     if (rows == 0 || cols == 0) return;
     const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, cols, all.lanes, all.abreast);
-    Counted<A> counted(params_.pixels, view_, lane_bytes_, first_map, all.lanes / all.abreast, all.abreast);
+    LaneWords<A> words(params_.pixels, view_, abreast_words_, first_map, all.lanes / all.abreast, all.abreast);
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
         GradientChunk<T> chunk = all;
         chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
         chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x * all.abreast, chunk.cols = chunks.x.size(j);
-        chunk.counted = counted.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast}, nullptr);
+        chunk.words = words.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast}, nullptr);
         pixels<true>(chunk, lanes);
       }
     }
@@ -182,7 +182,7 @@ class BackwardLanes {
 
   template <bool kByLanes>
   void pixels(const GradientChunk<T>& chunk, Lanes& lanes) const {
-    if (kByLanes && !chunk.counted.words) return pixels<false>(chunk, lanes);
+    if (kByLanes && !chunk.words.words) return pixels<false>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, L);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const Vec<A> y = splat(centred<A>(chunk.row + r, view_.height));
@@ -199,10 +199,10 @@ class BackwardLanes {
       const T* h = chunk.h + r * chunk.stride_y;
       T* out = chunk.out + r * chunk.out_y;
       const uint8_t* const mask = chunk.mask.row(r);
-      const LaneWord<A>* of_pixel = kByLanes ? chunk.counted.at(r, 0) : nullptr;
+      const LaneWord<A>* of_pixel = kByLanes ? chunk.words.at(r, 0) : nullptr;
       const A step = A(chunk.abreast);
       Vec<A> x = splat(centred<A>(chunk.col, view_.width));
-      const int64_t words = chunk.counted.stride_x;
+      const int64_t words = chunk.words.stride_x;
       for (int64_t c = 0; c < chunk.cols; ++c, h += chunk.stride_x, out += chunk.out_x, x += step, of_pixel += words) {
         if (!chunk.mask.at(mask, c)) {
           clear(out, chunk.lanes);
@@ -235,7 +235,7 @@ class BackwardLanes {
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
     const int64_t padded = padded_channels<A>(all.lanes);
     const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.lanes);
-    Counted<A> counted(params_.pixels, view_, lane_bytes_, first_map, all.lanes, 1);
+    LaneWords<A> words(params_.pixels, view_, abreast_words_, first_map, all.lanes, 1);
     T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
     __builtin_memset(from, 0, sizeof(from));
     for (int64_t i = 0; i < chunks.y.count; ++i) {
@@ -247,7 +247,7 @@ class BackwardLanes {
                     range.rows, range.cols, all.lanes);
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
                                   range.cols, range.row, range.col, padded, 1,        {},     {}};
-        if (!params_.pixels.all()) chunk.counted = counted.of(range, nullptr);
+        if (!params_.pixels.all()) chunk.words = words.of(range, nullptr);
         pixels<true>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
                     range.cols, all.lanes);
@@ -260,7 +260,7 @@ class BackwardLanes {
   Tiling parts_;
   ChannelBlocks blocks_;
   int64_t abreast_;
-  LaneBytes<A> lane_bytes_;
+  AbreastWords<A> abreast_words_;
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Pixels that do not count: a mask, or beyond the valid size. Rows go through a buffer in the nearest cache, in which these
 // pixels hold a logit of no weight, and their gradients are set to zero afterwards; with mask registers, sums take bits of a
-// mask in place of that. Where lanes are channels, words say which of them count (counted.h), or kernels skip pixels of which
+// mask in place of that. Where lanes are channels, words say which of them count (lane_words.h), or kernels skip pixels of which
 // no channel does.
 #pragma once
 
@@ -102,6 +102,11 @@ KPFUSED_INLINE ByteVector ones(ByteVector bytes) {
   return (ByteVector)(bytes != 0) & one;
 #endif
 }
+
+#if KPFUSED_AVX512
+// A bit for each byte of a mask.
+KPFUSED_INLINE __mmask64 set_bits(__m512i bytes) { return _mm512_test_epi8_mask(bytes, bytes); }
+#endif
 
 // v where the byte is not zero, else `otherwise`.
 template <class T>

@@ -24,7 +24,7 @@ class ForwardLanes {
         parts_(part_tiling(view_)),
         blocks_(channel_blocks(view_.inner)),
         abreast_(pixels_abreast<A>(view_, parts_, params.pixels)),
-        lane_bytes_(params.pixels, view_.inner, abreast_) {}
+        abreast_words_(params.pixels, view_.inner, abreast_) {}
 
   void run(int64_t begin, int64_t end) const {
     const int64_t parts = parts_.count();
@@ -62,7 +62,7 @@ class ForwardLanes {
   // In place of what a kind of counting needs none of.
   struct Nothing {
     Nothing() = default;
-    Nothing(const PixelView&, const MapView&, const LaneBytes<A>&, int64_t, int64_t, int64_t) {}
+    Nothing(const PixelView&, const MapView&, const AbreastWords<A>&, int64_t, int64_t, int64_t) {}
   };
 
   void load_beta(int64_t map, int64_t channels, Lanes& lanes) const {
@@ -119,7 +119,7 @@ class ForwardLanes {
               base.mask ? base.mask + y * mask.stride_y + x * abreast_ * mask.stride_x : nullptr};
     };
     std::conditional_t<kCounts == Counts::listed, ColumnList, Nothing> list;
-    std::conditional_t<kCounts == Counts::by_lanes, Counted<A>, Nothing> counted(params_.pixels, view_, lane_bytes_,
+    std::conditional_t<kCounts == Counts::by_lanes, LaneWords<A>, Nothing> words(params_.pixels, view_, abreast_words_,
                                                                                 first_map, channels, abreast_);
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
@@ -134,7 +134,7 @@ class ForwardLanes {
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
                              (ahead(here.heatmap, then.heatmap, view_.stride_y) - here.heatmap) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_lanes) chunk.counted = counted.of(range, ahead(here.mask, then.mask, counting.stride_y));
+      if constexpr (kCounts == Counts::by_lanes) chunk.words = words.of(range, ahead(here.mask, then.mask, counting.stride_y));
       run_chunk<kCounts>(chunk, lanes);
     }
   }
@@ -153,7 +153,7 @@ class ForwardLanes {
   void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
     const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
-    Counted<A> counted(params_.pixels, view_, lane_bytes_, first_map, channels, 1);
+    LaneWords<A> words(params_.pixels, view_, abreast_words_, first_map, channels, 1);
     alignas(64) T buffer[kGatherBytes / sizeof(T)];
     __builtin_memset(buffer, 0, sizeof(buffer));
     for (int64_t n = 0; n < chunks.count(); ++n) {
@@ -165,7 +165,7 @@ class ForwardLanes {
       LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, 1, n == 0,
                              nullptr, {}};
-      if (!params_.pixels.all()) chunk.counted = counted.of(range, nullptr);
+      if (!params_.pixels.all()) chunk.words = words.of(range, nullptr);
       run_chunk<Counts::by_lanes>(chunk, lanes);
     }
   }
@@ -173,7 +173,7 @@ class ForwardLanes {
   // Peaks, then sums: of a few vectors at a time where nothing passes between pixels abreast.
   template <Counts kCounts>
   static void run_chunk(const LanesChunk<T>& chunk, Lanes& lanes) {
-    if (kCounts == Counts::by_lanes && !chunk.counted.words) return run_chunk<Counts::all>(chunk, lanes);
+    if (kCounts == Counts::by_lanes && !chunk.words.words) return run_chunk<Counts::all>(chunk, lanes);
     const int64_t groups = ceil_div(chunk.lanes, kLanes<A>);
     if (chunk.abreast > 1) {
       for_blocks<kLaneVectors>(groups, [&](auto n, int64_t g) { lane_peaks<T, n, kCounts>(chunk, g, lanes); });
@@ -216,7 +216,7 @@ class ForwardLanes {
   Tiling parts_;
   ChannelBlocks blocks_;
   int64_t abreast_;
-  LaneBytes<A> lane_bytes_;
+  AbreastWords<A> abreast_words_;
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -2,7 +2,7 @@
 // What forward and backward share where lanes are channels.
 #pragma once
 
-#include "counted.h"
+#include "lane_words.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -109,7 +109,7 @@ KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int
   const int64_t abreast_bytes = counts == Counts::by_lanes ? kAbreastBytes / 4 * 3 : kAbreastBytes;
   int64_t groups = (abreast == 1 ? kChunkBytes / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
   if (counts == Counts::listed) groups = at_most(groups, kListed);
-  if (counts == Counts::by_lanes) groups = at_most(groups, kCountedWords / ceil_div(lanes, kLanes<Acc<T>>));
+  if (counts == Counts::by_lanes) groups = at_most(groups, kChunkWords / ceil_div(lanes, kLanes<Acc<T>>));
   return tile(rows, cols, groups, 1);
 }
 

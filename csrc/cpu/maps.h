@@ -30,7 +30,10 @@ struct MapWalk {
   int64_t index, row;
 
   KPFUSED_INLINE MapWalk(const MapView& v, int64_t map) : view(v), index(map % v.inner), row(map / v.inner) {}
-  KPFUSED_INLINE int64_t offset() const { return row * view.stride_outer + index * view.stride_inner; }
+  KPFUSED_INLINE int64_t offset() const { return offset(view); }
+  // Of another view of the same maps.
+  template <class View>
+  KPFUSED_INLINE int64_t offset(const View& other) const { return row * other.stride_outer + index * other.stride_inner; }
   KPFUSED_INLINE void advance() {
     if (++index == view.inner) index = 0, ++row;
   }
@@ -85,6 +88,11 @@ KPFUSED_INLINE const void* ahead_of(const void* p, int64_t bytes) {
   return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes));
 }
 KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 2); }
+// The lines of a run of n elements that lies `ahead` bytes further on.
+template <class T>
+KPFUSED_INLINE void prefetch_run(const T* p, int64_t n, int64_t ahead) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) prefetch(p + i, ahead);
+}
 KPFUSED_INLINE void prefetch_for_write(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 1, 3); }
 
 template <int N>

@@ -43,8 +43,8 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& 
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = none;
       const auto pixel = [&](const T* p, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
-        CountedVectors<kCounts, A> counted(of_pixel, group);
-        for (int j = 0; j < N; ++j) top[j] = counted.next(maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
+        PixelWords<kCounts, A> words(of_pixel, group);
+        for (int j = 0; j < N; ++j) top[j] = words.next(maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
       };
       for_pixels<kCounts>(chunk, r, i, at_most(i + kSegment, count), {}, pixel);
       for (int j = 0; j < N; ++j) {
@@ -80,7 +80,7 @@ KPFUSED_INLINE Place<Acc<T>> find_in_segment(const LanesChunk<T>& chunk, const M
   Vec<A> left = splat(-kNowhere<A>);
   const auto pixel = [&](const T* p, Vec<A> at, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
     const Vec<A> here = key(p, offset, flip) == peak ? -at : splat(-kNowhere<A>);
-    left = CountedVectors<kCounts, A>(of_pixel, group).next(maximum(here, left), left);
+    left = PixelWords<kCounts, A>(of_pixel, group).next(maximum(here, left), left);
   };
   for_pixels<kCounts>(chunk, row, begin, end, {}, pixel);
   A columns[L];
@@ -151,7 +151,7 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
     } last;
     const auto begin = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
       last.x = x;
-      last.d[0] = CountedVectors<kCounts, A>(of_pixel, g).next(distance(load(p + offset), of), of.lowest);
+      last.d[0] = PixelWords<kCounts, A>(of_pixel, g).next(distance(load(p + offset), of), of.lowest);
       fetch_ahead<kCounts>(chunk, ahead, 0);
       last.exponents = split<A, 1>(last.d, of.scale);
     };

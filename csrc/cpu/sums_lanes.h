@@ -23,7 +23,7 @@ struct LanesChunk {
   int64_t abreast;   // pixels in them: a "pixel" below is a group of these, and x that of the group's first
   bool first;        // no state to merge with yet
   const ColumnList* list;   // Counts::listed
-  CountedLanes<A> counted;  // Counts::by_lanes
+  ChunkWords<A> words;  // Counts::by_lanes
 };
 
 // Pixels of a row that are to be read.
@@ -80,8 +80,8 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     int64_t at = ahead.at + begin * ahead.step;
     p += begin * chunk.stride_x;
     if constexpr (kCounts == Counts::by_lanes) {
-      const LaneWord<A>* lanes = chunk.counted.at(row, begin);
-      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, lanes += chunk.counted.stride_x, at += ahead.step) {
+      const LaneWord<A>* lanes = chunk.words.at(row, begin);
+      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, lanes += chunk.words.stride_x, at += ahead.step) {
         body(p, x, lanes, at);
       }
     } else {
@@ -92,17 +92,17 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
 
 // Leaves lanes that do not count out of vectors side by side, one after the other from number `group` on.
 template <Counts kCounts, class A>
-class CountedVectors {
+class PixelWords {
  public:
-  KPFUSED_INLINE CountedVectors(const LaneWord<A>*, int64_t) {}
+  KPFUSED_INLINE PixelWords(const LaneWord<A>*, int64_t) {}
   KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A>) { return v; }
 };
 template <class A>
-class CountedVectors<Counts::by_lanes, A> {
+class PixelWords<Counts::by_lanes, A> {
  public:
 #if KPFUSED_AVX512
   // Words of several vectors in one register: shifts cost less than loads.
-  KPFUSED_INLINE CountedVectors(const LaneWord<A>* of_pixel, int64_t group) {
+  KPFUSED_INLINE PixelWords(const LaneWord<A>* of_pixel, int64_t group) {
     __builtin_memcpy(&words_, of_pixel + group, sizeof(words_));
   }
   KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A> otherwise) {
@@ -114,7 +114,7 @@ class CountedVectors<Counts::by_lanes, A> {
  private:
   __mmask64 words_;
 #else
-  KPFUSED_INLINE CountedVectors(const LaneWord<A>* of_pixel, int64_t group) : words_(of_pixel + group) {}
+  KPFUSED_INLINE PixelWords(const LaneWord<A>* of_pixel, int64_t group) : words_(of_pixel + group) {}
   KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A> otherwise) { return choose_lanes<A>(words_++, v, otherwise); }
 
  private:
@@ -192,8 +192,8 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, St
   }
   for (int64_t r = 0; r < chunk.rows; ++r) {
     const auto pixel = [&](const T* p, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
-      CountedVectors<kCounts, A> counted(of_pixel, group);
-      for (int j = 0; j < N; ++j) peak[j] = counted.next(maximum(key(p, offset[j], flip[j]), peak[j]), peak[j]);
+      PixelWords<kCounts, A> words(of_pixel, group);
+      for (int j = 0; j < N; ++j) peak[j] = words.next(maximum(key(p, offset[j], flip[j]), peak[j]), peak[j]);
     };
     for_pixels<kCounts>(chunk, r, 0, pixels_of_row<kCounts>(chunk, r), {}, pixel);
   }
@@ -213,16 +213,16 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
     of[j] = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
   }
   Vec<A> y = splat(chunk.y0);
-  MaskWalk mask(chunk.counted.ahead, group * chunk.rows * chunk.cols * kLanes<A>, N * kLanes<A>);
+  MaskWalk mask(chunk.words.ahead, group * chunk.rows * chunk.cols * kLanes<A>, N * kLanes<A>);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
     const uint8_t* of_mask = nullptr;
     const auto pixel = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
-      CountedVectors<kCounts, A> counted(of_pixel, group);
+      PixelWords<kCounts, A> words(of_pixel, group);
       for (int j = 0; j < N; ++j) {
         Vec<A> w[1] = {distance(load(p + offset[j]), of[j])};
         exp2<A, 1>(w, of[j].scale, [&](int, Vec<A> v) __attribute__((always_inline)) {
-          return counted.next(v, Vec<A>{});
+          return words.next(v, Vec<A>{});
         });
         fetch_ahead<kCounts>(chunk, ahead, j);
         if (kCounts == Counts::by_lanes && j == 0) prefetch(of_mask, 0), of_mask += mask.step();

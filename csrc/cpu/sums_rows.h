@@ -123,7 +123,7 @@ Acc<T> count_bits(const RowsChunk<T>& chunk, uint8_t* bits) {
       peak[j] = choose_lanes<A>(&word, maximum(key, peak[j]), peak[j]);
     };
     const auto word = [&](int64_t col, __m512i bytes) __attribute__((always_inline)) {
-      const __mmask64 set = _mm512_test_epi8_mask(bytes, bytes);
+      const __mmask64 set = set_bits(bytes);
       __builtin_memcpy(bits + col / 8, &set, sizeof(set));
       return set;
     };

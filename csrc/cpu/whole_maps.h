@@ -107,10 +107,7 @@ class WholeMaps {
 
   // What values will be read of soon.
   KPFUSED_INLINE void fetch_values(int64_t first, int64_t count) const {
-    for (int64_t c = 0; c < channels_; ++c) {
-      const T* const p = values_[c].p + first;
-      for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) prefetch(p + i, kReadAhead);
-    }
+    for (int64_t c = 0; c < channels_; ++c) prefetch_run(values_[c].p + first, count, kReadAhead);
   }
 
   // Leaves the weights, and returns what makes P of them.
@@ -130,7 +127,7 @@ class WholeMaps {
   // Channels of the map at hand.
   void take_values(const Values& of, const MapWalk& walk) {
     const ValueView& view = of.view;
-    const T* p = static_cast<const T*>(of.data) + walk.row * view.stride_outer + walk.index * view.stride_inner;
+    const T* p = static_cast<const T*>(of.data) + walk.offset(view);
     for (int64_t c = 0; c < view.channels; ++c, p += view.stride_channel) values_[c] = run_of(p, Vec<A>{}, last_values_[c]);
     channels_ = view.channels;
   }
@@ -147,7 +144,7 @@ class WholeMaps {
         for (int i = 0; i < some; ++i) {
           tile[i] = values_[c + i].from(first);
           // Beyond the end of a plane is the next one, of this map or the next, whose beginning weigh() is too late for.
-          for (int64_t k = 0; k < whole; k += 64 / int64_t(sizeof(T))) prefetch(tile[i].p + k, kReadAhead);
+          prefetch_run(tile[i].p, whole, kReadAhead);
         }
         const A* const p = p_.get() + first;
         add_all_products(&p, 1, tile, some, whole, sums + c, channels_);
@@ -158,8 +155,7 @@ class WholeMaps {
   void write_heatmap_gradient(int64_t n, const MapWalk& walk) {
     const ExpectationHeatmapParams& params = *steps_.heatmap;
     const ExpectationHeatmapKernel<T> kernel{params};
-    T* const grad = static_cast<T*>(params.grad_heatmap) + walk.row * params.grad_view.stride_outer +
-                    walk.index * params.grad_view.stride_inner;
+    T* const grad = static_cast<T*>(params.grad_heatmap) + walk.offset(params.grad_view);
     const auto factor = [&](int c) { return kernel.upstream(n, c); };
     const Vec<A> minus_mean = splat(-kernel.mean_of(n)), beta = splat(beta_);
     const auto start = [&](int64_t) { return minus_mean; };
@@ -193,7 +189,7 @@ class WholeMaps {
     const ExpectationValuesKernel<T> kernel{params};
     const ValueView& view = params.value_view;
     const Rest rest = this->rest();
-    T* to = static_cast<T*>(params.grad_values) + walk.row * view.stride_outer + walk.index * view.stride_inner;
+    T* to = static_cast<T*>(params.grad_values) + walk.offset(view);
     for (int64_t c = 0; c < view.channels; ++c, to += view.stride_channel) {
       const Vec<A> g = splat(kernel.upstream(n, c)), times = splat(factor);
       for_tiles([&](int64_t first, int64_t whole) {
