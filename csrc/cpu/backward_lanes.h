@@ -221,8 +221,8 @@ class BackwardLanes {
           }
           gradient<A, kBeta, kMoments, 1>(v, q, m.of, by_distance, m.beta, dbeta);
           if constexpr (kByLanes) {
-            v[0] = choose_lanes<A>(of_pixel + g, v[0], Vec<A>{});
-            if (kBeta) dbeta[0] = choose_lanes<A>(of_pixel + g, dbeta[0], Vec<A>{});
+            v[0] = keep_lanes<A>(of_pixel + g, v[0]);
+            if (kBeta) dbeta[0] = keep_lanes<A>(of_pixel + g, dbeta[0]);
           }
           store(out + k, v[0]);
           if (kBeta) m.dbeta += dbeta[0];

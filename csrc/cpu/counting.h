@@ -170,7 +170,21 @@ KPFUSED_INLINE Vec<A> choose_lanes(const void* word, Vec<A> v, Vec<A> otherwise)
   if constexpr (sizeof(A) == 8) return (Vec<A>)_mm512_mask_mov_pd((__m512d)otherwise, lanes, (__m512d)v);
 #else
   const BitsVector<A> lanes = load_bytes<A>(static_cast<const uint8_t*>(word));
+#if KPFUSED_AVX2
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_blendv_ps((__m256)otherwise, (__m256)v, (__m256)lanes);
+  if constexpr (sizeof(A) == 8) return (Vec<A>)_mm256_blendv_pd((__m256d)otherwise, (__m256d)v, (__m256d)lanes);
+#endif
   return (Vec<A>)(((BitsVector<A>)v & lanes) | ((BitsVector<A>)otherwise & ~lanes));
+#endif
+}
+
+// Likewise, zero elsewhere.
+template <class A>
+KPFUSED_INLINE Vec<A> keep_lanes(const void* word, Vec<A> v) {
+#if KPFUSED_AVX512
+  return choose_lanes<A>(word, v, Vec<A>{});
+#else
+  return (Vec<A>)((BitsVector<A>)v & load_bytes<A>(static_cast<const uint8_t*>(word)));
 #endif
 }
 

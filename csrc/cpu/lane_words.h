@@ -122,10 +122,15 @@ class LaneWords {
     }
   }
 
+  // Seldom all of them: as many as fill some vectors at a time.
   bool all_count(int64_t words) const {
-    Word common = Word(~Word(0));
-    for (int64_t i = 0; i < words; ++i) common &= words_[i];
-    return common == Word(~Word(0));
+    constexpr int64_t kSome = 4 * kVectorBytes / int64_t(sizeof(Word));
+    for (int64_t i = 0; i < words; i += kSome) {
+      Word common = Word(~Word(0));
+      for (int64_t k = i; k < at_most(words, i + kSome); ++k) common &= words_[k];
+      if (common != Word(~Word(0))) return false;
+    }
+    return true;
   }
 
   void masked(const PixelRange& range) {

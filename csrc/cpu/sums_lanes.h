@@ -90,12 +90,13 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
   }
 }
 
-// Leaves lanes that do not count out of vectors side by side, one after the other from number `group` on.
+// Puts `otherwise`, or zero, in lanes that do not count, of vectors side by side, one after the other from number `group` on.
 template <Counts kCounts, class A>
 class PixelWords {
  public:
   KPFUSED_INLINE PixelWords(const LaneWord<A>*, int64_t) {}
   KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A>) { return v; }
+  KPFUSED_INLINE Vec<A> next(Vec<A> v) { return v; }
 };
 template <class A>
 class PixelWords<Counts::by_lanes, A> {
@@ -110,12 +111,14 @@ class PixelWords<Counts::by_lanes, A> {
     words_ = _kshiftri_mask64(words_, kLanes<A>);
     return choose_lanes<A>(&word, v, otherwise);
   }
+  KPFUSED_INLINE Vec<A> next(Vec<A> v) { return next(v, Vec<A>{}); }
 
  private:
   __mmask64 words_;
 #else
   KPFUSED_INLINE PixelWords(const LaneWord<A>* of_pixel, int64_t group) : words_(of_pixel + group) {}
   KPFUSED_INLINE Vec<A> next(Vec<A> v, Vec<A> otherwise) { return choose_lanes<A>(words_++, v, otherwise); }
+  KPFUSED_INLINE Vec<A> next(Vec<A> v) { return keep_lanes<A>(words_++, v); }
 
  private:
   const LaneWord<A>* words_;
@@ -222,7 +225,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
       for (int j = 0; j < N; ++j) {
         Vec<A> w[1] = {distance(load(p + offset[j]), of[j])};
         exp2<A, 1>(w, of[j].scale, [&](int, Vec<A> v) __attribute__((always_inline)) {
-          return words.next(v, Vec<A>{});
+          return words.next(v);
         });
         fetch_ahead<kCounts>(chunk, ahead, j);
         if (kCounts == Counts::by_lanes && j == 0) prefetch(of_mask, 0), of_mask += mask.step();

@@ -166,7 +166,7 @@ void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>
     }
     ahead.next_row(chunk);
     exp2<A, N>(w, falloff.scale, [&](int j, Vec<A> v) __attribute__((always_inline)) {
-      return kCounted ? choose_lanes<A>(bits + ((j < N - 1 ? j * L : last) >> 3), v, Vec<A>{}) : v;
+      return kCounted ? keep_lanes<A>(bits + ((j < N - 1 ? j * L : last) >> 3), v) : v;
     });
     if (kCounted) bits += chunk.cols >> 3;
     if (Tail) w[N - 1] = keep<A>(w[N - 1], mask);
