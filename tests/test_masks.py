@@ -222,26 +222,30 @@ def real(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result.covariance
 
 
-@pytest.mark.parametrize("width", [8, 24, 32, 48, 528, 1040])
-@pytest.mark.parametrize("channels", [3, 4, 17, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [2, 13, 24, 48, 528, 1040])
+@pytest.mark.parametrize("channels", [3, 4, 9, 12, 17, 30, 133])
 @pytest.mark.parametrize("kind", ["shared", "of_samples", "of_maps"])
-def test_masks_where_pixels_stand_abreast(device: str, kind: str, channels: int, width: int) -> None:
-    """Groups of pixels that fill vectors, and rows that share a word of bits or have several."""
+def test_masks_where_lanes_are_channels(device: str, kind: str, channels: int, width: int, dtype: torch.dtype) -> None:
+    """Pixels one by one, and abreast in vectors that hold one, two, three or more of them; planes small and large."""
     shape = (2, channels, 5, width)
-    heatmap = cases.channels_last(cases.random(shape).float().to(device)).requires_grad_()
+    heatmap = cases.channels_last(cases.random(shape).to(device, dtype)).requires_grad_()
     oracle = heatmap.detach().double().requires_grad_()
     of_mask = {"shared": (1, 1, 5, width), "of_samples": (2, 1, 5, width), "of_maps": shape}[kind]
     mask = torch.rand(of_mask, device=device) < 0.6
-    sizes = (torch.tensor([[4], [5]], device=device), torch.tensor([[width - 3], [width]], device=device))
+    mask[..., 2, :2] = True  # some pixel of every map
+    rows = torch.tensor([[4], [5]], device=device)
+    sizes = (rows, torch.tensor([[max(width - 3, 2)], [width]], device=device))
+    near = 1e-12 if dtype == torch.float64 else 2e-6
     for valid_size in (None, sizes):
         expected = reference.soft_argmax2d(oracle, mask=mask, valid_size=valid_size)
         upstream = cases.upstream_of(expected)
         (want,) = torch.autograd.grad(expected, oracle, upstream)
         for lain in (mask, cases.channels_last(mask)):
             actual = kpfused.soft_argmax2d(heatmap, mask=lain, valid_size=valid_size)
-            torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * width)
-            (got,) = torch.autograd.grad(actual, heatmap, upstream.float())
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * want.abs().max().item())
+            torch.testing.assert_close(actual.double(), expected, rtol=0, atol=near * (width + 5))
+            (got,) = torch.autograd.grad(actual, heatmap, upstream.to(dtype))
+            torch.testing.assert_close(got.double(), want, rtol=5 * near, atol=near * want.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -20,6 +20,7 @@
 
 #include "../../csrc/cpu/expectation2d.h"
 #include "../../csrc/cpu/parallel.h"
+#include "../../csrc/cpu/plan.h"
 #include "../../csrc/cpu/soft_argmax2d.h"
 
 using namespace kpfused;
@@ -361,6 +362,26 @@ void test_odd_values() {
   }
 }
 
+// Pieces of an extent: none too large, none empty, beginning at multiples, the larger ones first.
+void test_cuts() {
+  for (int64_t multiple : {1, 3, 64}) {
+    for (int64_t extent = 1; extent <= 700; ++extent) {
+      for (int64_t most = 2 * multiple; most <= 2 * multiple + 200; most += 7) {
+        const cpu::Cut c = cpu::cut(extent, most, multiple);
+        bool holds = c.begin(0) == 0 && c.begin(c.count) == extent;
+        for (int64_t i = 0; i < c.count; ++i) {
+          holds &= c.size(i) >= 1 && c.size(i) <= most && c.begin(i) % multiple == 0;
+          if (i > 0 && i + 1 < c.count) holds &= c.size(i) <= c.size(i - 1) && c.size(i - 1) <= c.size(i) + multiple;
+        }
+        if (!holds) {
+          check(false, "cut of " + std::to_string(extent) + " into pieces of at most " + std::to_string(most));
+          return;
+        }
+      }
+    }
+  }
+}
+
 // Maps cut into parts, along both axes, and the merge of their states.
 void test_split_maps() {
   const int64_t sizes[][4] = {{1, 1, 300, 301}, {1, 2, 1, 70001}, {1, 1, 70001, 1}, {1, 1, 40000, 3},
@@ -644,7 +665,7 @@ void run_moments(const Case& c, double beta, Counted counted, int64_t columns = 
 
 void test_moments_and_masks() {
   const int64_t sizes[][4] = {{2, 3, 1, 1},   {3, 4, 3, 3},   {2, 8, 7, 9},  {1, 17, 10, 12}, {2, 2, 6, 16}, {2, 5, 12, 33},
-                              {1, 17, 5, 64}, {2, 6, 7, 24}, {1, 9, 3, 528},
+                              {1, 17, 5, 64}, {2, 6, 7, 24}, {1, 9, 3, 528}, {2, 13, 9, 16},
                               {1, 3, 1, 71}, {1, 3, 70, 1}, {2, 1, 90, 3}, {1, 130, 3, 2},  {1, 2, 70, 130}};
   for (Dtype dtype : kDtypes) {
     for (Layout layout : kLayouts) {
@@ -970,6 +991,7 @@ int main() {
   test_misalignment();
   test_same_bits();
   test_nan_payloads();
+  test_cuts();
   test_moments_and_masks();
   test_sizes_beside_cuts();
   test_expectations();
