@@ -164,7 +164,7 @@ class BackwardLanes {
         GradientChunk<T> chunk = all;
         chunk.h += y * all.stride_y + x * all.stride_x, chunk.out += y * all.out_y + x * all.out_x;
         chunk.row += y, chunk.rows = chunks.y.size(i), chunk.col += x * all.abreast, chunk.cols = chunks.x.size(j);
-        chunk.words = words.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast}, nullptr);
+        chunk.words = words.of({chunk.row, chunk.rows, chunk.col, chunk.cols * all.abreast}, 0);
         pixels<true>(chunk, lanes);
       }
     }
@@ -247,7 +247,7 @@ class BackwardLanes {
                     range.rows, range.cols, all.lanes);
         GradientChunk<T> chunk = {from,       to,        stride_y,  padded, stride_y, padded, range.rows,
                                   range.cols, range.row, range.col, padded, 1,        {},     {}};
-        if (!params_.pixels.all()) chunk.words = words.of(range, nullptr);
+        if (!params_.pixels.all()) chunk.words = words.of(range, 0);
         pixels<true>(chunk, lanes);
         copy_pixels(to, stride_y, padded, all.out + y * all.out_y + x * all.out_x, all.out_y, all.out_x, range.rows,
                     range.cols, all.lanes);

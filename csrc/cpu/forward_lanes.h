@@ -127,14 +127,14 @@ class ForwardLanes {
                                 chunks.x.size(cj) * abreast_};
       const Origin here = begin(n), then = begin(n + 1);
       // Chunks that follow each other in memory need not be of one size: what is fetched is as far ahead as the largest.
-      const auto ahead = [&](const auto* from, const auto* to, int64_t stride_y) {
-        return to == from + range.rows * stride_y ? from + chunks.y.size(0) * stride_y : to;
+      const auto ahead = [&](int64_t next, int64_t stride_y) {
+        return next == range.rows * stride_y ? chunks.y.size(0) * stride_y : next;
       };
       LanesChunk<T> chunk = {here.heatmap, view_.stride_y, stride_x, range.rows, chunks.x.size(cj),
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
-                             (ahead(here.heatmap, then.heatmap, view_.stride_y) - here.heatmap) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
+                             ahead(then.heatmap - here.heatmap, view_.stride_y) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
-      if constexpr (kCounts == Counts::by_lanes) chunk.words = words.of(range, ahead(here.mask, then.mask, counting.stride_y));
+      if constexpr (kCounts == Counts::by_lanes) chunk.words = words.of(range, ahead(then.mask - here.mask, counting.stride_y));
       run_chunk<kCounts>(chunk, lanes);
     }
   }
@@ -165,7 +165,7 @@ class ForwardLanes {
       LanesChunk<T> chunk = {buffer, range.cols * padded, padded, range.rows, range.cols,
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, padded, 1, n == 0,
                              nullptr, {}};
-      if (!params_.pixels.all()) chunk.words = words.of(range, nullptr);
+      if (!params_.pixels.all()) chunk.words = words.of(range, 0);
       run_chunk<Counts::by_lanes>(chunk, lanes);
     }
   }

@@ -17,7 +17,7 @@ constexpr int64_t kChunkWords = 8192;
 // The bytes of a mask for the next chunk: in runs, `between` bytes from the beginning of one to that of the next. Of one mask
 // for all there are few: nothing is fetched.
 struct MaskAhead {
-  const uint8_t* p;
+  uintptr_t at;  // as a number: it may lie beyond the mask
   int64_t run, between;
 };
 
@@ -25,27 +25,27 @@ struct MaskAhead {
 class MaskWalk {
  public:
   KPFUSED_INLINE MaskWalk(const MaskAhead& ahead, int64_t begin, int64_t step)
-      : p_(ahead.p), run_(ahead.run), gap_(ahead.between - ahead.run), at_(0), left_(0), step_(ahead.run > 0 ? step : 0) {
+      : at_(ahead.at), run_(ahead.run), gap_(ahead.between - ahead.run), left_(0), step_(ahead.run > 0 ? step : 0) {
     if (run_ == 0) return;
     const int64_t index = begin / run_;
-    at_ = begin + index * gap_, left_ = (index + 1) * run_ - begin;
+    at_ += uintptr_t(begin + index * gap_), left_ = (index + 1) * run_ - begin;
   }
   // How many steps, at most `count`, are in the same run; where they begin, `otherwise` where there is nothing to fetch; and
   // how far it is from one to the next.
   KPFUSED_INLINE int64_t steps(int64_t count) const { return left_ >= count * step_ ? count : ceil_div(left_, step_); }
-  KPFUSED_INLINE const uint8_t* at(const void* otherwise) const {
-    return static_cast<const uint8_t*>(run_ == 0 ? otherwise : ahead_of(p_, at_));
+  KPFUSED_INLINE uintptr_t at(const void* otherwise) const {
+    return run_ == 0 ? reinterpret_cast<uintptr_t>(otherwise) : at_;
   }
-  KPFUSED_INLINE int64_t step() const { return step_; }
+  KPFUSED_INLINE uintptr_t step() const { return uintptr_t(step_); }
 
   KPFUSED_INLINE void advance(int64_t steps) {
-    at_ += steps * step_, left_ -= steps * step_;
-    while (left_ <= 0 && run_ > 0) at_ += gap_, left_ += run_;
+    at_ += uintptr_t(steps * step_), left_ -= steps * step_;
+    while (left_ <= 0 && run_ > 0) at_ += uintptr_t(gap_), left_ += run_;
   }
 
  private:
-  const uint8_t* p_;
-  int64_t run_, gap_, at_, left_, step_;
+  uintptr_t at_;
+  int64_t run_, gap_, left_, step_;
 };
 
 // The words of a chunk; null if all count.
@@ -89,8 +89,8 @@ class LaneWords {
     });
   }
 
-  // `next`: the mask from the first pixel of the next chunk on, to be fetched; or null.
-  ChunkWords<A> of(const PixelRange& range, const uint8_t* next) {
+  // `next`: how many bytes of the mask further on that of the next chunk is to be fetched; zero: it is not.
+  ChunkWords<A> of(const PixelRange& range, int64_t next) {
     const bool sized = !same_size_ || range.row + range.rows > first_.rows || range.col + range.cols > first_.cols;
     if (!first_.mask && !sized) return {};
     const int64_t pixels = range.cols / abreast_, words = range.rows * pixels * vectors_;
@@ -103,10 +103,15 @@ class LaneWords {
  private:
   static constexpr int64_t kPiece = 256;  // pixels whose bits are found at once
 
-  MaskAhead ahead(const PixelRange& range, const uint8_t* next) const {
-    if (!next || between_ == 0) return {};
+  const uint8_t* mask_of(const PixelRange& range) const {
+    return first_.mask + range.row * first_.stride_y + range.col * first_.stride_x;
+  }
+
+  MaskAhead ahead(const PixelRange& range, int64_t next) const {
+    if (!first_.mask || next == 0 || between_ == 0) return {};
     const int64_t pixels = range.rows * range.cols;
-    return {next, between_ == 1 ? pixels * channels_ : pixels, between_};
+    return {reinterpret_cast<uintptr_t>(mask_of(range)) + uintptr_t(next), between_ == 1 ? pixels * channels_ : pixels,
+            between_};
   }
 
   void within_size(const PixelRange& range) {
@@ -134,7 +139,7 @@ class LaneWords {
   }
 
   void masked(const PixelRange& range) {
-    const uint8_t* const mask = first_.mask + range.row * first_.stride_y + range.col * first_.stride_x;
+    const uint8_t* const mask = mask_of(range);
     const int64_t pixels = range.cols / abreast_;
     const bool in_line = between_ == 1 && (abreast_ == 1 || first_.stride_x == channels_);
     if (in_line && channels_ * abreast_ == lanes_) {
@@ -236,7 +241,7 @@ class LaneWords {
         // Lanes beyond the channels of a padded buffer count, if anyone asks.
         const int64_t first = at_least(at_most(g * L, channels_ - L), 0) + b * 8;
         const int64_t channels = at_most(at_least(channels_ - first, 0), at_most(L, 8));
-        bits_of(mask, first, channels, pixels, of_vector[b]);
+        channels > 0 ? bits_of(mask, first, channels, pixels, of_vector[b]) : void(__builtin_memset(of_vector[b], 0, pixels));
         for (int64_t i = 0; i < pixels && channels < 8; ++i) of_vector[b][i] |= uint8_t(0xff << channels);
       }
       for (int64_t i = 0; i < pixels && !kAll; ++i) {

@@ -87,6 +87,7 @@ KPFUSED_INLINE Vec<Acc<T>> weight(const T* p, const Falloff<Vec<Acc<T>>>& of) {
 KPFUSED_INLINE const void* ahead_of(const void* p, int64_t bytes) {
   return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes));
 }
+KPFUSED_INLINE void prefetch_at(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
 KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 2); }
 // The lines of a run of n elements that lies `ahead` bytes further on.
 template <class T>

@@ -219,7 +219,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   MaskWalk mask(chunk.words.ahead, group * chunk.rows * chunk.cols * kLanes<A>, N * kLanes<A>);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
-    const uint8_t* of_mask = nullptr;
+    uintptr_t of_mask = 0;
     const auto pixel = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
       PixelWords<kCounts, A> words(of_pixel, group);
       for (int j = 0; j < N; ++j) {
@@ -228,7 +228,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
           return words.next(v);
         });
         fetch_ahead<kCounts>(chunk, ahead, j);
-        if (kCounts == Counts::by_lanes && j == 0) prefetch(of_mask, 0), of_mask += mask.step();
+        if (kCounts == Counts::by_lanes && j == 0) prefetch_at(of_mask), of_mask += mask.step();
         row[j] += w[0];
         row_x[j] += w[0] * x;
       }
