@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -266,6 +267,36 @@ def test_masks_along_rows(device: str, width: int, less: int, dtype: torch.dtype
     got = kpfused.soft_argmax2d(heatmap, beta=beta.to(torch.promote_types(dtype, torch.float32)), **keywords)
     tolerance = {"atol": 1e-10, "rtol": 1e-10} if dtype == torch.float64 else {"atol": 1e-3 * width / 100, "rtol": 1e-4}
     torch.testing.assert_close(got.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "ranges"])
+@pytest.mark.parametrize("keypoints", [17, 24])
+@pytest.mark.parametrize(
+    "of_mask", [(2, 1, 1, 32, 48), (2, 1, None, 32, 48), (2, 3, 1, 32, 48), (3, 1, 32, 48)], ids=str
+)
+def test_a_mask_of_some_leading_dimensions(
+    device: str, of_mask: tuple[int | None, ...], keypoints: int, layout: str
+) -> None:
+    """Clips of frames: the mask of a clip, or of a frame, does not fold with both of their dimensions and keypoints."""
+    frames = cases.random((10, keypoints, 32, 48)).to(device, torch.float32)
+    if layout == "channels_last":
+        frames = cases.channels_last(frames)
+    clips = frames.view(2, 5, keypoints, 32, 48) if layout == "ranges" else frames[:6].view(2, 3, keypoints, 32, 48)
+    heatmap = clips[:, :3].requires_grad_()
+    mask = torch.rand([n or keypoints for n in of_mask], device=device) < 0.6
+    before = heatmap.detach().clone(), mask.clone()
+    together = kpfused.soft_argmax2d(heatmap, mask=mask)
+    (gradient,) = torch.autograd.grad(together.sum(), heatmap)
+    if layout != "ranges":
+        assert gradient.stride() == heatmap.stride()
+    for i, j in itertools.product(range(2), range(3)):
+        image = heatmap[i, j].detach().requires_grad_()
+        alone = kpfused.soft_argmax2d(image, mask=mask.expand(heatmap.shape)[i, j])
+        torch.testing.assert_close(alone, together[i, j], atol=0, rtol=0)
+        (of_image,) = torch.autograd.grad(alone.sum(), image)
+        torch.testing.assert_close(of_image, gradient[i, j], atol=0, rtol=0)
+    assert torch.equal(heatmap, before[0])
+    assert torch.equal(mask, before[1])
 
 
 def test_masks_that_are_copied_for_a_batch_give_the_bits_of_one_image(device: str) -> None:

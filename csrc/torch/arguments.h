@@ -5,6 +5,7 @@
 // what would otherwise touch memory that is not there.
 #pragma once
 
+#include <array>
 #include <limits>
 #include <optional>
 
@@ -106,16 +107,28 @@ inline ValueView value_view(const Layout& layout, const Tensor& values) {
   return {values.size(channel), v.stride_outer, v.stride_inner, values.stride(channel), v.stride_y, v.stride_x};
 }
 
-// How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no
-// kernel reads its layout, and then the target, and expands a mask in memory where its strides do not fold with theirs.
-// `values`, whose elements are not read here, may be gradients to be written: then they are not to be copied.
+// A copy of a mask of three dimensions or more, which fold. Keypoints go on sharing theirs: a kernel counts by lists or by
+// lanes as they do, and takes an image alone, whose mask is not copied, for one of a batch.
+inline Tensor folded(Tensor mask) {
+  const int64_t keypoints = mask.dim() - 3;
+  if (mask.stride(keypoints) != 0) return torch::stable::contiguous(mask);
+  const Tensor one = torch::stable::contiguous(torch::stable::narrow(mask, keypoints, 0, 1));
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(one), torch::stable::detail::from(mask.sizes()),
+                                    torch::stable::detail::from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// How a kernel reads the heatmap and writes `target`, where there is one. Copies a mask where its strides alone do not fold
+// with theirs; and the heatmap to contiguous where no kernel reads its layout, and then the target. `values`, whose elements
+// are not read here, may be gradients to be written: then they are not to be copied.
 inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr,
                        const Tensor* values = nullptr) {
-  const auto fold = [&] {
+  const auto fold = [&](bool with_mask = true) {
     std::vector<int64_t> of_values;
     if (values) of_values = broadcast_strides(heatmap, *values);
     return fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
-                       target ? target->strides().data() : nullptr, mask ? mask->strides().data() : nullptr,
+                       target ? target->strides().data() : nullptr, mask && with_mask ? mask->strides().data() : nullptr,
                        values ? of_values.data() : nullptr);
   };
   if (mask) {
@@ -126,14 +139,20 @@ inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* tar
   }
   Layout layout = fold();
   if (layout.in_place) return layout;
-  heatmap = torch::stable::contiguous(heatmap);
-  if (target) {
-    const auto sizes = heatmap.sizes();
-    *target = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
+  if (!fold(false).in_place) {
+    heatmap = torch::stable::contiguous(heatmap);
+    if (target) {
+      const auto sizes = heatmap.sizes();
+      *target = empty(heatmap, {sizes.begin(), sizes.end()}, heatmap.scalar_type());
+    }
+    layout = fold();
+    if (layout.in_place || !mask) return layout;
   }
+  const Tensor all = *mask;
+  mask = folded(all);
   layout = fold();
-  if (layout.in_place || !mask) return layout;
-  mask = torch::stable::contiguous(*mask);
+  if (layout.in_place) return layout;
+  mask = torch::stable::contiguous(all);  // keypoints of a range of frames, of each clip: one dimension, but for the mask
   return fold();
 }
 
