@@ -132,7 +132,8 @@ class ForwardLanes {
       };
       LanesChunk<T> chunk = {here.heatmap, view_.stride_y, stride_x, range.rows, chunks.x.size(cj),
                              centred<A>(range.col, view_.width), centred<A>(range.row, view_.height),
-                             ahead(then.heatmap - here.heatmap, view_.stride_y) * int64_t(sizeof(T)), n_lanes, abreast_, n == 0, nullptr, {}};
+                             ahead(then.heatmap - here.heatmap, view_.stride_y) * int64_t(sizeof(T)), n_lanes, abreast_,
+                             n == 0, nullptr, {}};
       if constexpr (kCounts == Counts::listed) list.fill(counting, range), chunk.list = &list;
       if constexpr (kCounts == Counts::by_lanes) chunk.words = words.of(range, ahead(then.mask - here.mask, counting.stride_y));
       run_chunk<kCounts>(chunk, lanes);

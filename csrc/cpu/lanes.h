@@ -97,7 +97,7 @@ struct ColumnList {
   }
 };
 
-// Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes. Half as many where
+// Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes. Three quarters where
 // lanes count by themselves: a mask is read meanwhile.
 constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 

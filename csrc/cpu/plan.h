@@ -40,7 +40,9 @@ struct Cut {
   KPFUSED_INLINE Cut(int64_t extent, int64_t count, int64_t multiple)
       : extent(extent), count(count), multiple(multiple), whole(extent / multiple / count), larger(extent / multiple % count) {}
 
-  KPFUSED_INLINE int64_t begin(int64_t i) const { return i == count ? extent : (i * whole + (i < larger ? i : larger)) * multiple; }
+  KPFUSED_INLINE int64_t begin(int64_t i) const {
+    return i == count ? extent : (i * whole + at_most(i, larger)) * multiple;
+  }
   KPFUSED_INLINE int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
 };
 
