@@ -27,24 +27,20 @@ class AbreastWords {
   AbreastWords(const PixelView& pixels, int64_t channels, int64_t abreast)
       : bytes_(one_mask(pixels) ? 1 : ceil_div(channels, 8)), blocks_(0) {
     if (!pixels.mask || abreast == 1) return;
-    const int64_t vectors = ceil_div(abreast * channels, L);
-    blocks_ = int(ceil_div(vectors, kVectors));
+    const int64_t lanes = abreast * channels, vectors = ceil_div(lanes, L);
     // What is written beyond the last vector repeats it.
+    const auto first_lane = [&](int64_t v) { return group_begin<A>(at_most(v, vectors - 1), lanes); };
+#if KPFUSED_AVX512
+    pairs_ = sizeof(A) == 4 && one_mask(pixels) && channels > 8;
+    for (int64_t v = 0; v < vectors && pairs_; ++v) pairs_ = (first_lane(v) / channels + 2) * channels >= first_lane(v) + L;
     for (int64_t v = 0; v < kAbreastChannels; ++v) {
-      const int64_t begin = group_begin<A>(at_most(v, vectors - 1), abreast * channels);
-      set_shuffle(v, begin, channels, one_mask(pixels));
-#if KPFUSED_AVX512
-      set_window(v, begin, channels);
-      set_pair(v, begin, channels, abreast);
-#endif
+      if (pairs_) set_pair(v, first_lane(v), channels, abreast);
+      if (bytes_ > 1) set_window(v, first_lane(v), channels);
     }
-#if KPFUSED_AVX512
-    pairs_ = sizeof(A) == 4 && bytes_ == 1 && channels > 8;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t begin = group_begin<A>(v, abreast * channels);
-      if ((begin / channels + 2) * channels < begin + L) pairs_ = false;
-    }
+    if (pairs_ || bytes_ > 1) return;
 #endif
+    blocks_ = int(ceil_div(vectors, kVectors));
+    for (int64_t v = 0; v < blocks_ * kVectors; ++v) set_shuffle(v, first_lane(v), channels, one_mask(pixels));
   }
 
   // Of bits for a pixel: those of eight channels each, or the first of them for all.
