@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT
+// Which pixels count, and what the definition gives for the maps of which they are.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "maps.h"
+#include "simt/harness/reference.h"
+
+namespace native {
+
+// pixels_of_mask: a mask of which the channels of a pixel stand side by side; channels_of_mask: as the last of some more.
+// sizes: of samples; sizes_of_maps: of each map, some of which have none.
+enum class Counted { all, mask, shared_mask, pixels_of_mask, channels_of_mask, sizes, sizes_of_maps, both };
+constexpr Counted kCounted[] = {Counted::all,
+                               Counted::mask,
+                               Counted::shared_mask,
+                               Counted::pixels_of_mask,
+                               Counted::channels_of_mask,
+                               Counted::sizes,
+                               Counted::sizes_of_maps,
+                               Counted::both};
+constexpr int64_t kCountings = sizeof(kCounted) / sizeof(kCounted[0]);
+
+// What maps without weight give where not all pixels count.
+constexpr double kEmpty = -5;
+
+// In memory that ends with what the kernels may read.
+struct Pixels {
+  const Case& c;
+  Counted kind;
+  std::unique_ptr<uint8_t[]> mask;
+  std::unique_ptr<int64_t[]> sizes;
+  PixelView view{};
+  int64_t first = 0;  // byte of the mask
+
+  // columns: how many of them count where sizes do, of all rows; 0: any, and any rows.
+  Pixels(const Case& k, Counted counted, int64_t columns = 0) : c(k), kind(counted) {
+    view.divisor = view.modulus = 1;
+    view.fills_empty = kind != Counted::all;
+    view.empty_value = kEmpty;
+    if (kind != Counted::all && kind != Counted::sizes && kind != Counted::sizes_of_maps) draw_mask();
+    if (kind == Counted::sizes || kind == Counted::sizes_of_maps || kind == Counted::both) draw_sizes(columns);
+  }
+
+  bool at(int64_t map, int64_t y, int64_t x) const {
+    const size_t size = size_t(map / view.divisor % view.modulus * 2);
+    if (view.sizes && (y >= sizes[size] || x >= sizes[size + 1])) return false;
+    return !view.mask || mask[size_t(first + element(view.mask_view, map, y, x))];
+  }
+
+ private:
+  void draw_mask() {
+    const int64_t pixels = c.height * c.width, shared = kind == Counted::shared_mask ? 0 : pixels;
+    const int64_t maps = shared ? c.maps() : 1;
+    view.mask_view = {c.outer, c.inner, c.height, c.width, shared * c.inner, shared, c.width, 1};
+    int64_t bytes = maps * pixels;
+    if (kind == Counted::pixels_of_mask || kind == Counted::channels_of_mask) {
+      // Some more: as many as a vector has lanes, on some instruction set. Padded pixels are as far apart.
+      const int64_t more = c.inner <= 4 ? 4 : c.inner <= 8 ? 8 : c.inner <= 16 ? 16 : c.inner + 1;
+      const int64_t channels = kind == Counted::pixels_of_mask ? c.inner : more;
+      first = channels - c.inner;
+      bytes = c.outer * pixels * channels;
+      view.mask_view = {c.outer, c.inner, c.height, c.width, pixels * channels, 1, c.width * channels, channels};
+    }
+    mask.reset(new uint8_t[size_t(bytes)]);
+    for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i / pixels != 3;
+    view.mask = mask.get() + first;
+  }
+
+  void draw_sizes(int64_t columns) {
+    view.divisor = c.inner, view.modulus = c.outer;
+    if (kind == Counted::sizes_of_maps) view.divisor = 1, view.modulus = c.maps();
+    sizes.reset(new int64_t[size_t(2 * view.modulus)]);
+    for (int64_t i = 0; i < view.modulus; ++i) {
+      sizes[size_t(2 * i)] = columns ? c.height : 1 + int64_t(uniform() * double(c.height));
+      sizes[size_t(2 * i + 1)] = columns ? columns : 1 + int64_t(uniform() * double(c.width));
+      if (kind == Counted::sizes_of_maps && i % 5 == 3) sizes[size_t(2 * i)] = 0;
+    }
+    view.sizes = sizes.get();
+  }
+};
+
+// NaN where no pixel counts: what is there may be anything.
+inline void spoil(Buffer& h, const Pixels& pixels) {
+  const MapView& v = h.view;
+  for (int64_t i = 0; i < v.maps() * v.height * v.width; ++i) {
+    const int64_t map = i / v.height / v.width, y = i / v.width % v.height, x = i % v.width;
+    if (!pixels.at(map, y, x)) put(h.dtype, h.at(map, y, x), NAN);
+  }
+}
+
+// One map by the definition, and the gradients of the sum of g times what it gives.
+inline harness::Reference reference(const Buffer& h, int64_t map, double beta, const Pixels& pixels,
+                                    const harness::FieldGradient& g) {
+  const MapView& v = h.view;
+  std::vector<harness::Real> logits;
+  std::vector<uint8_t> counts;
+  for (int64_t i = 0; i < v.height * v.width; ++i) {
+    logits.push_back(h.value(map, i / v.width, i % v.width));
+    counts.push_back(pixels.at(map, i / v.width, i % v.width));
+  }
+  return harness::reference({logits, counts, v.height, v.width, beta, g});
+}
+
+// Means are measured from the centre of the map.
+inline double from_centre(harness::Real coordinate, int64_t extent) {
+  return double(coordinate - harness::Real(extent - 1) / 2);
+}
+
+}  // namespace native
