@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Heatmaps sharded over real processes, on one machine: tests/distributed_cases.py, once per world.
+"""Heatmaps sharded over real processes, on one machine: the cases of tests/distributed, once per world.
 
 To start processes is slow, so that each world starts once and runs all cases.
 """
@@ -25,7 +25,7 @@ if not torch.distributed.is_available():
 if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
     pytest.skip("DTensor of torch before 2.13 lacks rules that all cases together need", allow_module_level=True)
 
-from tests.distributed_cases import World, cases_of
+from tests.distributed import World, cases_of
 
 WORLDS = [("gloo", 2), ("gloo", 4), ("nccl", 2)]
 SECONDS = 180  # for one world, on a busy machine
