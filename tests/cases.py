@@ -136,6 +136,34 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Which pixels count of maps (B, K, H, W), as the arguments that say so.
+PIXELS: dict[str, Callable[[tuple[int, int, int, int]], dict[str, Any]]] = {
+    "map": lambda s: {"mask": torch.rand(s[2:]) < 0.6},
+    "image": lambda s: {"mask": torch.rand(s[0], 1, *s[2:]) < 0.6},
+    "keypoint": lambda s: {"mask": torch.rand(s[1], 1, s[3]) < 0.6},
+    "all": lambda s: {"mask": torch.rand(s) < 0.6},
+    "all_channels_last": lambda s: {"mask": (torch.rand(s) < 0.6).contiguous(memory_format=torch.channels_last)},
+    "strided": lambda s: {"mask": (torch.rand(s[3], s[2]) < 0.6).mT},
+    "numbers": lambda s: {"valid_size": ((s[2] + 1) // 2, (s[3] + 2) // 3)},
+    "size_of_image": lambda s: {
+        "valid_size": (torch.randint(0, s[2] + 2, (s[0], 1)), torch.randint(0, s[3] + 2, (s[0], 1)))
+    },
+    "size_of_map": lambda s: {"valid_size": (torch.randint(1, s[2] + 1, s[:2]), s[3])},
+    "both": lambda s: {
+        "mask": torch.rand(s) < 0.6,
+        "valid_size": (torch.randint(1, s[2] + 1, (s[1],)), (s[3] + 1) // 2),
+    },
+    "nothing": lambda s: {"mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool)},
+}
+
+
+def on(device: str, pixels: dict[str, Any]) -> dict[str, Any]:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {k: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for k, v in pixels.items()}
+
+
 def oracle(heatmap: Tensor, beta: Tensor | float = 1.0, coordinates: str = "pixel") -> Tensor:
     """The reference in float64."""
     beta = beta.double() if isinstance(beta, Tensor) else beta

@@ -12,7 +12,7 @@ from torch import Tensor
 import kpfused
 from kpfused import reference
 from tests import cases
-from tests.test_masks import PIXELS, on
+from tests.cases import PIXELS, on
 
 
 def maps(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

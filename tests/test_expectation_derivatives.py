@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Derivatives of expectations and of the softmax map: gradcheck in slow mode, transforms, forward mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import kpfused
+from kpfused import reference
+from tests import cases
+from tests.expectations import FUNCTIONS, VALUES, inputs_of
+
+
+@pytest.mark.parametrize("beta_shape", [(), (3,), (2, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck(device: str, name: str, layout: str, beta_shape: tuple[int, ...]) -> None:
+    mine, _ = FUNCTIONS[name]
+    heatmap = cases.LAYOUTS[layout](cases.random((2, 3, 4, 3)).to(device))
+    beta = (torch.rand(beta_shape, dtype=torch.float64, device=device) + 0.5) * -1
+    for kind in VALUES if name == "expectation" else ("image",):
+        if kind == "many":
+            continue
+        inputs = tuple(t.requires_grad_() for t in (*inputs_of(name, heatmap, kind), beta))
+        assert gradcheck(mine, inputs)
+        assert gradgradcheck(mine, inputs)
+
+
+def test_gradcheck_with_masks(device: str) -> None:
+    mask = torch.rand(4, 5, device=device) < 0.7
+    heatmap = cases.random((2, 3, 4, 5)).to(device).requires_grad_()
+    values = cases.random((2, 1, 2, 4, 5)).to(device).requires_grad_()
+    sizes = (torch.tensor([[4], [3]], device=device), 4)
+    for keywords in ({"mask": mask}, {"valid_size": sizes}, {"mask": mask, "valid_size": sizes}):
+        assert gradcheck(lambda h, v, k=keywords: kpfused.spatial_expectation2d(h, v, **k), (heatmap, values))
+        assert gradgradcheck(lambda h, v, k=keywords: kpfused.spatial_expectation2d(h, v, **k), (heatmap, values))
+        assert gradcheck(lambda h, k=keywords: kpfused.spatial_softmax2d(h, **k), heatmap)
+        assert gradgradcheck(lambda h, k=keywords: kpfused.spatial_softmax2d(h, **k), heatmap)
+
+
+def test_only_what_is_asked_for(device: str) -> None:
+    """A tensor without a gradient gets none; the others theirs."""
+    tensors = [cases.random((2, 3, 4, 5)), cases.random((2, 3, 2, 4, 5)), torch.tensor([0.5, -1.0, 2.0]).double()]
+    for wanted in range(1, 8):
+        leaves = [t.to(device).requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate(tensors)]
+        used = [t for t in leaves if t.requires_grad]
+        pairs = [
+            torch.autograd.grad(f(*leaves).square().sum(), used)
+            for f in (kpfused.spatial_expectation2d, reference.spatial_expectation2d)
+        ]
+        for got, want in zip(*pairs, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_transforms(device: str) -> None:
+    heatmap, values = cases.random((4, 3, 5, 6)).to(device), cases.random((4, 2, 5, 6)).to(device)
+
+    def mean(h: Tensor, v: Tensor) -> Tensor:
+        return kpfused.spatial_expectation2d(h, v, 1.5)
+
+    def points(h: Tensor) -> Tensor:
+        return kpfused.expectation2d(kpfused.spatial_softmax2d(h, 1.5), coordinates="centers")
+
+    def plain_points(h: Tensor) -> Tensor:
+        return reference.soft_argmax2d(h, 1.5, coordinates="centers")
+
+    vmapped = torch.vmap(mean)(heatmap, values)
+    torch.testing.assert_close(vmapped, kpfused.spatial_expectation2d(heatmap, values[:, None], 1.5))
+    torch.testing.assert_close(torch.vmap(points)(heatmap), plain_points(heatmap))
+    torch.testing.assert_close(torch.vmap(points, in_dims=1, out_dims=1)(heatmap), plain_points(heatmap))
+    for transform in (torch.func.jacrev, torch.func.jacfwd, lambda f: torch.func.grad(lambda h: f(h).square().sum())):
+        torch.testing.assert_close(transform(points)(heatmap), transform(plain_points)(heatmap))
+        torch.testing.assert_close(torch.vmap(transform(points))(heatmap), torch.vmap(transform(plain_points))(heatmap))
+    tangents = torch.randn_like(heatmap), torch.randn_like(values)
+    for got, want in zip(
+        torch.func.jvp(mean, (heatmap[0], values[0]), tuple(t[0] for t in tangents)),
+        torch.func.jvp(
+            lambda h, v: reference.spatial_expectation2d(h, v, 1.5),
+            (heatmap[0], values[0]),
+            tuple(t[0] for t in tangents),
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_dual_upstream_of_an_earlier_call(device: str) -> None:
+    """The tangent passes through the backward of a call made outside the dual level."""
+    leaves = [
+        t.to(device).requires_grad_()
+        for t in (cases.random((2, 3, 4, 5)), cases.random((2, 1, 2, 4, 5)), cases.random((3,)))
+    ]
+    upstream = torch.randn(2, 2, 3, 2, dtype=torch.float64).to(device)
+    results = []
+    for f in (kpfused.spatial_expectation2d, reference.spatial_expectation2d):
+        expectation = f(*leaves)
+        with forward_ad.dual_level():
+            found = torch.autograd.grad(expectation, leaves, forward_ad.make_dual(upstream[0], upstream[1]))
+            results.append([forward_ad.unpack_dual(g).tangent for g in found])
+    assert all(tangent is not None for tangent in results[1])
+    torch.testing.assert_close(results[0], results[1])
