@@ -6,6 +6,8 @@
 // that goes with x.
 #pragma once
 
+#include <utility>
+
 #include "backward_rows.h"
 #include "lanes.h"
 
@@ -95,7 +97,7 @@ class BackwardLanes {
       } else if (lane_counts(params_.pixels, view_, abreast_) == Counts::by_lanes) {
         counted_by_lanes(all, first_map, lanes);
       } else {
-        counted(all, counting_of(params_.pixels, view_, first_map), lanes);
+        counted(all, first_map, lanes);
       }
       for (int64_t c = 0; (kBeta || kMoments) && c < channels; ++c) {
         const int64_t map = outer * view_.inner + first + c, count = parts_.count();
@@ -134,11 +136,21 @@ class BackwardLanes {
     });
   }
 
+  // How many rows, and pixels of each, lie within the valid size, where all channels have the same: sizes of their own are in
+  // the words.
+  std::pair<int64_t, int64_t> valid_of(const GradientChunk<T>& all, int64_t first_map) const {
+    const int64_t cols = all.cols * all.abreast;
+    if (!one_size(params_.pixels, view_)) return {all.rows, cols};
+    const Counting counting = counting_of(params_.pixels, view_, first_map);
+    return {at_most(at_least(counting.rows - all.row, 0), all.rows), at_most(at_least(counting.cols - all.col, 0), cols)};
+  }
+
   // The part that lies within the valid size; gradients of the rest are zero.
-  void counted(const GradientChunk<T>& all, const Counting& counting, Lanes& lanes) const {
+  void counted(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
+    const Counting counting = counting_of(params_.pixels, view_, first_map);
     GradientChunk<T> chunk = all;
-    chunk.rows = at_most(at_least(counting.rows - all.row, 0), all.rows);
-    chunk.cols = at_most(ceil_div(at_least(counting.cols - all.col, 0), all.abreast), all.cols);
+    const auto [rows, cols] = valid_of(all, first_map);
+    chunk.rows = rows, chunk.cols = cols / all.abreast;
     if (counting.mask) {
       chunk.mask = {counting.mask + all.row * counting.stride_y + all.col * counting.stride_x, counting.stride_y,
                     counting.stride_x};
@@ -148,16 +160,14 @@ class BackwardLanes {
   }
 
   void counted_by_lanes(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
-    int64_t rows = all.rows, cols = all.cols;
-    if (one_size(params_.pixels, view_)) {
-      const Counting counting = counting_of(params_.pixels, view_, first_map);
-      rows = at_most(at_least(counting.rows - all.row, 0), rows);
-      cols = at_most(ceil_div(at_least(counting.cols - all.col, 0), all.abreast), cols);
-    }
+    const auto [rows, pixels_of_row] = valid_of(all, first_map);
+    const int64_t cols = pixels_of_row / all.abreast, rest = pixels_of_row - cols * all.abreast;
     clear_beyond(all, rows, cols);
-    if (rows == 0 || cols == 0) return;
-    const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, cols, all.lanes, all.abreast);
+    if (rows == 0 || pixels_of_row == 0) return;
     LaneWords<A> words(params_.pixels, view_, abreast_words_, first_map, all.lanes / all.abreast, all.abreast);
+    if (rest > 0) rest_of_rows(all, rows, cols, rest, words, lanes);
+    if (cols == 0) return;
+    const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, cols, all.lanes, all.abreast);
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j);
@@ -170,9 +180,35 @@ class BackwardLanes {
     }
   }
 
+  // Fewer pixels of each row than stand abreast, up to a valid size: through buffers, so that those beyond are not read.
+  void rest_of_rows(const GradientChunk<T>& all, int64_t rows, int64_t cols, int64_t rest, LaneWords<A>& words,
+                    Lanes& lanes) const {
+    T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
+    __builtin_memset(from, 0, sizeof(from));
+    const Cut chunks = cut(rows, kGatherBytes / int64_t(sizeof(T)) / all.lanes);
+    const int64_t col = all.col + cols * all.abreast, run = rest * (all.lanes / all.abreast);
+    for (int64_t i = 0; i < chunks.count; ++i) {
+      const int64_t y = chunks.begin(i);
+      const PixelRange range = {all.row + y, chunks.size(i), col, all.abreast};
+      copy_rows(all.h + y * all.stride_y + cols * all.stride_x, all.stride_y, from, all.lanes, range.rows, run);
+      pixels<true>({from, to, all.lanes, all.lanes, all.lanes, all.lanes, range.rows, 1, range.row, col, all.lanes, all.abreast,
+                    {}, words.of(range, 0)},
+                   lanes);
+      copy_rows(to, all.lanes, all.out + y * all.out_y + cols * all.out_x, all.out_y, range.rows, run);
+    }
+  }
+
+  // Zero, of which all bytes are.
   void clear_beyond(const GradientChunk<T>& all, int64_t rows, int64_t cols) const {
+    const int64_t pixel = all.lanes * int64_t(sizeof(T));
     for (int64_t r = 0; r < all.rows; ++r) {
-      for (int64_t c = r < rows ? cols : 0; c < all.cols; ++c) clear(all.out + r * all.out_y + c * all.out_x, all.lanes);
+      int64_t c = r < rows ? cols : 0;
+      T* out = all.out + r * all.out_y + c * all.out_x;
+      if (all.out_x == all.lanes) {
+        __builtin_memset(out, 0, size_t((all.cols - c) * pixel));
+      } else {
+        for (; c < all.cols; ++c, out += all.out_x) __builtin_memset(out, 0, size_t(pixel));
+      }
     }
   }
 
@@ -233,8 +269,11 @@ class BackwardLanes {
 
   // Fewer channels than lanes: through buffers.
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
+    const auto [rows, cols] = valid_of(all, first_map);
+    clear_beyond(all, rows, cols);
+    if (rows == 0 || cols == 0) return;
     const int64_t padded = padded_channels<A>(all.lanes);
-    const Tiling chunks = buffer_chunks<T>(all.rows, all.cols, all.lanes);
+    const Tiling chunks = buffer_chunks<T>(rows, cols, all.lanes);
     LaneWords<A> words(params_.pixels, view_, abreast_words_, first_map, all.lanes, 1);
     T from[kGatherBytes / sizeof(T)], to[kGatherBytes / sizeof(T)];
     __builtin_memset(from, 0, sizeof(from));

@@ -98,19 +98,23 @@ class ForwardLanes {
             params_.pixels.mask ? params_.pixels.mask + of_mask + row * mask.stride_y + col * mask.stride_x : nullptr};
   }
 
+  // Pixels of a part within the valid size, where all channels have the same: sizes of their own are in the words.
+  PixelRange valid_of(int64_t part, const Counting& counting) const {
+    const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
+    const PixelRange all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
+    if (!one_size(params_.pixels, view_)) return all;
+    return {all.row, at_most(all.rows, counting.rows - all.row), all.col, at_most(all.cols, counting.cols - all.col)};
+  }
+
   // `next` is where the item after this one begins.
   template <Counts kCounts>
   void run_part(const Origin& base, const Origin& next, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
-    Counting counting = counting_of(params_.pixels, view_, first_map);
-    // Sizes of their own are in the bits.
-    if (!one_size(params_.pixels, view_)) counting.rows = view_.height, counting.cols = view_.width;
-    const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
-    const int64_t row = parts_.y.begin(i), col = parts_.x.begin(j);
-    const int64_t rows = at_most(parts_.y.size(i), counting.rows - row);
-    const int64_t cols = at_most(parts_.x.size(j), counting.cols - col);
+    const Counting counting = counting_of(params_.pixels, view_, first_map);
+    const auto [row, rows, col, cols] = valid_of(part, counting);
     if (rows <= 0 || cols <= 0) return clear(channels, lanes);
     const int64_t n_lanes = channels * abreast_, stride_x = view_.stride_x * abreast_;
-    const Tiling chunks = lane_chunks<T>(kCounts, rows, ceil_div(cols, abreast_), n_lanes, abreast_);
+    const int64_t groups = cols / abreast_, rest = cols - groups * abreast_;
+    const Tiling chunks = lane_chunks<T>(kCounts, rows, at_least(groups, 1), n_lanes, abreast_);
     const auto begin = [&](int64_t n) -> Origin {
       if (n == chunks.count()) return next;
       const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);
@@ -121,7 +125,7 @@ class ForwardLanes {
     std::conditional_t<kCounts == Counts::listed, ColumnList, Nothing> list;
     std::conditional_t<kCounts == Counts::by_lanes, LaneWords<A>, Nothing> words(params_.pixels, view_, abreast_words_,
                                                                                 first_map, channels, abreast_);
-    for (int64_t n = 0; n < chunks.count(); ++n) {
+    for (int64_t n = 0; n < chunks.count() && groups > 0; ++n) {
       const int64_t ci = n / chunks.x.count, cj = n % chunks.x.count;
       const PixelRange range = {row + chunks.y.begin(ci), chunks.y.size(ci), col + chunks.x.begin(cj) * abreast_,
                                 chunks.x.size(cj) * abreast_};
@@ -138,6 +142,25 @@ class ForwardLanes {
       if constexpr (kCounts == Counts::by_lanes) chunk.words = words.of(range, ahead(then.mask - here.mask, counting.stride_y));
       run_chunk<kCounts>(chunk, lanes);
     }
+    if constexpr (kCounts == Counts::by_lanes) {
+      const PixelRange valid = {row, rows, col + groups * abreast_, rest};
+      if (rest > 0) run_rest(base.heatmap + groups * stride_x, valid, groups == 0, n_lanes, words, lanes);
+    }
+  }
+
+  // Fewer pixels of each row than stand abreast, up to a valid size: through a buffer, so that those beyond are not read.
+  void run_rest(const T* from, const PixelRange& valid, bool first, int64_t n_lanes, LaneWords<A>& words, Lanes& lanes) const {
+    alignas(64) T buffer[kGatherBytes / sizeof(T)];
+    __builtin_memset(buffer, 0, sizeof(buffer));
+    const Cut chunks = cut(valid.rows, kGatherBytes / int64_t(sizeof(T)) / n_lanes);
+    for (int64_t i = 0; i < chunks.count; ++i) {
+      const PixelRange range = {valid.row + chunks.begin(i), chunks.size(i), valid.col, abreast_};
+      copy_rows(from + chunks.begin(i) * view_.stride_y, view_.stride_y, buffer, n_lanes, range.rows, valid.cols * view_.stride_x);
+      const LanesChunk<T> chunk = {buffer, n_lanes, n_lanes, range.rows, 1,
+                                   centred<A>(range.col, view_.width), centred<A>(range.row, view_.height), 0, n_lanes, abreast_,
+                                   first && i == 0, nullptr, words.of(range, 0)};
+      run_chunk<Counts::by_lanes>(chunk, lanes);
+    }
   }
 
   static void clear(int64_t channels, Lanes& lanes) {
@@ -152,14 +175,16 @@ class ForwardLanes {
 
   // Fewer channels than lanes: through a buffer.
   void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
-    const int64_t i = part / parts_.x.count, j = part % parts_.x.count, padded = padded_channels<A>(channels);
-    const Tiling chunks = buffer_chunks<T>(parts_.y.size(i), parts_.x.size(j), channels);
+    const PixelRange valid = valid_of(part, counting_of(params_.pixels, view_, first_map));
+    if (valid.rows <= 0 || valid.cols <= 0) return clear(channels, lanes);
+    const int64_t padded = padded_channels<A>(channels);
+    const Tiling chunks = buffer_chunks<T>(valid.rows, valid.cols, channels);
     LaneWords<A> words(params_.pixels, view_, abreast_words_, first_map, channels, 1);
     alignas(64) T buffer[kGatherBytes / sizeof(T)];
     __builtin_memset(buffer, 0, sizeof(buffer));
     for (int64_t n = 0; n < chunks.count(); ++n) {
       const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);
-      const PixelRange range = {parts_.y.begin(i) + y, chunks.y.size(n / chunks.x.count), parts_.x.begin(j) + x,
+      const PixelRange range = {valid.row + y, chunks.y.size(n / chunks.x.count), valid.col + x,
                                 chunks.x.size(n % chunks.x.count)};
       copy_pixels(base + y * view_.stride_y + x * view_.stride_x, view_.stride_y, view_.stride_x, buffer,
                   range.cols * padded, padded, range.rows, range.cols, channels);

@@ -19,10 +19,7 @@ void test_cuts() {
           holds &= c.size(i) >= 1 && c.size(i) <= most && c.begin(i) % multiple == 0;
           if (i > 0 && i + 1 < c.count) holds &= c.size(i) <= c.size(i - 1) && c.size(i - 1) <= c.size(i) + multiple;
         }
-        if (!holds) {
-          check(false, "cut of " + std::to_string(extent) + " into pieces of at most " + std::to_string(most));
-          return;
-        }
+        check(holds, "cut of " + std::to_string(extent) + " into pieces of at most " + std::to_string(most));
       }
     }
   }

@@ -15,23 +15,26 @@ namespace {
 
 struct Call {
   const Buffer& h;
+  const Pixels& pixels;
   BetaView beta;
   Accumulators coordinates, stats, upstream, grad_beta;
   Buffer grad;
 
-  Call(const Buffer& heatmap, const BetaView& b)
-      : h(heatmap), beta(b), coordinates(h.dtype, 2 * h.view.maps()), stats(h.dtype, kStats * h.view.maps()),
+  Call(const Buffer& heatmap, const Pixels& counted, const BetaView& b)
+      : h(heatmap), pixels(counted), beta(b), coordinates(h.dtype, 2 * h.view.maps()), stats(h.dtype, kStats * h.view.maps()),
         upstream(h.dtype, 2 * h.view.maps()), grad_beta(h.dtype, h.view.maps()), grad(h.dtype, h.view, kUntouched) {}
 
   void run(const Units& units, bool want_beta) {
     const MapView& v = h.view;
+    const NotRead beyond(h, pixels);
     std::vector<char> forward(size_t(cpu::soft_argmax2d_forward_workspace(v, h.dtype, false)));
     std::vector<char> backward(size_t(cpu::soft_argmax2d_backward_workspace(v, h.dtype, want_beta)));
-    cpu::soft_argmax2d_forward(forward_params(h.dtype, h.bytes.get(), v, beta, units, coordinates.bytes.get(),
-                                              stats.bytes.get(), forward));
-    cpu::soft_argmax2d_backward(backward_params(h.dtype, h.bytes.get(), v, beta, units, stats.bytes.get(),
-                                                upstream.bytes.get(), grad.bytes.get(),
-                                                want_beta ? grad_beta.bytes.get() : nullptr, backward));
+    ForwardParams f = forward_params(h.dtype, h.bytes.get(), v, beta, units, coordinates.bytes.get(), stats.bytes.get(), forward);
+    BackwardParams b = backward_params(h.dtype, h.bytes.get(), v, beta, units, stats.bytes.get(), upstream.bytes.get(),
+                                       grad.bytes.get(), want_beta ? grad_beta.bytes.get() : nullptr, backward);
+    f.pixels = b.pixels = pixels.view;
+    cpu::soft_argmax2d_forward(f);
+    cpu::soft_argmax2d_backward(b);
   }
 };
 
@@ -44,41 +47,51 @@ void compare_gradient(const Case& c, const Call& call, int64_t map, double beta,
   const double error = 100 * unit * (largest + 0.1 * std::fabs(beta) * extent);
   bool same = true, zeros = true;
   for (int64_t i = 0; i < c.height * c.width; ++i) {
-    const double value = call.grad.value(map, i / c.width, i % c.width), expected = double(r.gradient[size_t(i)]);
+    const double value = call.grad.value(map, i / c.width, i % c.width);
+    const double expected = r.empty && call.pixels.view.fills_empty ? 0 : double(r.gradient[size_t(i)]);
     same = same && near(value, expected, rounding(c.dtype) * std::fabs(expected) + error + smallest);
     const double key = call.h.value(map, i / c.width, i % c.width) * (beta < 0 ? -1 : 1);
     zeros = zeros && (key != -kInfinity || std::isnan(expected) || value == 0);
+    zeros = zeros && (call.pixels.at(map, i / c.width, i % c.width) || value == 0);
   }
   check(same, name + " gradient");
-  check(zeros, name + " gradient of -inf");
+  check(zeros, name + " gradient of -inf and of pixels that do not count");
 }
 
 void compare(const Case& c, const Call& call, const Units& units, double beta, bool want_beta) {
   const double unit = c.dtype == Dtype::float64 ? 1e-15 : 6e-8;  // rounding of the accumulators
   const double extent = double(c.height + c.width), tolerance = 8 * unit * extent;
-  const Pixels all(c, Counted::all);
   for (int64_t map = 0; map < c.maps(); ++map) {
-    const std::string name = c.name() + " beta " + std::to_string(beta) + " map " + std::to_string(map);
+    const std::string name = c.name() + " beta " + std::to_string(beta) + " counted " +
+                             std::to_string(int(call.pixels.kind)) + " map " + std::to_string(map);
     harness::FieldGradient g;
     g.x = call.upstream[2 * map] * units.scale_x, g.y = call.upstream[2 * map + 1] * units.scale_y;
-    const harness::Reference r = reference(call.h, map, beta, all, g);
+    const harness::Reference r = reference(call.h, map, beta, call.pixels, g);
+    const bool filled = r.empty && call.pixels.view.fills_empty;
     const double x = (call.coordinates[2 * map] - units.offset_x) / units.scale_x;
     const double y = (call.coordinates[2 * map + 1] - units.offset_y) / units.scale_y;
-    check(near(x, from_centre(r.x, c.width), tolerance) && near(y, from_centre(r.y, c.height), tolerance),
+    check(filled ? call.coordinates[2 * map] == kEmpty && call.coordinates[2 * map + 1] == kEmpty
+                 : near(x, from_centre(r.x, c.width), tolerance) && near(y, from_centre(r.y, c.height), tolerance),
           name + " coordinates");
     compare_gradient(c, call, map, beta, r, name);
     if (!want_beta) continue;
+    if (filled) {
+      check(call.grad_beta[map] == 0, name + " grad_beta");
+      continue;
+    }
     // What rounding of the logits' differences may cost, and of a logit.
-    const double size = std::fmax(std::fabs(call.h.value(map, 0, 0)), 10.0);
+    const double size = std::fmax(std::fabs(double(r.top)), 10.0);
     const double error = 50 * unit * (double(r.grad_beta_size) + 0.1 * extent * size);
     check(near(call.grad_beta[map], double(r.grad_beta), error), name + " grad_beta");
   }
   check(gaps_untouched(call.grad), c.name() + " gaps");
 }
 
-void run_case(const Case& c, double beta, bool want_beta, bool odd) {
-  const Buffer h = heatmap_of(c, odd);
-  Call call(h, {nullptr, beta, 1, 1});
+void run_case(const Case& c, double beta, bool want_beta, bool odd, Counted counted = Counted::all, int64_t columns = 0) {
+  Buffer h = heatmap_of(c, odd);
+  const Pixels pixels(c, counted, columns);
+  spoil(h, pixels);
+  Call call(h, pixels, {nullptr, beta, 1, 1});
   for (int64_t i = 0; i < 2 * c.maps(); ++i) call.upstream.set(i, uniform() - 0.5);
   const Units units = {1.0, 0.5 * double(c.width - 1), 2.0, 1.0};
   call.run(units, want_beta);
@@ -128,13 +141,33 @@ void test_split_maps() {
   }
 }
 
+// Masks and valid sizes, with and without several pixels abreast in the lanes, of which a size may leave a part.
+void test_masks() {
+  const int64_t sizes[][4] = {{2, 3, 1, 1},  {3, 4, 3, 3},   {2, 17, 10, 12}, {2, 2, 6, 16}, {2, 5, 12, 33}, {3, 17, 5, 64},
+                              {2, 9, 3, 32}, {2, 13, 9, 16}, {1, 130, 3, 2},  {2, 24, 33, 8}, {1, 2, 70, 130}};
+  for (Dtype dtype : kDtypes) {
+    for (Layout layout : kLayouts) {
+      for (const auto& s : sizes) {
+        const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
+        for (Counted counted : kCounted) run_case(c, counted == Counted::both ? -1.5 : 1, true, false, counted);
+      }
+      for (int64_t columns : {1, 15, 17, 40, 63}) {
+        run_case({dtype, layout, 1, 17, 70, 64}, 1, true, false, Counted::sizes, columns);
+        run_case({dtype, layout, 1, 3, 9, 64}, 1, true, false, Counted::both, columns);
+      }
+    }
+  }
+}
+
 // Every misalignment an element may have: the maps are a part of a larger allocation, and end with it.
 void test_misalignment() {
   for (Dtype dtype : kDtypes) {
     const MapView v = make_view(Layout::contiguous, 1, 2, 5, 37);
     Buffer aligned(dtype, v, 0);
     fill(aligned, false);
-    Call expected(aligned, {nullptr, 1.5, 1, 1});
+    const Case c = {dtype, Layout::contiguous, 1, 2, 5, 37};
+    const Pixels all(c, Counted::all);
+    Call expected(aligned, all, {nullptr, 1.5, 1, 1});
     for (int64_t i = 0; i < 4; ++i) expected.upstream.set(i, 1);
     const Units units = {1, 0, 1, 0};
     expected.run(units, false);
@@ -171,7 +204,8 @@ void test_same_bits() {
       for (int64_t i = 0; i < c.inner; ++i) beta.push_back(float(i) - 4.5f);
       const BetaView per_channel = {beta.data(), 0, 1, c.inner};
       const Units units = {1, 0, 1, 0};
-      Call one(h, per_channel), many(h, per_channel);
+      const Pixels all(c, Counted::all);
+      Call one(h, all, per_channel), many(h, all, per_channel);
       for (int64_t i = 0; i < 2 * h.view.maps(); ++i) one.upstream.set(i, 1), many.upstream.set(i, 1);
       one.run(units, true);
       threads = 3;
@@ -222,6 +256,7 @@ void test_mean() {
   test_shapes();
   test_odd_values();
   test_split_maps();
+  test_masks();
   test_misalignment();
   test_same_bits();
   test_nan_payloads();

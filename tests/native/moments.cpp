@@ -58,6 +58,7 @@ struct Call {
   void run(double beta) {
     const Units units = {1, 0, 1, 0};
     const BetaView number = {nullptr, beta, 1, 1};
+    const NotRead beyond(h, pixels);
     std::vector<char> forward(size_t(cpu::soft_argmax2d_forward_workspace(h.view, h.dtype, true)));
     std::vector<char> backward(size_t(cpu::soft_argmax2d_backward_workspace(h.view, h.dtype, true)));
     ForwardParams f = forward_params(h.dtype, h.bytes.get(), h.view, number, units, result.mean.bytes.get(),
@@ -100,6 +101,9 @@ void compare(const Case& c, const Call& call, int64_t map, double beta, const st
   }
   check(same, name + " gradient");
   check(zeros, name + " gradient of pixels that do not count");
+  const double size = double(r.grad_beta_size + r.grad_beta_terms);
+  const bool near_beta = near(call.grad_beta[map], double(r.grad_beta), 10 * unit * size);
+  check(r.empty ? call.grad_beta[map] == 0 : near_beta, name + " gradient of beta");
 }
 
 void run_moments(const Case& c, double beta, Counted counted, int64_t columns = 0) {

@@ -2,6 +2,8 @@
 // Which pixels count, and what the definition gives for the maps of which they are.
 #pragma once
 
+#include <sanitizer/asan_interface.h>
+
 #include <memory>
 #include <vector>
 
@@ -90,6 +92,32 @@ inline void spoil(Buffer& h, const Pixels& pixels) {
     if (!pixels.at(map, y, x)) put(h.dtype, h.at(map, y, x), NAN);
   }
 }
+
+// As long as this lives, the sanitizer reports whoever reads a heatmap beyond the valid sizes of samples. Those of maps side by
+// side in memory differ within a cache line.
+class NotRead {
+ public:
+  NotRead(const Buffer& h, const Pixels& pixels) : h_(h) {
+    if (!pixels.view.sizes || pixels.kind == Counted::sizes_of_maps) return;
+    std::vector<bool> read(size_t(h.count), false);
+    const MapView& v = h.view;
+    for (int64_t i = 0; i < v.maps() * v.height * v.width; ++i) {
+      const int64_t map = i / v.height / v.width, y = i / v.width % v.height, x = i % v.width;
+      const int64_t* const size = pixels.view.sizes + map / pixels.view.divisor % pixels.view.modulus * 2;
+      if (y < size[0] && x < size[1]) read[size_t(element(v, map, y, x))] = true;
+    }
+    const int64_t bytes = element_size(h.dtype);
+    for (int64_t i = 0, end; i < h.count; i = end + 1) {
+      for (end = i; end < h.count && !read[size_t(end)];) ++end;
+      ASAN_POISON_MEMORY_REGION(h.bytes.get() + i * bytes, size_t((end - i) * bytes));
+    }
+  }
+  ~NotRead() { ASAN_UNPOISON_MEMORY_REGION(h_.bytes.get(), size_t(h_.count * element_size(h_.dtype))); }
+  NotRead(const NotRead&) = delete;
+
+ private:
+  const Buffer& h_;
+};
 
 // One map by the definition, and the gradients of the sum of g times what it gives.
 inline harness::Reference reference(const Buffer& h, int64_t map, double beta, const Pixels& pixels,
