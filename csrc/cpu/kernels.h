@@ -9,6 +9,7 @@
 #include "expectation.h"
 #include "forward_lanes.h"
 #include "forward_rows.h"
+#include "lane_maps.h"
 #include "parallel.h"
 #include "whole_maps.h"
 
@@ -152,6 +153,39 @@ void run_whole_maps(const ExpectationSteps& steps, int64_t channels) {
                [&](int64_t begin, int64_t end) { WholeMaps<T>(steps, softmax).run(begin, end); });
 }
 
+// Items of LaneMaps, those of ForwardLanes.
+template <class T>
+void run_lane_maps(const ExpectationSteps& steps) {
+  const SoftmaxParams& softmax = softmax_of(steps);
+  const int64_t items = count_items(softmax.view), elements = softmax.view.maps() * softmax.view.height * softmax.view.width;
+  parallel_for(items, at_least(kGrainElements / at_least(elements / items, 1), 1),
+               [&](int64_t begin, int64_t end) { LaneMaps<T>(steps, softmax).run(begin, end); });
+}
+
+// Step after step, where maps are several parts or steps read different copies of them.
+template <class T>
+bool fit_lanes(const ExpectationSteps& steps) {
+  return LaneMaps<T>::fit({nullptr, steps.expectation, nullptr, nullptr}) &&
+         LaneMaps<T>::fit({nullptr, nullptr, steps.heatmap, nullptr}) &&
+         LaneMaps<T>::fit({nullptr, nullptr, nullptr, steps.values});
+}
+
+template <class T>
+void run_lane_steps(const ExpectationSteps& steps) {
+  using A = Acc<T>;
+  const auto parts_of = [](const auto& params) { return part_tiling(params.softmax.view).count(); };
+  if (steps.stats) forward_of<T>(*steps.stats);
+  if (const ExpectationParams* const e = steps.expectation) {
+    run_lane_maps<T>({nullptr, e, nullptr, nullptr});
+    if (parts_of(*e) > 1) sum_parts<A>(e->workspace, e->softmax.view.maps(), parts_of(*e), 1, e->expectation);
+  }
+  if (const ExpectationHeatmapParams* const h = steps.heatmap) {
+    run_lane_maps<T>({nullptr, nullptr, h, nullptr});
+    if (h->grad_beta && parts_of(*h) > 1) sum_parts<A>(h->workspace, h->softmax.view.maps(), parts_of(*h), 1, h->grad_beta);
+  }
+  if (steps.values) run_lane_maps<T>({nullptr, nullptr, nullptr, steps.values});
+}
+
 // Whether ForwardRows finishes a map at a time.
 KPFUSED_INLINE bool are_whole_rows(const MapView& view) { return !is_channels_last(view) && part_tiling(view).count() == 1; }
 
@@ -180,6 +214,8 @@ void expectation_of(const ExpectationSteps& steps) {
     return window_mass<T>(*steps.expectation);
   }
   const MapView& view = softmax_of(steps).view;
+  if (LaneMaps<T>::fit_together(steps, softmax_of(steps))) return run_lane_maps<T>(steps);
+  if (fit_lanes<T>(steps)) return run_lane_steps<T>(steps);
   int64_t at_once = kTileMaps, channels = 1;
   // Beside values, a copy of the maps may be read where stats read them as they lie.
   bool same = pixel_parts(view).count == 1 &&

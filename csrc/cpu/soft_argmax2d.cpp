@@ -79,16 +79,22 @@ void soft_argmax2d_backward(const BackwardParams& params) {
   if (params.view.maps() > 0) kernels().backward(params);
 }
 
+// Of kernels that take pixels in row order and of those that take them as lanes of channels, whichever will run.
+int64_t parts_of(const MapView& view) {
+  const int64_t in_order = pixel_parts(view).count;
+  return is_channels_last(view) ? at_least(in_order, part_tiling(view).count()) : in_order;
+}
+
 int64_t expectation_workspace(const ExpectationParams& params) {
   const SoftmaxParams& p = params.softmax;
-  const int64_t parts = pixel_parts(p.view).count;
+  const int64_t parts = parts_of(p.view);
   if (parts == 1 || params.values.kind == ValueKind::window) return 0;
   return p.view.maps() * parts * params.values.view.channels * accumulator_size(p.dtype);
 }
 
 int64_t expectation_heatmap_workspace(const ExpectationHeatmapParams& params) {
   const SoftmaxParams& p = params.softmax;
-  const int64_t parts = pixel_parts(p.view).count;
+  const int64_t parts = parts_of(p.view);
   return parts == 1 || !params.grad_beta ? 0 : p.view.maps() * parts * accumulator_size(p.dtype);
 }
 

@@ -114,6 +114,7 @@ struct Call {
     const BetaView number = {nullptr, beta, 1, 1};
     const SoftmaxParams softmax = softmax_params(h, number, pixels, &stats);
     const Values of = {ValueKind::tensor, values.bytes.get(), values.view, {}, 0, nullptr};
+    const NotRead beyond(h, pixels);
     std::vector<char> workspace(size_t(cpu::soft_argmax2d_forward_workspace(v, h.dtype, false)));
     ForwardParams f = forward_params(h.dtype, h.bytes.get(), v, number, {1, 0, 1, 0}, coordinates.bytes.get(),
                                      stats.bytes.get(), workspace);
@@ -298,6 +299,17 @@ void test_expectations() {
           run_expectation(c, turn % 3 ? 1 : -1.5, counted, kinds[turn % 4], channels[turn % 6]);
           run_expectation(c, 1, kCounted[turn % kCountings], Lie::like_maps, 1);
           run_coordinates_and_window(c, counted, turn / 3 % 5);
+        }
+      }
+    }
+  }
+  // Lanes that are channels, of one pixel or of several abreast, in one block or in two, in one part or in several.
+  const int64_t of_lanes[][4] = {{2, 17, 6, 16}, {3, 5, 4, 32}, {2, 33, 9, 7}, {1, 260, 5, 3}, {1, 20, 130, 64}};
+  for (Dtype dtype : kDtypes) {
+    for (Layout layout : {Layout::channels_last, Layout::channels_sliced}) {
+      for (const auto& s : of_lanes) {
+        for (Lie kind : {Lie::like_maps, Lie::rows}) {
+          run_expectation({dtype, layout, s[0], s[1], s[2], s[3]}, -1.5, Counted::all, kind, 1);
         }
       }
     }

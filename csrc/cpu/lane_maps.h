@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: MIT
+// Expectations where lanes are channels and all pixels count: the softmax of channels_last maps, and expectations of values
+// that lie as the maps do. What expectation.h does tile by tile, transposed, is done here pixel after pixel, as memory has
+// it; pixels may stand abreast (lanes.h).
+#pragma once
+
+#include <optional>
+
+#include "expectation.h"
+#include "forward_lanes.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+// The steps of one thread's range of (outer, part, block of channels).
+template <class T>
+class LaneMaps {
+ public:
+  using A = Acc<T>;
+  static constexpr int L = kLanes<A>;
+
+  // Whether these steps read and write what lies as the maps do, with one channel a map.
+  static bool fit(const ExpectationSteps& steps) {
+    bool fits = true;
+    for_views(steps, [&](const SoftmaxParams& softmax, const auto& view) {
+      fits = fits && is_channels_last(softmax.view) && view.stride_inner == 1 && channels_of(view) == 1 &&
+             softmax.pixels.all() && !softmax.pixels.fills_empty && !softmax.is_probability &&
+             softmax.view.inner * abreast_of(steps, softmax.view) >= L;
+    });
+    return fits;
+  }
+
+  // Whether an item can take all of them in turn, stats included: it is then still in a near cache when it is read again.
+  static bool fit_together(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
+    const auto alike = [&](const MapView& view) {
+      return is_channels_last(view) && view.inner == softmax.view.inner && part_tiling(view).count() == 1;
+    };
+    bool together = fit(steps) && (!steps.stats || alike(steps.stats->view));
+    for_views(steps, [&](const SoftmaxParams& of, const auto&) { together = together && alike(of.view); });
+    return together;
+  }
+
+  LaneMaps(const ExpectationSteps& steps, const SoftmaxParams& softmax)
+      : steps_(steps),
+        softmax_(softmax),
+        view_(softmax.view),
+        parts_(part_tiling(view_)),
+        blocks_(channel_blocks(view_.inner)),
+        abreast_(abreast_of(steps, softmax.view)) {
+    if (steps.stats) stats_.emplace(*steps.stats);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t parts = parts_.count();
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item % blocks_.count, part = item / blocks_.count % parts;
+      const int64_t outer = item / blocks_.count / parts;
+      if (stats_) stats_->run(item, item + 1);
+      const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
+      const Item at = {outer, blocks_.begin(block), blocks_.begin(block + 1) - blocks_.begin(block), part,
+                       {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)}};
+      load_maps(at);
+      if (steps_.expectation) expect(at);
+      if (steps_.heatmap || steps_.values) write(at);
+    }
+  }
+
+ private:
+  // Groups whose sums are taken before they are added to others.
+  static constexpr int64_t kRun = 64;
+
+  struct Item {
+    int64_t outer, first, channels, part;
+    PixelRange range;
+  };
+
+  // What belongs to a lane waits in the first-level cache.
+  struct Lane {
+    Falloff<Vec<A>> of;
+    Vec<A> inverse, beta, upstream, mean;
+    Vec<A> row, sum;
+  };
+
+  // Where an item's pixels are of a tensor, with strides of groups abreast.
+  template <class P>
+  struct Pixels {
+    P p;
+    int64_t stride_y, stride_x;
+
+    KPFUSED_INLINE P at(int64_t r, int64_t c) const { return p + r * stride_y + c * stride_x; }
+  };
+
+  static int64_t channels_of(const ValueView& view) { return view.channels; }
+  static int64_t channels_of(const MapView&) { return 1; }
+
+  // Calls see(softmax, view) for all that steps read and write beside the maps.
+  template <class F>
+  static void for_views(const ExpectationSteps& steps, const F& see) {
+    if (steps.expectation) see(steps.expectation->softmax, steps.expectation->values.view);
+    if (steps.heatmap) see(steps.heatmap->softmax, steps.heatmap->values.view);
+    if (steps.heatmap) see(steps.heatmap->softmax, steps.heatmap->grad_view);
+    if (steps.values) see(steps.values->softmax, steps.values->value_view);
+  }
+
+  static int64_t abreast_of(const ExpectationSteps& steps, const MapView& maps) {
+    bool side_by_side = true;
+    for_views(steps, [&](const SoftmaxParams&, const auto& view) {
+      side_by_side = side_by_side && view.stride_x == maps.inner;
+    });
+    return side_by_side ? pixels_abreast<A>(maps, part_tiling(maps), {}) : 1;
+  }
+
+  template <class View, class P>
+  Pixels<P> pixels(P p, const View& view, const Item& at) const {
+    return {p + at.outer * view.stride_outer + at.first * view.stride_inner + at.range.row * view.stride_y +
+                at.range.col * view.stride_x,
+            view.stride_y, view.stride_x * abreast_};
+  }
+  template <class P>
+  bool is_run(const Item& at, const Pixels<P>& pixels) const {
+    return pixels.stride_y == at.range.cols / abreast_ * pixels.stride_x;
+  }
+  template <class View>
+  Pixels<const T*> read(const void* p, const View& view, const Item& at) const {
+    return pixels(static_cast<const T*>(p), view, at);
+  }
+
+  void load_maps(const Item& at) {
+    for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t, int64_t c) {
+      Lane& lane = lanes_[g];
+      const int64_t n = at.outer * view_.inner + at.first + c;
+      const A beta = beta_of<A>(softmax_.beta, n);
+      const Stats<A> stats = stats_of<A>(softmax_, n);
+      const Falloff<A> of = falloff(sharpness(beta), stats.peak);
+      lane.of.sign[i] = of.sign, lane.of.peak[i] = of.peak, lane.of.scale[i] = of.scale, lane.of.lowest[i] = of.lowest;
+      lane.inverse[i] = A(1) / stats.sum, lane.beta[i] = beta;
+    });
+  }
+
+  // Calls begin(row, column) for runs of groups of pixels, then body(groups from there, N, vector, its first lane) for every
+  // vector of N groups side by side, which read what belongs to its lanes once, and end(vectors) after each run.
+  template <class Begin, class Body, class End>
+  KPFUSED_INLINE void for_runs(const Item& at, bool dense, const Begin& begin, const Body& body, const End& end) const {
+    constexpr int N = KPFUSED_AVX512 ? 4 : 2;
+    const int64_t lanes = at.channels * abreast_, vectors = ceil_div(lanes, L);
+    const int64_t groups = at.range.cols / abreast_;
+    const int64_t rows = dense ? 1 : at.range.rows, cols = dense ? at.range.rows * groups : groups;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t first = 0; first < cols; first += kRun) {
+        begin(r, first);
+        const int64_t count = at_most(cols - first, kRun);
+        int64_t c = 0;
+        for (; c + N <= count; c += N) {
+          for (int64_t g = 0; g < vectors; ++g) body(Count<N>{}, c, g, group_begin<A>(g, lanes));
+        }
+        for (; c < count; ++c) {
+          for (int64_t g = 0; g < vectors; ++g) body(Count<1>{}, c, g, group_begin<A>(g, lanes));
+        }
+        end(vectors);
+      }
+    }
+  }
+
+  // Sums of lanes, of those abreast together: channel c's.
+  A sum_of(const Item& at, int64_t c) const {
+    A sum = A(0);
+    for (int64_t lane = c; lane < at.channels * abreast_; lane += at.channels) {
+      sum += lanes_[lane / L].sum[lane - group_begin<A>(lane / L, at.channels * abreast_)];
+    }
+    return sum;
+  }
+  void clear_sums() {
+    for (Lane& lane : lanes_) lane.row = lane.sum = Vec<A>{};
+  }
+  KPFUSED_INLINE void add_row(int64_t groups) {
+    for (int64_t g = 0; g < groups; ++g) lanes_[g].sum += lanes_[g].row, lanes_[g].row = Vec<A>{};
+  }
+
+  // P from how far N vectors lie below the peak.
+  template <int N>
+  KPFUSED_INLINE static void to_p(const Lane& lane, Vec<A> (&v)[N]) {
+    exp2<A, N>(v, lane.of.scale);
+    for (int j = 0; j < N; ++j) v[j] *= lane.inverse;
+  }
+
+  void expect(const Item& at) {
+    const ExpectationParams& params = *steps_.expectation;
+    const auto heatmap = read(softmax_.heatmap, view_, at), values = read(params.values.data, params.values.view, at);
+    clear_sums();
+    const T *h = nullptr, *v = nullptr;
+    for_runs(
+        at, is_run(at, heatmap) && is_run(at, values),
+        [&](int64_t r, int64_t c) { h = heatmap.at(r, c), v = values.at(r, c); },
+        [&](auto size, int64_t c, int64_t g, int64_t k) __attribute__((always_inline)) {
+          constexpr int N = decltype(size)::value;
+          Lane& lane = lanes_[g];
+          const T *const h_at = h + c * heatmap.stride_x + k, *const v_at = v + c * values.stride_x + k;
+          Vec<A> p[N];
+          for (int j = 0; j < N; ++j) {
+            prefetch(h_at + j * heatmap.stride_x, kReadAhead), prefetch(v_at + j * values.stride_x, kReadAhead);
+            p[j] = distance(load(h_at + j * heatmap.stride_x), lane.of);
+          }
+          to_p(lane, p);
+          Vec<A> sum = lane.row;
+          for (int j = 0; j < N; ++j) sum += p[j] * load(v_at + j * values.stride_x);
+          lane.row = sum;
+        },
+        [&](int64_t vectors) { add_row(vectors); });
+    const int64_t parts = parts_.count();
+    A* const to = static_cast<A*>(parts > 1 ? params.workspace : params.expectation);
+    for (int64_t c = 0; c < at.channels; ++c) {
+      to[(at.outer * view_.inner + at.first + c) * parts + at.part] = sum_of(at, c);
+    }
+  }
+
+  void write(const Item& at) {
+    const bool wants_beta = steps_.heatmap && steps_.heatmap->grad_beta;
+    if (!steps_.heatmap) return write<false, false, true>(at);
+    if (wants_beta) return steps_.values ? write<true, true, true>(at) : write<true, true, false>(at);
+    steps_.values ? write<true, false, true>(at) : write<true, false, false>(at);
+  }
+
+  // Gradients of the heatmap, beta and values; or of values alone.
+  template <bool kHeatmap, bool kBeta, bool kValues>
+  void write(const Item& at) {
+    const int64_t first_map = at.outer * view_.inner + at.first, parts = parts_.count();
+    for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t, int64_t c) {
+      const int64_t n = first_map + c;
+      lanes_[g].upstream[i] = kHeatmap ? upstream_of<A>(*steps_.heatmap, n) : upstream_of<A>(*steps_.values, n);
+      if (kHeatmap) lanes_[g].mean[i] = lanes_[g].upstream[i] * static_cast<const A*>(steps_.heatmap->expectation)[n];
+    });
+    if (kBeta) clear_sums();
+    const auto heatmap = read(softmax_.heatmap, view_, at);
+    Pixels<const T*> values{};
+    Pixels<T*> to{}, to_values{};
+    if constexpr (kHeatmap) {
+      values = read(steps_.heatmap->values.data, steps_.heatmap->values.view, at);
+      to = pixels(static_cast<T*>(steps_.heatmap->grad_heatmap), steps_.heatmap->grad_view, at);
+    }
+    if constexpr (kValues) to_values = pixels(static_cast<T*>(steps_.values->grad_values), steps_.values->value_view, at);
+    const bool dense = is_run(at, heatmap) && (!kHeatmap || (is_run(at, values) && is_run(at, to))) &&
+                       (!kValues || is_run(at, to_values));
+    const T *h = nullptr, *v = nullptr;
+    T *out = nullptr, *out_values = nullptr;
+    for_runs(
+        at, dense,
+        [&](int64_t r, int64_t c) {
+          h = heatmap.at(r, c);
+          if (kHeatmap) v = values.at(r, c), out = to.at(r, c);
+          if (kValues) out_values = to_values.at(r, c);
+        },
+        [&](auto size, int64_t c, int64_t g, int64_t k) __attribute__((always_inline)) {
+          constexpr int N = decltype(size)::value;
+          Lane& lane = lanes_[g];
+          Vec<A> below[N], p[N];
+          for (int j = 0; j < N; ++j) {
+            p[j] = below[j] = distance(load(h + (c + j) * heatmap.stride_x + k), lane.of);
+          }
+          to_p(lane, p);
+          for (int j = 0; kValues && j < N; ++j) {
+            T* const pixel = out_values + (c + j) * to_values.stride_x + k;
+            prefetch_for_write(pixel, kWriteAhead);
+            store(pixel, lane.upstream * p[j]);
+          }
+          if constexpr (kHeatmap) {
+            Vec<A> of_beta = lane.row;
+            for (int j = 0; j < N; ++j) {
+              T* const pixel = out + (c + j) * to.stride_x + k;
+              prefetch_for_write(pixel, kWriteAhead);
+              const Vec<A> q = (lane.upstream * load(v + (c + j) * values.stride_x + k) - lane.mean) * p[j];
+              if (kBeta) of_beta += below[j] * q;
+              store(pixel, lane.beta * q);
+            }
+            if (kBeta) lane.row = of_beta;
+          }
+        },
+        [&](int64_t vectors) {
+          if (kBeta) add_row(vectors);
+        });
+    if constexpr (kBeta) {
+      A* const dbeta = static_cast<A*>(parts > 1 ? steps_.heatmap->workspace : steps_.heatmap->grad_beta);
+      for (int64_t c = 0; c < at.channels; ++c) {
+        const A sign = sharpness(beta_of<A>(softmax_.beta, first_map + c)).sign;
+        dbeta[(first_map + c) * parts + at.part] = sign * sum_of(at, c);
+      }
+    }
+  }
+
+  const ExpectationSteps& steps_;
+  const SoftmaxParams& softmax_;
+  const MapView& view_;
+  const Tiling parts_;
+  const ChannelBlocks blocks_;
+  const int64_t abreast_;
+  std::optional<ForwardLanes<T, false>> stats_;
+  Lane lanes_[kGroups<A>];
+};
+
+}  // namespace kpfused::cpu::KPFUSED_ISA
