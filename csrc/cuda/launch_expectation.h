@@ -4,6 +4,8 @@
 
 #include "expectation.h"
 #include "expectation2d.h"
+#include "expectation_heatmap.h"
+#include "expectation_values.h"
 #include "launch.h"
 
 namespace kpfused::cuda {

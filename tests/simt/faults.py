@@ -415,7 +415,7 @@ FAULTS = (
     ),
     Fault(
         name="logit_read_behind_the_map",
-        file="cuda/expectation.h",
+        file="cuda/softmax.h",
         old="logit[i] = i * ty < rows ?",
         new="logit[i] = i * ty <= rows ?",
         kind="asan",
@@ -425,7 +425,7 @@ FAULTS = (
     ),
     Fault(
         name="value_read_behind_the_channels",
-        file="cuda/expectation.h",
+        file="cuda/values.h",
         old="v[i][j] = j < channels && i * ty < rows ?",
         new="v[i][j] = j <= channels && i * ty < rows ?",
         kind="asan",
@@ -445,7 +445,7 @@ FAULTS = (
     ),
     Fault(
         name="second_channel_weighed_by_the_gradient_of_the_first",
-        file="cuda/expectation.h",
+        file="cuda/expectation_heatmap.h",
         old="g = ones ? A(1) : grad[c + j]",
         new="g = ones ? A(1) : grad[c]",
         kind="access",
@@ -465,7 +465,7 @@ FAULTS = (
     ),
     Fault(
         name="gradient_beside_the_mask_multiplied_by_zero",
-        file="cuda/expectation.h",
+        file="cuda/expectation_heatmap.h",
         old="dh[1] = {counts[i] ? beta * wq : A(0)}",
         new="dh[1] = {beta * wq * A(counts[i])}",
         kind="access",
@@ -475,7 +475,7 @@ FAULTS = (
     ),
     Fault(
         name="partial_sum_left_out",
-        file="cuda/expectation.h",
+        file="cuda/areas.h",
         old="i < of.parts; i += kWarp",
         new="i < of.parts - 1; i += kWarp",
         kind="access",
@@ -495,7 +495,7 @@ FAULTS = (
     ),
     Fault(
         name="last_map_that_shares_values_left_out",
-        file="cuda/expectation.h",
+        file="cuda/expectation_values.h",
         old="w[k] = k < maps ? widen(h[k * near_stride]) : A(0);\n      if (k < maps)",
         new="w[k] = k < maps ? widen(h[k * near_stride]) : A(0);\n      if (k < maps - 1)",
         kind="access",
@@ -505,7 +505,7 @@ FAULTS = (
     ),
     Fault(
         name="values_of_all_maps_written_by_each",
-        file="cuda/expectation.h",
+        file="cuda/expectation_values.h",
         old="  if (values.stride_outer == 0) own.outer = 1;",
         new="",
         kind="access",
