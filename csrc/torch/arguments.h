@@ -16,8 +16,8 @@ namespace kpfused {
 
 inline void check_device(const Tensor& tensor, const Tensor& heatmap, const char* name) {
   int32_t own = 0, wanted = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &own));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(heatmap.get(), &wanted));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &own));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(heatmap.get(), &wanted));
   STD_TORCH_CHECK(own == wanted && tensor.get_device_index() == heatmap.get_device_index(), name,
                   " must be on the device of heatmap");
 }
@@ -115,7 +115,7 @@ inline Tensor folded(Tensor mask) {
   const Tensor one = torch::stable::contiguous(torch::stable::narrow(mask, keypoints, 0, 1));
   std::array<StableIValue, 3> stack{torch::stable::detail::from(one), torch::stable::detail::from(mask.sizes()),
                                     torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -6,7 +6,7 @@
 namespace kpfused::cpu {
 
 void parallel_ranges(int64_t count, int64_t grain, RangeBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
 }  // namespace kpfused::cpu

@@ -30,7 +30,7 @@ bool has_cuda_streams() { return accessor() != nullptr; }
 void* current_cuda_stream(int32_t device) {
   STD_TORCH_CHECK(has_cuda_streams(), "kpfused: the CUDA streams of torch were not found (see python -m kpfused.info)");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(accessor()(device, &stream));
+  TORCH_ERROR_CODE_CHECK(accessor()(device, &stream));
   return stream;
 }
 

@@ -37,9 +37,9 @@ inline ScalarType accumulator_of(Dtype dtype) {
 // the dispatcher with boxed arguments, which costs a multiple of the allocation.
 inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
   return Tensor(handle);
