@@ -67,6 +67,7 @@ def extension():
     nvcc, cuda, architectures, release = find_nvcc(), [], "", ""
     cxx = ["-std=c++17", "-fvisibility=hidden", "-Wall", *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"])]
     sources = ["csrc/module.cpp", *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/torch/*.cpp")]
+    # Ahead of torch's own directory: the pybind11 that torch 2.11 bundles is an error beside a target version.
     options = {"include_dirs": [pybind11.get_include()], "extra_link_args": ["-Wl,--exclude-libs,ALL"]}
     if nvcc:
         cpp_extension.CUDA_HOME = str(nvcc.parents[1])  # a CPU build of torch does not look for it
