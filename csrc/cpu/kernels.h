@@ -162,7 +162,7 @@ void run_lane_maps(const ExpectationSteps& steps) {
                [&](int64_t begin, int64_t end) { LaneMaps<T>(steps, softmax).run(begin, end); });
 }
 
-// Step after step, where maps are several parts or steps read different copies of them.
+// Whether LaneMaps can take the steps one after the other.
 template <class T>
 bool fit_lanes(const ExpectationSteps& steps) {
   return LaneMaps<T>::fit({nullptr, steps.expectation, nullptr, nullptr}) &&
@@ -170,6 +170,7 @@ bool fit_lanes(const ExpectationSteps& steps) {
          LaneMaps<T>::fit({nullptr, nullptr, nullptr, steps.values});
 }
 
+// Step after step, where maps are several parts or steps read different copies of them.
 template <class T>
 void run_lane_steps(const ExpectationSteps& steps) {
   using A = Acc<T>;

@@ -32,20 +32,30 @@ class World:
 Case: TypeAlias = Callable[[World], None]
 
 
-class Sent(TorchDispatchMode):
+class LocalCalls(TorchDispatchMode):
+    """Shows ``see`` what is called with this rank's own tensors: what a DTensor does with those is what counts."""
+
+    def see(self, func: Any, args: Any) -> None:
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        self.see(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+class Sent(LocalCalls):
     """Bytes that this rank hands to collectives, one entry a call."""
 
     def __enter__(self) -> Any:
         self.bytes: list[int] = []
         return super().__enter__()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # what the DTensor does with its local tensors is what counts
+    def see(self, func: Any, args: Any) -> None:
         if "c10d" in func.namespace and func._opname not in ("wait_tensor", "_wrap_tensor_autograd"):
             first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
             self.bytes.append(first.nbytes)
-        return func(*args, **(kwargs or {}))
 
 
 def shard(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
