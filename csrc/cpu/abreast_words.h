@@ -85,34 +85,27 @@ class AbreastWords {
   }
 
 #if KPFUSED_AVX512
-  // By windows, for pixels from `bits` on: a vector sees bits of three pixels at most, those of the first shifted down, those
-  // of the others up. As many channels as two bytes have bits make no more vectors than there are words in a window; more
-  // channels leave no third pixel to be seen. Writes whole windows.
+  // By windows, for pixels from `bits` on, in halves of sixteen bits: a vector sees three at most, the first of them shifted
+  // down, the others up. Writes kAbreastChannels words.
   template <int kBytes>
   void windows(const uint8_t* bits, int64_t stride, int64_t pixels, int64_t abreast, int64_t vectors,
                         LaneWord<A>* to) const {
-    constexpr int kWindows = kBytes == 2 ? 1 : 2, kSeen = kBytes == 2 ? 3 : 2;
-    __m512i pixel[kWindows][kSeen], shift[kWindows][kSeen];
-    for (int i = 0; i < kWindows; ++i) {
-      for (int k = 0; k < kSeen; ++k) {
-        pixel[i][k] = _mm512_load_si512(window_[i].pixel[k]), shift[i][k] = _mm512_load_si512(window_[i].shift[k]);
-      }
-    }
+    __m512i half[kSeen], shift[kSeen];
+    for (int k = 0; k < kSeen; ++k) half[k] = _mm512_load_si512(half_[k]), shift[k] = _mm512_load_si512(shift_[k]);
+    const auto byte = [&](int b) __attribute__((always_inline)) { return _mm_loadu_si128((const __m128i*)(bits + b * stride)); };
     for (; pixels > 0; pixels -= abreast, bits += abreast, to += vectors) {
-      __m512i of_pixel = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bits));
-      for (int b = 1; b < kBytes; ++b) {
-        const __m512i more = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bits + b * stride)));
-        of_pixel = _mm512_or_si512(of_pixel, _mm512_slli_epi32(more, 8 * b));
+      __m256i low = _mm256_castsi128_si256(byte(0)), high = _mm256_castsi128_si256(byte(1));
+      if (kBytes > 2) low = _mm256_inserti128_si256(low, byte(2), 1);
+      if (kBytes > 3) high = _mm256_inserti128_si256(high, byte(3), 1);
+      if (kBytes == 3) high = _mm256_zextsi128_si256(byte(1));
+      const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi8(low, high)),
+                                                _mm256_unpackhi_epi8(low, high), 1);
+      __m512i seen = _mm512_srlv_epi16(_mm512_permutexvar_epi16(half[0], halves), shift[0]);
+      for (int k = 1; k < kSeen; ++k) {
+        seen = _mm512_or_si512(seen, _mm512_sllv_epi16(_mm512_permutexvar_epi16(half[k], halves), shift[k]));
       }
-      for (int i = 0; i < kWindows; ++i) {
-        __m512i seen = _mm512_srlv_epi32(_mm512_permutexvar_epi32(pixel[i][0], of_pixel), shift[i][0]);
-        for (int k = 1; k < kSeen; ++k) {
-          const __m512i more = _mm512_sllv_epi32(_mm512_permutexvar_epi32(pixel[i][k], of_pixel), shift[i][k]);
-          seen = _mm512_or_si512(seen, more);
-        }
-        if constexpr (sizeof(A) == 4) _mm256_storeu_si256((__m256i*)(to + i * kWindow), _mm512_cvtepi32_epi16(seen));
-        if constexpr (sizeof(A) == 8) _mm_storeu_si128((__m128i*)(to + i * kWindow), _mm512_cvtepi32_epi8(seen));
-      }
+      if constexpr (sizeof(A) == 4) _mm512_storeu_si512(to, seen);
+      if constexpr (sizeof(A) == 8) _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(seen));
     }
   }
 
@@ -154,17 +147,18 @@ class AbreastWords {
   }
 
 #if KPFUSED_AVX512
-  static constexpr int64_t kWindow = 16;  // words that a vector of pixels gives
-  struct Window {
-    alignas(64) uint32_t pixel[3][kWindow], shift[3][kWindow];
-  };
+  static constexpr int kSeen = 3, kHalf = 16;
 
   void set_window(int64_t v, int64_t begin, int64_t channels) {
-    Window& window = window_[v / kWindow];
-    const int64_t pixel = begin / channels;
-    for (int64_t k = 0; k < 3; ++k) {
-      window.pixel[k][v % kWindow] = uint32_t(at_most(pixel + k, kPixels - 1));
-      window.shift[k][v % kWindow] = uint32_t(k == 0 ? begin - pixel * channels : (pixel + k) * channels - begin);
+    const int64_t halves = ceil_div(channels, kHalf);
+    int64_t pixel = begin / channels, half = (begin - pixel * channels) / kHalf;
+    int64_t shift = (begin - pixel * channels) % kHalf, seen = -shift;
+    for (int k = 0; k < kSeen; ++k) {
+      const int64_t of = at_most(pixel, kPixels - 1);
+      half_[k][v] = uint16_t(of / 8 * kHalf + half * 8 + of % 8);  // as unpacking leaves them
+      shift_[k][v] = uint16_t(k == 0 ? shift : seen);
+      seen += at_most(channels - half * kHalf, kHalf);
+      if (++half == halves) half = 0, ++pixel;
     }
   }
   void set_pair(int64_t v, int64_t begin, int64_t channels, int64_t abreast) {
@@ -173,7 +167,7 @@ class AbreastWords {
     of_pixel_[v] = uint16_t((1u << at_most((pixel + 1) * channels - begin, L)) - 1);
   }
 
-  Window window_[kAbreastChannels / kWindow];
+  alignas(64) uint16_t half_[kSeen][kAbreastChannels], shift_[kSeen][kAbreastChannels];
   alignas(64) uint16_t pixel_[kAbreastChannels], next_[kAbreastChannels], of_pixel_[kAbreastChannels];
   bool pairs_ = false;
 #endif
