@@ -181,13 +181,16 @@ class LaneWords {
 #endif
   }
 
-  // Lanes as they are in memory.
+  // Lanes as they are in memory. Whole vectors of them that follow each other are those of one long pixel.
   KPFUSED_INLINE void side_by_side(const uint8_t* mask, int64_t pixels, Word* to) const {
     constexpr int64_t kVectors = kVectorBytes / L;
-    for (int64_t c = 0; c < pixels; ++c, mask += first_.stride_x * abreast_, to += vectors_) {
+    const int64_t step = first_.stride_x * abreast_;
+    const bool one_run = step == lanes_ && lanes_ % L == 0;
+    const int64_t count = one_run ? 1 : pixels, lanes = one_run ? pixels * lanes_ : lanes_, vectors = ceil_div(lanes, L);
+    for (int64_t c = 0; c < count; ++c, mask += step, to += vectors) {
       int64_t g = 0;
-      for (; (g + kVectors) * L <= lanes_; g += kVectors) set_lanes<kVectorBytes>(mask + g * L, to + g);
-      for (; g < vectors_; ++g) set_lanes<L>(mask + group_begin<A>(g, lanes_), to + g);
+      for (; (g + kVectors) * L <= lanes; g += kVectors) set_lanes<kVectorBytes>(mask + g * L, to + g);
+      for (; g < vectors; ++g) set_lanes<L>(mask + group_begin<A>(g, lanes), to + g);
     }
   }
 
@@ -268,11 +271,15 @@ class LaneWords {
     }
   }
 
-  // Pixels abreast.
+  // Pixels abreast. The next piece of each plane, of more than a processor follows by itself, comes from the second-level cache
+  // while words are made.
   void abreast(const uint8_t* mask, int64_t pixels, Word* to) const {
     uint8_t bits[AbreastWords<A>::kMost][kPiece + AbreastWords<A>::kPixels];
     for (int64_t b = 0; b < abreast_words_.bytes(); ++b) {
       bits_of(mask, b * 8, at_most(channels_ - b * 8, 8), pixels, bits[b]);
+    }
+    for (int64_t k = 0; k < channels_ && between_ > 0; ++k) {
+      for (int64_t i = 0; i < kPiece; i += 64) prefetch_near(mask + k * between_, kPiece + i);
     }
 #if KPFUSED_AVX512
     if (abreast_words_.has_pairs()) {

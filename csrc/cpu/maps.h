@@ -89,6 +89,7 @@ KPFUSED_INLINE const void* ahead_of(const void* p, int64_t bytes) {
 }
 KPFUSED_INLINE void prefetch_at(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
 KPFUSED_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 2); }
+KPFUSED_INLINE void prefetch_near(const void* p, int64_t ahead) { __builtin_prefetch(ahead_of(p, ahead), 0, 3); }
 // The lines of a run of n elements that lies `ahead` bytes further on.
 template <class T>
 KPFUSED_INLINE void prefetch_run(const T* p, int64_t n, int64_t ahead) {
