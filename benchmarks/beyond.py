@@ -270,8 +270,10 @@ def expectations(device: str, shrink: Callable[..., tuple[int, ...]]) -> Iterato
             )
 
 
-def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> tuple[float, float, float]:
-    """Seconds of each, and the first as a multiple of the other. A round of calls lasts at least a millisecond."""
+def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> dict[str, float]:
+    """Seconds of each, and the first as a multiple of the other: medians of ``rounds``, up to five times as many where
+    calls are quick. In a round both are called as often, so that each finds in the caches what the other left there.
+    """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def seconds(thunk: Thunk, calls: int) -> float:
@@ -284,13 +286,15 @@ def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> tuple[float, 
 
     for thunk in (one, other, one, other):  # what is set up at a first call counts for neither
         thunk()
-    calls = [max(1, int(1e-3 / seconds(thunk, 1))) for thunk in (one, other)]
+    once = [seconds(thunk, 1) for thunk in (one, other)]
+    calls = max(1, int(1e-3 / max(once)))
     found: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for into, thunk, count in zip(found, (one, other), calls, strict=True):
-            into.append(seconds(thunk, count))
+    for _ in range(min(max(rounds, int(0.3 / sum(once) / calls)), 5 * rounds)):
+        for into, thunk in zip(found, (one, other), strict=True):
+            into.append(seconds(thunk, calls))
     ratios = [a / b for a, b in zip(*found, strict=True)]
-    return statistics.median(found[0]), statistics.median(found[1]), statistics.median(ratios)
+    ours, theirs = (statistics.median(each) for each in found)
+    return {"median": ours, "other": theirs, "ratio": statistics.median(ratios), "rounds": len(ratios)}
 
 
 def check(device: str) -> None:
@@ -309,14 +313,15 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     for each in until_failure(comparisons(device, tiny)):
         try:
-            ours, other, ratio = medians(each.thunk, each.other, rounds, device)
+            stats = medians(each.thunk, each.other, rounds, device)
         except Exception as failure:
             not_measured(f"{each.question} at {each.case}", failure)
             continue
-        figure = ratio if each.cost else 1 / ratio
-        stats = {"median": ours, "other": other, "ratio": figure, "rounds": rounds}
+        if not each.cost:
+            stats["ratio"] = 1 / stats["ratio"]
         extra = {"question": each.question, "case": each.case, "cost": each.cost, "device": device, "threads": 1}
-        print(f"{each.question:58} {each.case:28} {ours * 1e6:12,.0f} us {figure:8.2f}x", flush=True)
+        took = stats["median"] * 1e6
+        print(f"{each.question:58} {each.case:28} {took:12,.0f} us {stats['ratio']:8.2f}x", flush=True)
         yield row(f"{each.question}[{each.case}]", each.question, stats, kind="beyond", **extra)
         gc.collect()
     torch.set_num_threads(before)
