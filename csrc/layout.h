@@ -8,16 +8,18 @@
 
 namespace kpfused {
 
-// The views of up to four tensors of one shape (..., H, W) that one kernel walks together: heatmap, its gradient, and a
-// mask and values, which may lie in any way. Their leading dimensions must fold to the same (outer, inner).
+// The views of up to three tensors of one shape (..., H, W) that one kernel walks together: heatmap, its gradient, and
+// values, which may lie in any way. Their leading dimensions must fold to the same (outer, inner); those of a mask by
+// themselves.
 struct Layout {
-  MapView first, second, mask, values;
+  MapView first, second, values;
+  MaskView mask;
   bool in_place;  // false: no kernel reads this layout; copy to contiguous first
 };
 
 namespace detail {
 
-constexpr int kTensors = 4;
+constexpr int kTensors = 3;
 
 struct Run {
   int64_t size, stride[kTensors];
@@ -33,21 +35,37 @@ inline MapView view_of(const Run& outer, const Run& inner, int64_t height, int64
   return v;
 }
 
+// False where there are more runs than a view has.
+inline bool fold_mask(const int64_t* sizes, int64_t dims, const int64_t* strides, MaskView* view) {
+  *view = {0, {}, {}, strides[dims - 2], strides[dims - 1]};
+  for (int64_t d = dims - 3; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    const int last = view->runs - 1;
+    if (last >= 0 && strides[d] == view->stride[last] * view->size[last]) {
+      view->size[last] *= sizes[d];
+      continue;
+    }
+    if (view->runs == kMaskRuns) return false;
+    view->size[view->runs] = sizes[d], view->stride[view->runs++] = strides[d];
+  }
+  if (view->runs == 0) view->runs = view->size[0] = 1;
+  return true;
+}
+
 }  // namespace detail
 
 // All but `first` may be null. dims >= 2; strides are never negative in torch.
 inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* first, const int64_t* second,
                           const int64_t* mask = nullptr, const int64_t* values = nullptr) {
   const int64_t height = sizes[dims - 2], width = sizes[dims - 1];
-  const int64_t* const strides[detail::kTensors] = {first, second ? second : first, mask ? mask : first,
-                                                    values ? values : first};
+  const int64_t* const strides[detail::kTensors] = {first, second ? second : first, values ? values : first};
   detail::Run runs[2] = {{1, {}}, {1, {}}};  // inner, outer
   int used = 0;
   for (int64_t d = dims - 3; d >= 0; --d) {
     const int64_t n = sizes[d];
     if (n == 0) {
       const MapView none{0, 0, height, width, 0, 0, width, 1};
-      return {none, none, none, none, true};
+      return {none, none, none, {}, true};
     }
     if (n == 1) continue;
     detail::Run* const last = used > 0 ? &runs[used - 1] : nullptr;
@@ -57,18 +75,23 @@ inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* fir
       last->size *= n;
       continue;
     }
-    if (used == 2) return {{}, {}, {}, {}, false};
+    if (used == 2) return {};
     detail::Run& run = runs[used++];
     run.size = n;
     for (int t = 0; t < detail::kTensors; ++t) run.stride[t] = strides[t][d];
   }
   const auto view = [&](int t) { return detail::view_of(runs[1], runs[0], height, width, strides[t], dims, t); };
-  Layout layout{view(0), view(1), view(2), view(3), true};
+  Layout layout{view(0), view(1), view(2), {}, true};
   const bool rows = layout.first.stride_x == 1 && layout.second.stride_x == 1;
   // Kernels tell the two kinds apart by stride_x alone, so both tensors must be of the same one.
   const bool channels = layout.first.stride_inner == 1 && layout.second.stride_inner == 1 &&
                         layout.first.stride_x != 1 && layout.second.stride_x != 1;
   layout.in_place = rows || channels;
+  if (mask) {
+    const bool folds = detail::fold_mask(sizes, dims, mask, &layout.mask);
+    const bool channels_too = layout.mask.runs == 1 || layout.mask.size[0] % layout.first.inner == 0;
+    layout.in_place = layout.in_place && folds && (rows || channels_too);
+  }
   return layout;
 }
 

@@ -36,13 +36,34 @@ struct BetaView {
   int64_t divisor, modulus;
 };
 
+// Where the masks of maps begin. Maps that share one have strides of zero, and those of one image or clip may do so in any of
+// its dimensions, so that a mask has up to kMaskRuns extents of its own, the innermost first: their product is the number of
+// maps. Where maps are channels_last, those of one image are within the first.
+constexpr int kMaskRuns = 4;
+struct MaskView {
+  int runs;
+  int64_t size[kMaskRuns], stride[kMaskRuns];
+  int64_t stride_y, stride_x;
+
+  KPFUSED_HD constexpr int64_t stride_inner() const { return stride[0]; }
+  // Of map n.
+  KPFUSED_HD constexpr int64_t offset(int64_t n) const {
+    int64_t at = 0;
+    for (int r = 0; r < kMaskRuns - 1 && r < runs - 1; ++r) {
+      const int64_t rest = n / size[r];
+      at += (n - rest * size[r]) * stride[r], n = rest;
+    }
+    return at + n * stride[runs - 1];
+  }
+};
+
 // Which pixels count: all, or those where the mask is not zero and that lie within the map's valid size, (height, width) in
 // sizes[(n / divisor) % modulus * 2], clamped to the map's own. A pixel that does not count is not needed: its logit may
 // be anything, it weighs nothing and its gradient is zero, whatever the others are. With `fills_empty`, a map in which
 // nothing counts or all that counts is -inf has `empty_value` for each of its real results, and no gradient.
 struct PixelView {
   const uint8_t* mask;  // null: all pixels within the valid size
-  MapView mask_view;    // of the same extents; strides may be zero
+  MaskView mask_view;
   const int64_t* sizes;  // null: the whole map
   int64_t divisor, modulus;
   bool fills_empty;  // always so where not all pixels count

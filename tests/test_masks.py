@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import kpfused
+from benchmarks.memory import peak_bytes_beyond
 from kpfused import reference
 from tests import cases
 from tests.cases import PIXELS, on
@@ -253,7 +255,7 @@ def test_masks_along_rows(device: str, width: int, less: int, dtype: torch.dtype
 def test_a_mask_of_some_leading_dimensions(
     device: str, of_mask: tuple[int | None, ...], keypoints: int, layout: str
 ) -> None:
-    """Clips of frames: the mask of a clip, or of a frame, does not fold with both of their dimensions and keypoints."""
+    """Clips of frames: the mask of a clip, or of a frame, does not fold as their dimensions and keypoints do."""
     frames = cases.random((10, keypoints, 32, 48)).to(device, torch.float32)
     if layout == "channels_last":
         frames = cases.channels_last(frames)
@@ -275,7 +277,45 @@ def test_a_mask_of_some_leading_dimensions(
     assert torch.equal(mask, before[1])
 
 
-def test_masks_that_are_copied_for_a_batch_give_the_bits_of_one_image(device: str) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "of_mask", [(1, 1, 4, 1), (1, 3, 1, 4), (2, 1, 4, 1), (2, 1, 1, 4), (1, 3, 4, 1), (2, 3, 1, 1)], ids=str
+)
+def test_masks_are_not_expanded_in_memory(device: str, of_mask: tuple[int, ...], layout: str) -> None:
+    shape = (2, 3, 4, 4, 32, 48)
+    heatmap = cases.random((math.prod(shape[:3]), *shape[3:])).to(device, torch.float32)
+    if layout == "channels_last":
+        heatmap = cases.channels_last(heatmap)
+    heatmap = heatmap.view(shape)
+    mask = torch.rand(*of_mask, *shape[4:], device=device) < 0.6
+    assert peak_bytes_beyond(lambda h: kpfused.soft_argmax2d(h, mask=mask), heatmap) < mask.expand(shape).numel() / 4
+    torch.testing.assert_close(
+        kpfused.soft_argmax2d(heatmap, mask=mask), reference.soft_argmax2d(heatmap, mask=mask), atol=1e-3, rtol=1e-4
+    )
+
+
+def test_a_mask_of_a_volume_is_not_expanded_for_its_keypoints(device: str) -> None:
+    shape = (2, 6, 5, 24, 32)
+    heatmap = cases.random((60, 1, 24, 32)).view(shape).to(device, torch.float32)
+    mask = torch.rand(2, 1, 5, 24, 32, device=device) < 0.6
+    assert peak_bytes_beyond(lambda h: kpfused.soft_argmax3d(h, mask=mask), heatmap) < mask.expand(shape).numel() / 4
+    torch.testing.assert_close(
+        kpfused.soft_argmax3d(heatmap, mask=mask),
+        reference.spatial_moments3d(heatmap, mask=mask).mean,
+        atol=1e-3,
+        rtol=1e-4,
+    )
+
+
+def test_a_mask_of_more_separate_dimensions_than_any_view_has(device: str) -> None:
+    heatmap = cases.random((2, 2, 2, 2, 2, 2, 16, 16)).to(device, torch.float32)
+    mask = torch.rand(2, 1, 2, 1, 2, 1, 16, 16, device=device) < 0.6
+    torch.testing.assert_close(
+        kpfused.soft_argmax2d(heatmap, mask=mask), reference.soft_argmax2d(heatmap, mask=mask), atol=1e-3, rtol=1e-4
+    )
+
+
+def test_masks_of_several_leading_dimensions_give_the_bits_of_one_image(device: str) -> None:
     """Such a mask has other strides for one image than in a batch of them."""
     heatmap = cases.random((2, 2, 2, 128, 128)).to(device, torch.float32)
     mask = (torch.rand(2, 1, 2, 128, 128, device=device) < 0.6).mT

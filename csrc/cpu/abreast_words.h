@@ -14,7 +14,7 @@
 namespace kpfused::cpu::KPFUSED_ISA {
 
 // Whether all channels of a pixel count, or none.
-KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner == 0; }
+KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner() == 0; }
 KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
   return !pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0;
 }

@@ -28,7 +28,7 @@ struct Counting {
 
 KPFUSED_INLINE Counting counting_of(const PixelView& pixels, const MapView& view, int64_t map) {
   Counting c = {nullptr, pixels.mask_view.stride_y, pixels.mask_view.stride_x, view.height, view.width};
-  if (pixels.mask) c.mask = pixels.mask + map_offset(pixels.mask_view, map);
+  if (pixels.mask) c.mask = pixels.mask + pixels.mask_view.offset(map);
   if (pixels.sizes) {
     const int64_t* size = pixels.sizes + map / pixels.divisor % pixels.modulus * 2;
     c.rows = at_most(at_least(size[0], 0), view.height);

@@ -91,8 +91,8 @@ class ForwardLanes {
   };
   Origin origin(int64_t outer, int64_t part, int64_t first) const {
     const int64_t row = parts_.y.begin(part / parts_.x.count), col = parts_.x.begin(part % parts_.x.count);
-    const MapView& mask = params_.pixels.mask_view;
-    const int64_t of_mask = params_.pixels.mask ? map_offset(mask, outer * view_.inner + first) : 0;
+    const MaskView& mask = params_.pixels.mask_view;
+    const int64_t of_mask = params_.pixels.mask ? mask.offset(outer * view_.inner + first) : 0;
     return {static_cast<const T*>(params_.heatmap) + outer * view_.stride_outer + first * view_.stride_inner +
                 row * view_.stride_y + col * view_.stride_x,
             params_.pixels.mask ? params_.pixels.mask + of_mask + row * mask.stride_y + col * mask.stride_x : nullptr};
@@ -118,7 +118,7 @@ class ForwardLanes {
     const auto begin = [&](int64_t n) -> Origin {
       if (n == chunks.count()) return next;
       const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);
-      const MapView& mask = params_.pixels.mask_view;
+      const MaskView& mask = params_.pixels.mask_view;
       return {base.heatmap + y * view_.stride_y + x * stride_x,
               base.mask ? base.mask + y * mask.stride_y + x * abreast_ * mask.stride_x : nullptr};
     };

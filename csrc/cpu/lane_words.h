@@ -76,7 +76,7 @@ class LaneWords {
         lanes_(at_least(channels * abreast, L)),
         vectors_(ceil_div(lanes_, L)),
         same_size_(one_size(pixels, view)),
-        between_(pixels.mask_view.stride_inner),
+        between_(pixels.mask_view.stride_inner()),
         abreast_words_(abreast_words) {
     if (!pixels.sizes) return;
     A rows[2 * kChannelBlock], cols[2 * kChannelBlock];

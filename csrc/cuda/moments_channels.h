@@ -96,7 +96,7 @@ KPFUSED_DEVICE CountedColumn<V> counted_column(const PixelView& pixels, const Ma
 
 // One bit for each of N rows, ty apart, of V channels: bit i * V + j is row i of channel j. done: rows before the first.
 template <int N, int V>
-KPFUSED_DEVICE unsigned counted_bits(const CountedColumn<V>& c, const MapView& mask, int done, int ty) {
+KPFUSED_DEVICE unsigned counted_bits(const CountedColumn<V>& c, const MaskView& mask, int done, int ty) {
   unsigned bits = 0;
 #pragma unroll 8 / V
   for (int i = 0; i < N; ++i) {
@@ -104,7 +104,7 @@ KPFUSED_DEVICE unsigned counted_bits(const CountedColumn<V>& c, const MapView& m
     for (int j = 0; j < V; ++j) {
       const int row = done + i * ty;
       if (row >= c.rows[j]) continue;
-      if (!c.mask || c.mask[row * mask.stride_y + j * mask.stride_inner]) bits |= 1u << (i * V + j);
+      if (!c.mask || c.mask[row * mask.stride_y + j * mask.stride_inner()]) bits |= 1u << (i * V + j);
     }
   }
   return bits;

@@ -17,7 +17,7 @@ struct CountedPixels {
 
 KPFUSED_DEVICE CountedPixels counted_pixels(const PixelView& pixels, const MapView& view, int64_t n) {
   CountedPixels c{pixels.all(), nullptr, pixels.mask_view.stride_y, pixels.mask_view.stride_x, view.height, view.width};
-  if (pixels.mask) c.mask = pixels.mask + map_offset(pixels.mask_view, n);
+  if (pixels.mask) c.mask = pixels.mask + pixels.mask_view.offset(n);
   if (pixels.sizes) {
     const int64_t* const size = pixels.sizes + n / pixels.divisor % pixels.modulus * 2;
     const auto within = [](int64_t value, int64_t most) { return value < 0 ? 0 : value < most ? value : most; };

@@ -5,7 +5,6 @@
 // what would otherwise touch memory that is not there.
 #pragma once
 
-#include <array>
 #include <limits>
 #include <optional>
 
@@ -58,7 +57,7 @@ struct Settings {
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // A valid size broadcasts against the leading dimensions of heatmap as beta does.
-inline PixelView pixel_view(const Tensor& heatmap, const Settings& settings, const MapView& mask_view) {
+inline PixelView pixel_view(const Tensor& heatmap, const Settings& settings, const MaskView& mask_view) {
   PixelView view{nullptr, mask_view, nullptr, 1, 1, false, settings.empty_value.value_or(kNan)};
   view.fills_empty = settings.mask || settings.valid_size || settings.empty_value;
   if (settings.mask) view.mask = static_cast<const uint8_t*>(settings.mask->const_data_ptr());
@@ -107,21 +106,10 @@ inline ValueView value_view(const Layout& layout, const Tensor& values) {
   return {values.size(channel), v.stride_outer, v.stride_inner, values.stride(channel), v.stride_y, v.stride_x};
 }
 
-// A copy of a mask of three dimensions or more, which fold. Keypoints go on sharing theirs: a kernel counts by lists or by
-// lanes as they do, and takes an image alone, whose mask is not copied, for one of a batch.
-inline Tensor folded(Tensor mask) {
-  const int64_t keypoints = mask.dim() - 3;
-  if (mask.stride(keypoints) != 0) return torch::stable::contiguous(mask);
-  const Tensor one = torch::stable::contiguous(torch::stable::narrow(mask, keypoints, 0, 1));
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(one), torch::stable::detail::from(mask.sizes()),
-                                    torch::stable::detail::from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// How a kernel reads the heatmap and writes `target`, where there is one. Copies a mask where its strides alone do not fold
-// with theirs; and the heatmap to contiguous where no kernel reads its layout, and then the target. `values`, whose elements
-// are not read here, may be gradients to be written: then they are not to be copied.
+// How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no kernel
+// reads its layout, and then the target; and a mask that is expanded along more separate dimensions than a view has, or along
+// some of those that channels of channels_last maps have. `values`, whose elements are not read here, may be gradients to be
+// written: then they are not to be copied.
 inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr,
                        const Tensor* values = nullptr) {
   const auto fold = [&](bool with_mask = true) {
@@ -148,11 +136,7 @@ inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* tar
     layout = fold();
     if (layout.in_place || !mask) return layout;
   }
-  const Tensor all = *mask;
-  mask = folded(all);
-  layout = fold();
-  if (layout.in_place) return layout;
-  mask = torch::stable::contiguous(all);  // keypoints of a range of frames, of each clip: one dimension, but for the mask
+  mask = torch::stable::contiguous(*mask);
   return fold();
 }
 

@@ -49,14 +49,15 @@ struct Pixels {
   bool at(int64_t map, int64_t y, int64_t x) const {
     const size_t size = size_t(map / view.divisor % view.modulus * 2);
     if (view.sizes && (y >= sizes[size] || x >= sizes[size + 1])) return false;
-    return !view.mask || mask[size_t(first + element(view.mask_view, map, y, x))];
+    const MaskView& of = view.mask_view;
+    return !view.mask || mask[size_t(first + of.offset(map) + y * of.stride_y + x * of.stride_x)];
   }
 
  private:
   void draw_mask() {
     const int64_t pixels = c.height * c.width, shared = kind == Counted::shared_mask ? 0 : pixels;
     const int64_t maps = shared ? c.maps() : 1;
-    view.mask_view = {c.outer, c.inner, c.height, c.width, shared * c.inner, shared, c.width, 1};
+    view.mask_view = {2, {c.inner, c.outer}, {shared, shared * c.inner}, c.width, 1};
     int64_t bytes = maps * pixels;
     if (kind == Counted::pixels_of_mask || kind == Counted::channels_of_mask) {
       // Some more: as many as a vector has lanes, on some instruction set. Padded pixels are as far apart.
@@ -64,7 +65,7 @@ struct Pixels {
       const int64_t channels = kind == Counted::pixels_of_mask ? c.inner : more;
       first = channels - c.inner;
       bytes = c.outer * pixels * channels;
-      view.mask_view = {c.outer, c.inner, c.height, c.width, pixels * channels, 1, c.width * channels, channels};
+      view.mask_view = {2, {c.inner, c.outer}, {1, pixels * channels}, c.width * channels, channels};
     }
     mask.reset(new uint8_t[size_t(bytes)]);
     for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i / pixels != 3;

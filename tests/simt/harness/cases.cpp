@@ -63,24 +63,27 @@ Strides Case::grad_strides() const {
 
 kpfused::Layout views(const Case& c, int64_t outer, int64_t inner, const Strides& first, const Strides& second) {
   const int64_t sizes[] = {outer, inner, c.height, c.width};
-  if (c.counts == Counts::all) return kpfused::fold_layout(sizes, 4, first.data(), second.data());
-  const auto view = [&](const Strides& s) {
-    MapView v{outer, inner, c.height, c.width, s[0], s[1], s[2], s[3]};
-    if (c.width == 1) v.stride_x = 1;
-    if (c.height == 1) v.stride_y = v.stride_x * c.width;
-    return v;
-  };
-  kpfused::Layout layout{};
-  layout.first = view(first);
-  layout.second = view(second);
-  return layout;
+  return kpfused::fold_layout(sizes, 4, first.data(), second.data());
+}
+
+MapView unfolded(const Case& c, int64_t outer, int64_t inner, const Strides& s) {
+  MapView v{outer, inner, c.height, c.width, s[0], s[1], s[2], s[3]};
+  if (c.width == 1) v.stride_x = 1;
+  if (c.height == 1) v.stride_y = v.stride_x * c.width;
+  return v;
+}
+
+kpfused::MaskView mask_view_of(const MapView& v) {
+  return {2, {v.inner, v.outer}, {v.stride_inner, v.stride_outer}, v.stride_y, v.stride_x};
 }
 
 MapView Case::view() const { return views(*this, outer, inner, strides(), strides()).first; }
 
 kpfused::Layout Case::backward_views() const { return views(*this, outer, inner, strides(), grad_strides()); }
 
-MapView Case::mask_view() const { return views(*this, outer, inner, mask_strides(), mask_strides()).first; }
+MapView Case::mask_maps() const { return unfolded(*this, outer, inner, mask_strides()); }
+
+kpfused::MaskView Case::mask_view() const { return mask_view_of(mask_maps()); }
 
 size_t Case::beta_count() const {
   if (betas == Betas::per_keypoint) return static_cast<size_t>(inner);

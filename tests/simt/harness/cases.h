@@ -61,7 +61,8 @@ struct Case {
   bool has_mask() const { return counts != Counts::all && counts != Counts::size; }
   bool has_sizes() const { return counts == Counts::size || counts == Counts::both; }
   Strides mask_strides() const;
-  MapView mask_view() const;
+  MapView mask_maps() const;      // where the bytes are
+  kpfused::MaskView mask_view() const;
   bool mask(int64_t map, int64_t y, int64_t x) const;
   // Valid sizes are those of samples.
   int64_t valid_height(int64_t map) const;
@@ -70,8 +71,10 @@ struct Case {
   Real logit(int64_t map, int64_t y, int64_t x) const;
 };
 
-// Maps as they are said to lie. Beside a mask they are not folded: its leading dimensions would have to fold likewise.
+// Maps as they are said to lie, as a kernel gets them; and by image and channel, as values that some share have them.
 kpfused::Layout views(const Case& c, int64_t outer, int64_t inner, const Strides& first, const Strides& second);
+MapView unfolded(const Case& c, int64_t outer, int64_t inner, const Strides& strides);
+kpfused::MaskView mask_view_of(const MapView& bytes);
 
 std::vector<Case> all_cases();
 

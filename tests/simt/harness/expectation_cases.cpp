@@ -18,19 +18,9 @@ std::string ExpectationCase::name() const {
   return name;
 }
 
-namespace {
-
 // Never folded: values that only some maps share would not fold likewise.
-MapView unfolded(const Case& c, const Strides& strides) {
-  Case masked = c;
-  masked.counts = Counts::own;
-  return views(masked, c.outer, c.inner, strides, strides).first;
-}
-
-}  // namespace
-
-MapView ExpectationCase::view() const { return unfolded(maps, maps.strides()); }
-MapView ExpectationCase::grad_view() const { return unfolded(maps, maps.grad_strides()); }
+MapView ExpectationCase::view() const { return unfolded(maps, maps.outer, maps.inner, maps.strides()); }
+MapView ExpectationCase::grad_view() const { return unfolded(maps, maps.outer, maps.inner, maps.grad_strides()); }
 
 kpfused::ValueView ExpectationCase::value_view() const {
   if (kind != ValueKind::tensor) return {channels, 0, 0, 0, 0, 0};

@@ -186,7 +186,7 @@ void check_alone(const Case& c, const Fixture& fixture, const Results& all, int6
   if (c.has_mask()) {
     const Strides mask = c.mask_strides();
     problem.pixels.mask += first / c.inner * mask[0] + first % c.inner * mask[1];
-    problem.pixels.mask_view = views(c, 1, count, mask, mask).first;
+    problem.pixels.mask_view = mask_view_of(unfolded(c, 1, count, mask));
   }
   if (c.has_sizes()) problem.pixels.sizes += first / c.inner * 2, problem.pixels.divisor = problem.pixels.modulus = 1;
   Buffer beta(1, static_cast<size_t>(accumulator_bytes));
