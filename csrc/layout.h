@@ -9,8 +9,8 @@
 namespace kpfused {
 
 // The views of up to three tensors of one shape (..., H, W) that one kernel walks together: heatmap, its gradient, and
-// values, which may lie in any way. Their leading dimensions must fold to the same (outer, inner); those of a mask by
-// themselves.
+// values, which may lie in any way. Their leading dimensions must fold to the same (outer, inner). Those of a mask need not:
+// they do where they can, so that maps side by side share one or have each their own.
 struct Layout {
   MapView first, second, values;
   MaskView mask;
@@ -19,7 +19,7 @@ struct Layout {
 
 namespace detail {
 
-constexpr int kTensors = 3;
+constexpr int kTensors = 4;
 
 struct Run {
   int64_t size, stride[kTensors];
@@ -33,6 +33,27 @@ inline MapView view_of(const Run& outer, const Run& inner, int64_t height, int64
   if (width == 1) v.stride_x = 1;
   if (height == 1) v.stride_y = v.stride_x * width;
   return v;
+}
+
+// Leading dimensions of some tensors as runs, the inner one first; false where they are more than two.
+inline bool fold_runs(const int64_t* sizes, int64_t dims, const int64_t* const* strides, int tensors, Run (&runs)[2]) {
+  runs[0] = runs[1] = {1, {}};
+  int used = 0;
+  for (int64_t d = dims - 3; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    Run* const last = used > 0 ? &runs[used - 1] : nullptr;
+    bool continues = last != nullptr;
+    for (int t = 0; continues && t < tensors; ++t) continues = strides[t][d] == last->stride[t] * last->size;
+    if (continues) {
+      last->size *= sizes[d];
+      continue;
+    }
+    if (used == 2) return false;
+    Run& run = runs[used++];
+    run.size = sizes[d];
+    for (int t = 0; t < tensors; ++t) run.stride[t] = strides[t][d];
+  }
+  return true;
 }
 
 // False where there are more runs than a view has.
@@ -58,31 +79,19 @@ inline bool fold_mask(const int64_t* sizes, int64_t dims, const int64_t* strides
 inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* first, const int64_t* second,
                           const int64_t* mask = nullptr, const int64_t* values = nullptr) {
   const int64_t height = sizes[dims - 2], width = sizes[dims - 1];
-  const int64_t* const strides[detail::kTensors] = {first, second ? second : first, values ? values : first};
-  detail::Run runs[2] = {{1, {}}, {1, {}}};  // inner, outer
-  int used = 0;
-  for (int64_t d = dims - 3; d >= 0; --d) {
-    const int64_t n = sizes[d];
-    if (n == 0) {
-      const MapView none{0, 0, height, width, 0, 0, width, 1};
-      return {none, none, none, {}, true};
-    }
-    if (n == 1) continue;
-    detail::Run* const last = used > 0 ? &runs[used - 1] : nullptr;
-    bool continues = last != nullptr;
-    for (int t = 0; continues && t < detail::kTensors; ++t) continues = strides[t][d] == last->stride[t] * last->size;
-    if (continues) {
-      last->size *= n;
-      continue;
-    }
-    if (used == 2) return {};
-    detail::Run& run = runs[used++];
-    run.size = n;
-    for (int t = 0; t < detail::kTensors; ++t) run.stride[t] = strides[t][d];
+  for (int64_t d = 0; d < dims - 2; ++d) {
+    if (sizes[d] > 0) continue;
+    const MapView none{0, 0, height, width, 0, 0, width, 1};
+    return {none, none, none, {}, true};
   }
+  const int64_t* const strides[detail::kTensors] = {first, second ? second : first, values ? values : first, mask};
+  const bool rows = width == 1 || (strides[0][dims - 1] == 1 && strides[1][dims - 1] == 1);
+  detail::Run runs[2];
+  // Channels are lanes, whatever a mask is.
+  const bool with_mask = mask && rows && detail::fold_runs(sizes, dims, strides, detail::kTensors, runs);
+  if (!with_mask && !detail::fold_runs(sizes, dims, strides, detail::kTensors - 1, runs)) return {};
   const auto view = [&](int t) { return detail::view_of(runs[1], runs[0], height, width, strides[t], dims, t); };
   Layout layout{view(0), view(1), view(2), {}, true};
-  const bool rows = layout.first.stride_x == 1 && layout.second.stride_x == 1;
   // Kernels tell the two kinds apart by stride_x alone, so both tensors must be of the same one.
   const bool channels = layout.first.stride_inner == 1 && layout.second.stride_inner == 1 &&
                         layout.first.stride_x != 1 && layout.second.stride_x != 1;

@@ -46,6 +46,10 @@ struct MaskView {
   int64_t stride_y, stride_x;
 
   KPFUSED_HD constexpr int64_t stride_inner() const { return stride[0]; }
+  // Whether maps that follow each other share theirs, `inner` at a time.
+  KPFUSED_HD constexpr bool shared(int64_t inner) const {
+    return stride[0] == 0 && (runs == 1 || size[0] % inner == 0);
+  }
   // Of map n.
   KPFUSED_HD constexpr int64_t offset(int64_t n) const {
     int64_t at = 0;

@@ -291,3 +291,16 @@ def test_values_that_fold_otherwise_than_the_heatmap(device: str, layout: str) -
             results.append((result.detach(), *torch.autograd.grad(result, (heatmap, values), upstream)))
         torch.testing.assert_close(results[0], results[1])
         assert results[0][2].stride() == torch.empty_like(values).stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("of_mask", [(2, 1, 4), (1, 3, 1), (2, 1, 1), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize("leading", [(), (2, 1, 1), (2, 3, 4)], ids=str)
+def test_masks_that_fold_otherwise_than_values(
+    device: str, leading: tuple[int, ...], of_mask: tuple[int, ...], layout: str
+) -> None:
+    shape = (2, 3, 4, 12, 17)
+    heatmap = cases.LAYOUTS[layout](cases.random((6, *shape[2:])).to(device)).view(shape)
+    mask = torch.rand(*of_mask, *shape[3:], device=device) < 0.6
+    values = cases.random((*leading, 5, *shape[3:])).to(device)
+    check(kpfused.spatial_expectation2d, reference.spatial_expectation2d, (heatmap, values), mask=mask)

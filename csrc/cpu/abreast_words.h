@@ -14,7 +14,9 @@
 namespace kpfused::cpu::KPFUSED_ISA {
 
 // Whether all channels of a pixel count, or none.
-KPFUSED_INLINE bool one_mask(const PixelView& pixels) { return !pixels.mask || pixels.mask_view.stride_inner() == 0; }
+KPFUSED_INLINE bool one_mask(const PixelView& pixels, int64_t channels) {
+  return !pixels.mask || pixels.mask_view.shared(channels);
+}
 KPFUSED_INLINE bool one_size(const PixelView& pixels, const MapView& view) {
   return !pixels.sizes || pixels.modulus == 1 || pixels.divisor % view.inner == 0;
 }
@@ -25,13 +27,13 @@ class AbreastWords {
   static constexpr int L = kLanes<A>, kPixels = 16, kMost = int(kAbreastChannels) / 8;
 
   AbreastWords(const PixelView& pixels, int64_t channels, int64_t abreast)
-      : bytes_(one_mask(pixels) ? 1 : ceil_div(channels, 8)), blocks_(0) {
+      : bytes_(one_mask(pixels, channels) ? 1 : ceil_div(channels, 8)), blocks_(0) {
     if (!pixels.mask || abreast == 1) return;
     const int64_t lanes = abreast * channels, vectors = ceil_div(lanes, L);
     // What is written beyond the last vector repeats it.
     const auto first_lane = [&](int64_t v) { return group_begin<A>(at_most(v, vectors - 1), lanes); };
 #if KPFUSED_AVX512
-    pairs_ = sizeof(A) == 4 && one_mask(pixels) && channels > 8;
+    pairs_ = sizeof(A) == 4 && one_mask(pixels, channels) && channels > 8;
     for (int64_t v = 0; v < vectors && pairs_; ++v) pairs_ = (first_lane(v) / channels + 2) * channels >= first_lane(v) + L;
     for (int64_t v = 0; v < kAbreastChannels; ++v) {
       if (pairs_) set_pair(v, first_lane(v), channels, abreast);
@@ -40,7 +42,7 @@ class AbreastWords {
     if (pairs_ || bytes_ > 1) return;
 #endif
     blocks_ = int(ceil_div(vectors, kVectors));
-    for (int64_t v = 0; v < blocks_ * kVectors; ++v) set_shuffle(v, first_lane(v), channels, one_mask(pixels));
+    for (int64_t v = 0; v < blocks_ * kVectors; ++v) set_shuffle(v, first_lane(v), channels, one_mask(pixels, channels));
   }
 
   // Of bits for a pixel: those of eight channels each, or the first of them for all.

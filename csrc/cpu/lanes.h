@@ -14,7 +14,7 @@ enum class Counts {
 };
 
 KPFUSED_INLINE Counts counts_of(const PixelView& pixels, const MapView& view) {
-  if (!one_mask(pixels) || !one_size(pixels, view)) return Counts::by_lanes;
+  if (!one_mask(pixels, view.inner) || !one_size(pixels, view)) return Counts::by_lanes;
   return pixels.mask ? Counts::listed : Counts::all;
 }
 
