@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import operator
 import os
 import statistics
 import time
@@ -272,7 +273,8 @@ def expectations(device: str, shrink: Callable[..., tuple[int, ...]]) -> Iterato
 
 def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> dict[str, float]:
     """Seconds of each, and the first as a multiple of the other: medians of ``rounds``, up to five times as many where
-    calls are quick. In a round both are called as often, so that each finds in the caches what the other left there.
+    calls are quick. A round of calls lasts a tenth of a millisecond at least, and one where there are launches: what
+    takes less is repeated, and then finds in the caches what it reads.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
@@ -287,11 +289,13 @@ def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> dict[str, flo
     for thunk in (one, other, one, other):  # what is set up at a first call counts for neither
         thunk()
     once = [seconds(thunk, 1) for thunk in (one, other)]
-    calls = max(1, int(1e-3 / max(once)))
+    least = 1e-3 if device == "cuda" else 1e-4
+    calls = [max(1, int(least / each)) for each in once]
     found: tuple[list[float], list[float]] = ([], [])
-    for _ in range(min(max(rounds, int(0.3 / sum(once) / calls)), 5 * rounds)):
-        for into, thunk in zip(found, (one, other), strict=True):
-            into.append(seconds(thunk, calls))
+    a_round = sum(map(operator.mul, once, calls))
+    for _ in range(min(max(rounds, int(0.3 / a_round)), 5 * rounds)):
+        for into, thunk, count in zip(found, (one, other), calls, strict=True):
+            into.append(seconds(thunk, count))
     ratios = [a / b for a, b in zip(*found, strict=True)]
     ours, theirs = (statistics.median(each) for each in found)
     return {"median": ours, "other": theirs, "ratio": statistics.median(ratios), "rounds": len(ratios)}

@@ -82,7 +82,7 @@ inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* fir
   for (int64_t d = 0; d < dims - 2; ++d) {
     if (sizes[d] > 0) continue;
     const MapView none{0, 0, height, width, 0, 0, width, 1};
-    return {none, none, none, {}, true};
+    return {none, none, none, {1, {1}, {}, 0, 0}, true};
   }
   const int64_t* const strides[detail::kTensors] = {first, second ? second : first, values ? values : first, mask};
   const bool rows = width == 1 || (strides[0][dims - 1] == 1 && strides[1][dims - 1] == 1);

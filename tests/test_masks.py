@@ -203,7 +203,7 @@ def real(result: Any) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("width", [2, 8, 13, 24, 32, 48, 528, 1040])
-@pytest.mark.parametrize("channels", [3, 4, 9, 12, 17, 30, 133])
+@pytest.mark.parametrize("channels", [3, 4, 9, 12, 17, 25, 28, 30, 133])
 @pytest.mark.parametrize("kind", ["shared", "of_samples", "of_maps"])
 def test_masks_where_lanes_are_channels(device: str, kind: str, channels: int, width: int, dtype: torch.dtype) -> None:
     """Pixels one by one, and abreast in vectors that hold one, two, three or more of them; planes small and large."""
@@ -282,6 +282,7 @@ def test_a_mask_of_some_leading_dimensions(
     "of_mask", [(1, 1, 4, 1), (1, 3, 1, 4), (2, 1, 4, 1), (2, 1, 1, 4), (1, 3, 4, 1), (2, 3, 1, 1)], ids=str
 )
 def test_masks_are_not_expanded_in_memory(device: str, of_mask: tuple[int, ...], layout: str) -> None:
+    """Dimensions that a mask has and lacks in turn, up to all that a view has room for."""
     shape = (2, 3, 4, 4, 32, 48)
     heatmap = cases.random((math.prod(shape[:3]), *shape[3:])).to(device, torch.float32)
     if layout == "channels_last":
@@ -323,3 +324,21 @@ def test_masks_of_several_leading_dimensions_give_the_bits_of_one_image(device: 
     for i in range(2):
         alone = kpfused.soft_argmax2d(heatmap[i], mask=mask[i])
         torch.testing.assert_close(alone, together[i], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("of_keypoints", [1, 24])
+def test_masks_that_are_copied_for_a_batch_give_the_bits_of_one_image(device: str, of_keypoints: int) -> None:
+    """More separate dimensions than a view has. How lanes are filled depends on whether keypoints share their mask."""
+    heatmap = cases.channels_last(cases.random((16, 24, 32, 48)).to(device, torch.float32)).view(2, 2, 2, 2, 24, 32, 48)
+    mask = torch.rand(1, 2, 1, 2, of_keypoints, 32, 48, device=device) < 0.6
+    together = kpfused.soft_argmax2d(heatmap, mask=mask)
+    for at in itertools.product(range(2), repeat=4):
+        alone = kpfused.soft_argmax2d(heatmap[at], mask=mask[0, at[1], 0, at[3]])
+        torch.testing.assert_close(alone, together[at], atol=0, rtol=0)
+
+
+def test_no_maps_under_a_mask(device: str) -> None:
+    heatmap = torch.zeros(0, 3, 8, 9, device=device, requires_grad=True)
+    result = kpfused.soft_argmax2d(heatmap, mask=torch.ones(8, 9, dtype=torch.bool, device=device))
+    assert result.shape == (0, 3, 2)
+    assert torch.autograd.grad(result.sum(), heatmap)[0].shape == heatmap.shape

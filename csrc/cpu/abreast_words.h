@@ -92,6 +92,7 @@ class AbreastWords {
   template <int kBytes>
   void windows(const uint8_t* bits, int64_t stride, int64_t pixels, int64_t abreast, int64_t vectors,
                         LaneWord<A>* to) const {
+    static_assert(kAbreastChannels == 32, "words of one vector of halves");
     __m512i half[kSeen], shift[kSeen];
     for (int k = 0; k < kSeen; ++k) half[k] = _mm512_load_si512(half_[k]), shift[k] = _mm512_load_si512(shift_[k]);
     const auto byte = [&](int b) __attribute__((always_inline)) { return _mm_loadu_si128((const __m128i*)(bits + b * stride)); };
@@ -149,7 +150,7 @@ class AbreastWords {
   }
 
 #if KPFUSED_AVX512
-  static constexpr int kSeen = 3, kHalf = 16;
+  static constexpr int kSeen = 3, kHalf = 16;  // halves, and bits of one
 
   void set_window(int64_t v, int64_t begin, int64_t channels) {
     const int64_t halves = ceil_div(channels, kHalf);
@@ -157,7 +158,7 @@ class AbreastWords {
     int64_t shift = (begin - pixel * channels) % kHalf, seen = -shift;
     for (int k = 0; k < kSeen; ++k) {
       const int64_t of = at_most(pixel, kPixels - 1);
-      half_[k][v] = uint16_t(of / 8 * kHalf + half * 8 + of % 8);  // as unpacking leaves them
+      half_[k][v] = uint16_t(of / 8 * 16 + half * 8 + of % 8);  // as unpacking leaves them, eight pixels at a time
       shift_[k][v] = uint16_t(k == 0 ? shift : seen);
       seen += at_most(channels - half * kHalf, kHalf);
       if (++half == halves) half = 0, ++pixel;

@@ -271,14 +271,15 @@ class LaneWords {
     }
   }
 
-  // Pixels abreast. The next piece of each plane, of more than a processor follows by itself, comes from the second-level cache
-  // while words are made.
+  // Pixels abreast. While words are made, the next piece of each plane comes from the second-level cache: they are often more
+  // than a processor follows by itself.
   void abreast(const uint8_t* mask, int64_t pixels, Word* to) const {
     uint8_t bits[AbreastWords<A>::kMost][kPiece + AbreastWords<A>::kPixels];
     for (int64_t b = 0; b < abreast_words_.bytes(); ++b) {
       bits_of(mask, b * 8, at_most(channels_ - b * 8, 8), pixels, bits[b]);
     }
-    for (int64_t k = 0; k < channels_ && between_ > 0; ++k) {
+    const int64_t planes = between_ >= kPiece && first_.stride_x == 1 ? channels_ : 0;
+    for (int64_t k = 0; k < planes; ++k) {
       for (int64_t i = 0; i < kPiece; i += 64) prefetch_near(mask + k * between_, kPiece + i);
     }
 #if KPFUSED_AVX512

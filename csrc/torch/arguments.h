@@ -5,6 +5,7 @@
 // what would otherwise touch memory that is not there.
 #pragma once
 
+#include <array>
 #include <limits>
 #include <optional>
 
@@ -106,18 +107,30 @@ inline ValueView value_view(const Layout& layout, const Tensor& values) {
   return {values.size(channel), v.stride_outer, v.stride_inner, values.stride(channel), v.stride_y, v.stride_x};
 }
 
+// A copy of a mask of three dimensions or more. Keypoints go on sharing theirs: a kernel counts by lists or by lanes as they do,
+// and takes an image alone, whose mask is not copied, for one of a batch.
+inline Tensor copied(Tensor mask) {
+  const int64_t keypoints = mask.dim() - 3;
+  if (mask.stride(keypoints) != 0) return torch::stable::contiguous(mask);
+  const Tensor one = torch::stable::contiguous(torch::stable::narrow(mask, keypoints, 0, 1));
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(one), torch::stable::detail::from(mask.sizes()),
+                                    torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no kernel
 // reads its layout, and then the target; and a mask that is expanded along more separate dimensions than a view has, or along
-// some of those that channels of channels_last maps have. `values`, whose elements are not read here, may be gradients to be
-// written: then they are not to be copied.
+// some of those that channels of channels_last maps have. `values`, whose elements are not read here, are not copied: they may be
+// gradients to be written.
 inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr,
                        const Tensor* values = nullptr) {
-  const auto fold = [&](bool with_mask = true) {
+  const auto fold = [&](bool with_mask = true, bool with_values = true) {
     std::vector<int64_t> of_values;
-    if (values) of_values = broadcast_strides(heatmap, *values);
+    if (values && with_values) of_values = broadcast_strides(heatmap, *values);
     return fold_layout(heatmap.sizes().data(), heatmap.dim(), heatmap.strides().data(),
                        target ? target->strides().data() : nullptr, mask && with_mask ? mask->strides().data() : nullptr,
-                       values ? of_values.data() : nullptr);
+                       values && with_values ? of_values.data() : nullptr);
   };
   if (mask) {
     check_device(*mask, heatmap, "mask");
@@ -136,7 +149,12 @@ inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* tar
     layout = fold();
     if (layout.in_place || !mask) return layout;
   }
-  mask = torch::stable::contiguous(*mask);
+  if (values && fold(true, false).in_place) return layout;  // it is the values that do not
+  const Tensor all = *mask;
+  mask = copied(all);
+  layout = fold();
+  if (layout.in_place) return layout;
+  mask = torch::stable::contiguous(all);
   return fold();
 }
 
