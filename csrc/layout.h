@@ -35,9 +35,8 @@ inline MapView view_of(const Run& outer, const Run& inner, int64_t height, int64
   return v;
 }
 
-// Leading dimensions of some tensors as runs, the inner one first; false where they are more than two.
-inline bool fold_runs(const int64_t* sizes, int64_t dims, const int64_t* const* strides, int tensors, Run (&runs)[2]) {
-  runs[0] = runs[1] = {1, {}};
+// Leading dimensions of some tensors as runs, the innermost first; returns how many, or -1 where they are more than `most`.
+inline int fold_runs(const int64_t* sizes, int64_t dims, const int64_t* const* strides, int tensors, Run* runs, int most) {
   int used = 0;
   for (int64_t d = dims - 3; d >= 0; --d) {
     if (sizes[d] == 1) continue;
@@ -48,29 +47,21 @@ inline bool fold_runs(const int64_t* sizes, int64_t dims, const int64_t* const* 
       last->size *= sizes[d];
       continue;
     }
-    if (used == 2) return false;
+    if (used == most) return -1;
     Run& run = runs[used++];
     run.size = sizes[d];
     for (int t = 0; t < tensors; ++t) run.stride[t] = strides[t][d];
   }
-  return true;
+  return used;
 }
 
 // False where there are more runs than a view has.
 inline bool fold_mask(const int64_t* sizes, int64_t dims, const int64_t* strides, MaskView* view) {
-  *view = {0, {}, {}, strides[dims - 2], strides[dims - 1]};
-  for (int64_t d = dims - 3; d >= 0; --d) {
-    if (sizes[d] == 1) continue;
-    const int last = view->runs - 1;
-    if (last >= 0 && strides[d] == view->stride[last] * view->size[last]) {
-      view->size[last] *= sizes[d];
-      continue;
-    }
-    if (view->runs == kMaskRuns) return false;
-    view->size[view->runs] = sizes[d], view->stride[view->runs++] = strides[d];
-  }
-  if (view->runs == 0) view->runs = view->size[0] = 1;
-  return true;
+  Run runs[kMaskRuns] = {{1, {}}};
+  const int used = fold_runs(sizes, dims, &strides, 1, runs, kMaskRuns);
+  *view = {used > 0 ? used : 1, {}, {}, strides[dims - 2], strides[dims - 1]};
+  for (int r = 0; r < view->runs; ++r) view->size[r] = runs[r].size, view->stride[r] = runs[r].stride[0];
+  return used >= 0;
 }
 
 }  // namespace detail
@@ -86,10 +77,14 @@ inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* fir
   }
   const int64_t* const strides[detail::kTensors] = {first, second ? second : first, values ? values : first, mask};
   const bool rows = width == 1 || (strides[0][dims - 1] == 1 && strides[1][dims - 1] == 1);
-  detail::Run runs[2];
+  detail::Run runs[2];  // inner, outer
+  const auto fold = [&](int tensors) {
+    runs[0] = runs[1] = {1, {}};
+    return detail::fold_runs(sizes, dims, strides, tensors, runs, 2) >= 0;
+  };
   // Channels are lanes, whatever a mask is.
-  const bool with_mask = mask && rows && detail::fold_runs(sizes, dims, strides, detail::kTensors, runs);
-  if (!with_mask && !detail::fold_runs(sizes, dims, strides, detail::kTensors - 1, runs)) return {};
+  const bool with_mask = mask && rows && fold(detail::kTensors);
+  if (!with_mask && !fold(detail::kTensors - 1)) return {};
   const auto view = [&](int t) { return detail::view_of(runs[1], runs[0], height, width, strides[t], dims, t); };
   Layout layout{view(0), view(1), view(2), {}, true};
   // Kernels tell the two kinds apart by stride_x alone, so both tensors must be of the same one.
