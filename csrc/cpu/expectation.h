@@ -57,6 +57,14 @@ void fill_empty(const ExpectationParams& params, int64_t n) {
   for (int64_t c = 0; c < channels; ++c) of_map[c] = A(p.pixels.empty_value);
 }
 
+// E of split maps.
+template <class A>
+void sum_expectations(const ExpectationParams& params, int64_t parts) {
+  const int64_t maps = params.softmax.view.maps();
+  sum_parts<A>(params.workspace, maps, parts, params.values.view.channels, params.expectation);
+  for (int64_t n = 0; n < maps; ++n) fill_empty<A>(params, n);
+}
+
 // E of a window: nothing but the window is read.
 template <class T>
 void window_mass(const ExpectationParams& params) {
@@ -128,10 +136,7 @@ struct ExpectationKernel {
   }
 
   void finish() const {
-    if (parts.count == 1) return;
-    const int64_t maps = params.softmax.view.maps();
-    sum_parts<A>(params.workspace, maps, parts.count, channels(), params.expectation);
-    for (int64_t n = 0; n < maps; ++n) fill_empty<A>(params, n);
+    if (parts.count > 1) sum_expectations<A>(params, parts.count);
   }
 };
 

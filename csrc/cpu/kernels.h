@@ -178,7 +178,7 @@ void run_lane_steps(const ExpectationSteps& steps) {
   if (steps.stats) forward_of<T>(*steps.stats);
   if (const ExpectationParams* const e = steps.expectation) {
     run_lane_maps<T>({nullptr, e, nullptr, nullptr});
-    if (parts_of(*e) > 1) sum_parts<A>(e->workspace, e->softmax.view.maps(), parts_of(*e), 1, e->expectation);
+    if (parts_of(*e) > 1) sum_expectations<A>(*e, parts_of(*e));
   }
   if (const ExpectationHeatmapParams* const h = steps.heatmap) {
     run_lane_maps<T>({nullptr, nullptr, h, nullptr});

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Expectations where lanes are channels and all pixels count: the softmax of channels_last maps, and expectations of values
-// that lie as the maps do. What expectation.h does tile by tile, transposed, is done here pixel after pixel, as memory has
-// it; pixels may stand abreast (lanes.h).
+// Expectations where lanes are channels, of whole maps or under a mask: the softmax of channels_last maps, and expectations
+// of values that lie as the maps do. What expectation.h does tile by tile, transposed, is done here pixel after pixel, as
+// memory has it; pixels may stand abreast (lanes.h).
 #pragma once
 
 #include <optional>
@@ -23,7 +23,7 @@ class LaneMaps {
     bool fits = true;
     for_views(steps, [&](const SoftmaxParams& softmax, const auto& view) {
       fits = fits && is_channels_last(softmax.view) && view.stride_inner == 1 && channels_of(view) == 1 &&
-             softmax.pixels.all() && !softmax.pixels.fills_empty && !softmax.is_probability &&
+             !softmax.pixels.sizes && !softmax.is_probability &&
              softmax.view.inner * abreast_of(steps, softmax.view) >= L;
     });
     return fits;
@@ -45,7 +45,8 @@ class LaneMaps {
         view_(softmax.view),
         parts_(part_tiling(view_)),
         blocks_(channel_blocks(view_.inner)),
-        abreast_(abreast_of(steps, softmax.view)) {
+        abreast_(abreast_of(steps, softmax.view)),
+        abreast_words_(softmax.pixels, view_.inner, abreast_) {
     if (steps.stats) stats_.emplace(*steps.stats);
   }
 
@@ -59,6 +60,9 @@ class LaneMaps {
       const Item at = {outer, blocks_.begin(block), blocks_.begin(block + 1) - blocks_.begin(block), part,
                        {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)}};
       load_maps(at);
+      if (softmax_.pixels.mask) {
+        words_.emplace(softmax_.pixels, view_, abreast_words_, outer * view_.inner + at.first, at.channels, abreast_);
+      }
       if (steps_.expectation) expect(at);
       if (steps_.heatmap || steps_.values) write(at);
     }
@@ -78,6 +82,18 @@ class LaneMaps {
     Falloff<Vec<A>> of;
     Vec<A> inverse, beta, upstream, mean;
     Vec<A> row, sum;
+  };
+
+  // Which lanes of a vector count, of groups side by side.
+  template <bool kByLanes>
+  struct Counted {
+    const LaneWord<A>* words;
+    int64_t stride;
+
+    KPFUSED_INLINE Vec<A> keep(int group, Vec<A> v) const {
+      if constexpr (kByLanes) return keep_lanes<A>(words + group * stride, v);
+      return v;
+    }
   };
 
   // Where an item's pixels are of a tensor, with strides of groups abreast.
@@ -124,7 +140,13 @@ class LaneMaps {
     return pixels(static_cast<const T*>(p), view, at);
   }
 
+  // A map that is empty has the fields of any other, of which nothing is kept.
   void load_maps(const Item& at) {
+    empty_maps_ = 0;
+    for (int64_t c = 0; c < at.channels && softmax_.pixels.fills_empty; ++c) {
+      const int64_t n = at.outer * view_.inner + at.first + c;
+      if (is_empty(softmax_.pixels, stats_of<A>(softmax_, n).sum)) empty_[empty_maps_++] = uint8_t(c);
+    }
     for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t, int64_t c) {
       Lane& lane = lanes_[g];
       const int64_t n = at.outer * view_.inner + at.first + c;
@@ -136,27 +158,58 @@ class LaneMaps {
     });
   }
 
-  // Calls begin(row, column) for runs of groups of pixels, then body(groups from there, N, vector, its first lane) for every
-  // vector of N groups side by side, which read what belongs to its lanes once, and end(vectors) after each run.
+  // Calls begin(row, column) for runs of groups of pixels, then body(groups from there, N, vector, its first lane, Counted) for
+  // every vector of N groups side by side, which read what belongs to its lanes once, and end(groups, vectors) after each run.
   template <class Begin, class Body, class End>
-  KPFUSED_INLINE void for_runs(const Item& at, bool dense, const Begin& begin, const Body& body, const End& end) const {
-    constexpr int N = KPFUSED_AVX512 ? 4 : 2;
-    const int64_t lanes = at.channels * abreast_, vectors = ceil_div(lanes, L);
-    const int64_t groups = at.range.cols / abreast_;
-    const int64_t rows = dense ? 1 : at.range.rows, cols = dense ? at.range.rows * groups : groups;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t first = 0; first < cols; first += kRun) {
-        begin(r, first);
-        const int64_t count = at_most(cols - first, kRun);
-        int64_t c = 0;
-        for (; c + N <= count; c += N) {
-          for (int64_t g = 0; g < vectors; ++g) body(Count<N>{}, c, g, group_begin<A>(g, lanes));
-        }
-        for (; c < count; ++c) {
-          for (int64_t g = 0; g < vectors; ++g) body(Count<1>{}, c, g, group_begin<A>(g, lanes));
-        }
-        end(vectors);
+  KPFUSED_INLINE void for_runs(const Item& at, bool dense, const Begin& begin, const Body& body, const End& end) {
+    const int64_t lanes = at.channels * abreast_, rows = at.range.rows, groups = at.range.cols / abreast_;
+    if (!words_) return for_runs<false>({}, lanes, 0, dense ? 1 : rows, 0, dense ? rows * groups : groups, begin, body, end);
+    const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, groups, lanes, abreast_);
+    // Groups of whole rows may be numbered through.
+    const bool one_row = dense && chunks.x.count == 1;
+    for (int64_t i = 0; i < chunks.y.count; ++i) {
+      for (int64_t j = 0; j < chunks.x.count; ++j) {
+        const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j), of_y = chunks.y.size(i), of_x = chunks.x.size(j);
+        const ChunkWords<A> words = words_->of({at.range.row + y, of_y, at.range.col + x * abreast_, of_x * abreast_}, 0);
+        const auto run = [&](auto by_lanes) __attribute__((always_inline)) {
+          for_runs<by_lanes>(words, lanes, y, one_row ? 1 : of_y, x, one_row ? of_y * of_x : of_x, begin, body, end);
+        };
+        words.words ? run(std::true_type{}) : run(std::false_type{});
       }
+    }
+  }
+
+  // Of the rows and groups of one chunk.
+  template <bool kByLanes, class Begin, class Body, class End>
+  KPFUSED_INLINE void for_runs(const ChunkWords<A>& words, int64_t lanes, int64_t row, int64_t rows, int64_t first,
+                               int64_t groups, const Begin& begin, const Body& body, const End& end) const {
+    constexpr int N = KPFUSED_AVX512 ? 4 : 2;
+    const int64_t vectors = ceil_div(lanes, L);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t run = 0; run < groups; run += kRun) {
+        begin(row + r, first + run);
+        const int64_t count = at_most(groups - run, kRun);
+        const auto some = [&](auto size, int64_t c) __attribute__((always_inline)) {
+          const LaneWord<A>* const of_groups = kByLanes ? words.at(r, run + c) : nullptr;
+          for (int64_t g = 0; g < vectors; ++g) {
+            body(size, c, g, group_begin<A>(g, lanes), Counted<kByLanes>{of_groups + g, words.stride_x});
+          }
+        };
+        int64_t c = 0;
+        for (; c + N <= count; c += N) some(Count<N>{}, c);
+        for (; c < count; ++c) some(Count<1>{}, c);
+        end(count, vectors);
+      }
+    }
+  }
+
+  // Puts a value in place of what has been written of empty maps.
+  KPFUSED_INLINE void replace_empty(T* to, int64_t stride_x, int64_t groups, A value) const {
+    if (empty_maps_ == 0) return;
+    T element[L];
+    store(element, splat(value));
+    for (int64_t i = 0; i < groups * abreast_; ++i) {
+      for (int e = 0; e < empty_maps_; ++e) to[i * (stride_x / abreast_) + empty_[e]] = element[0];
     }
   }
 
@@ -190,7 +243,7 @@ class LaneMaps {
     for_runs(
         at, is_run(at, heatmap) && is_run(at, values),
         [&](int64_t r, int64_t c) { h = heatmap.at(r, c), v = values.at(r, c); },
-        [&](auto size, int64_t c, int64_t g, int64_t k) __attribute__((always_inline)) {
+        [&](auto size, int64_t c, int64_t g, int64_t k, auto counted) __attribute__((always_inline)) {
           constexpr int N = decltype(size)::value;
           Lane& lane = lanes_[g];
           const T *const h_at = h + c * heatmap.stride_x + k, *const v_at = v + c * values.stride_x + k;
@@ -201,14 +254,16 @@ class LaneMaps {
           }
           to_p(lane, p);
           Vec<A> sum = lane.row;
-          for (int j = 0; j < N; ++j) sum += p[j] * load(v_at + j * values.stride_x);
+          for (int j = 0; j < N; ++j) sum += counted.keep(j, p[j] * load(v_at + j * values.stride_x));
           lane.row = sum;
         },
-        [&](int64_t vectors) { add_row(vectors); });
+        [&](int64_t, int64_t vectors) { add_row(vectors); });
     const int64_t parts = parts_.count();
     A* const to = static_cast<A*>(parts > 1 ? params.workspace : params.expectation);
     for (int64_t c = 0; c < at.channels; ++c) {
-      to[(at.outer * view_.inner + at.first + c) * parts + at.part] = sum_of(at, c);
+      const int64_t n = at.outer * view_.inner + at.first + c;
+      to[n * parts + at.part] = sum_of(at, c);
+      if (parts == 1) fill_empty<A>(params, n);
     }
   }
 
@@ -229,6 +284,7 @@ class LaneMaps {
       if (kHeatmap) lanes_[g].mean[i] = lanes_[g].upstream[i] * static_cast<const A*>(steps_.heatmap->expectation)[n];
     });
     if (kBeta) clear_sums();
+    const A empty_value = kHeatmap || steps_.values->grad ? A(0) : A(softmax_.pixels.empty_value);
     const auto heatmap = read(softmax_.heatmap, view_, at);
     Pixels<const T*> values{};
     Pixels<T*> to{}, to_values{};
@@ -248,7 +304,7 @@ class LaneMaps {
           if (kHeatmap) v = values.at(r, c), out = to.at(r, c);
           if (kValues) out_values = to_values.at(r, c);
         },
-        [&](auto size, int64_t c, int64_t g, int64_t k) __attribute__((always_inline)) {
+        [&](auto size, int64_t c, int64_t g, int64_t k, auto counted) __attribute__((always_inline)) {
           constexpr int N = decltype(size)::value;
           Lane& lane = lanes_[g];
           Vec<A> below[N], p[N];
@@ -259,7 +315,7 @@ class LaneMaps {
           for (int j = 0; kValues && j < N; ++j) {
             T* const pixel = out_values + (c + j) * to_values.stride_x + k;
             prefetch_for_write(pixel, kWriteAhead);
-            store(pixel, lane.upstream * p[j]);
+            store(pixel, counted.keep(j, lane.upstream * p[j]));
           }
           if constexpr (kHeatmap) {
             Vec<A> of_beta = lane.row;
@@ -267,14 +323,16 @@ class LaneMaps {
               T* const pixel = out + (c + j) * to.stride_x + k;
               prefetch_for_write(pixel, kWriteAhead);
               const Vec<A> q = (lane.upstream * load(v + (c + j) * values.stride_x + k) - lane.mean) * p[j];
-              if (kBeta) of_beta += below[j] * q;
-              store(pixel, lane.beta * q);
+              if (kBeta) of_beta += counted.keep(j, below[j] * q);
+              store(pixel, counted.keep(j, lane.beta * q));
             }
             if (kBeta) lane.row = of_beta;
           }
         },
-        [&](int64_t vectors) {
+        [&](int64_t groups, int64_t vectors) {
           if (kBeta) add_row(vectors);
+          if (kHeatmap) replace_empty(out, to.stride_x, groups, A(0));
+          if (kValues) replace_empty(out_values, to_values.stride_x, groups, empty_value);
         });
     if constexpr (kBeta) {
       A* const dbeta = static_cast<A*>(parts > 1 ? steps_.heatmap->workspace : steps_.heatmap->grad_beta);
@@ -282,6 +340,7 @@ class LaneMaps {
         const A sign = sharpness(beta_of<A>(softmax_.beta, first_map + c)).sign;
         dbeta[(first_map + c) * parts + at.part] = sign * sum_of(at, c);
       }
+      for (int e = 0; e < empty_maps_; ++e) dbeta[(first_map + empty_[e]) * parts + at.part] = A(0);
     }
   }
 
@@ -291,7 +350,11 @@ class LaneMaps {
   const Tiling parts_;
   const ChannelBlocks blocks_;
   const int64_t abreast_;
+  const AbreastWords<A> abreast_words_;
   std::optional<ForwardLanes<T, false>> stats_;
+  std::optional<LaneWords<A>> words_;  // of the item at hand, under a mask
+  int empty_maps_;
+  uint8_t empty_[2 * kChannelBlock];  // their channels
   Lane lanes_[kGroups<A>];
 };
 
