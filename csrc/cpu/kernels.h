@@ -149,8 +149,10 @@ template <class T>
 void run_whole_maps(const ExpectationSteps& steps, int64_t channels) {
   const SoftmaxParams& softmax = softmax_of(steps);
   const int64_t work = softmax.view.height * softmax.view.width * (channels + 1);
-  parallel_for(softmax.view.maps(), at_least(kGrainElements / work, 1),
-               [&](int64_t begin, int64_t end) { WholeMaps<T>(steps, softmax).run(begin, end); });
+  parallel_for(softmax.view.maps(), at_least(kGrainElements / work, 1), [&](int64_t begin, int64_t end) {
+    softmax.pixels.mask ? WholeMaps<T, true>(steps, softmax).run(begin, end)
+                        : WholeMaps<T, false>(steps, softmax).run(begin, end);
+  });
 }
 
 // Items of LaneMaps, those of ForwardLanes.
@@ -232,7 +234,7 @@ void expectation_of(const ExpectationSteps& steps) {
     see(ExpectationValuesKernel<T>{*steps.values});
     same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
-  if (same && WholeMaps<T>::fit(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
+  if (same && WholeMaps<T, false>::fit(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
   if (steps.stats && keeps_maps<T>(view)) at_once = at_most(at_once, kKept<Acc<T>> / (view.height * view.width));
   if (same) return run_blocks<T>(steps, view, at_once, channels);
   if (steps.stats) stats_of<T>(*steps.stats, softmax_of(steps));

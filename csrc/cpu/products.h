@@ -2,7 +2,7 @@
 // Products of tiles: of P of some maps and of the values of some channels, over the pixels that they share.
 #pragma once
 
-#include "maps.h"
+#include "counting.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -13,12 +13,33 @@ struct Run {
   int64_t last_at;
 
   KPFUSED_INLINE Run from(int64_t first) const { return {p + first, last, last_at - first}; }
+  KPFUSED_INLINE const T* at(int64_t i) const { return i == last_at ? last : p + i; }
+};
+
+// A run under a mask: what does not count is something else.
+template <class T>
+struct MaskedRun {
+  Run<T> run;
+  Run<uint8_t> mask;
+  Acc<T> otherwise;
+
+  KPFUSED_INLINE MaskedRun from(int64_t first) const { return {run.from(first), mask.from(first), otherwise}; }
 };
 
 // Vector i of a run, and where it lies in memory.
 template <class T>
-KPFUSED_INLINE const T* at(const T* run, int64_t i) {
-  return run + i;
+KPFUSED_INLINE Vec<Acc<T>> load_at(const T* run, int64_t i) {
+  return load(run + i);
+}
+template <class T>
+KPFUSED_INLINE Vec<Acc<T>> load_at(const Run<T>& run, int64_t i) {
+  return load(run.at(i));
+}
+template <class T>
+KPFUSED_INLINE Vec<Acc<T>> load_at(const MaskedRun<T>& run, int64_t i) {
+  using A = Acc<T>;
+  const BitsVector<A> v = (BitsVector<A>)load_at(run.run, i), otherwise = (BitsVector<A>)splat(run.otherwise);
+  return (Vec<A>)choose<A>(run.mask.at(i), v, otherwise);
 }
 template <class T>
 KPFUSED_INLINE const T* place(const T* run, int64_t i) {
@@ -29,8 +50,8 @@ KPFUSED_INLINE const T* place(const Run<T>& run, int64_t i) {
   return run.p + i;
 }
 template <class T>
-KPFUSED_INLINE const T* at(const Run<T>& run, int64_t i) {
-  return i == run.last_at ? run.last : run.p + i;
+KPFUSED_INLINE const T* place(const MaskedRun<T>& run, int64_t i) {
+  return run.run.p + i;
 }
 
 template <class A>
@@ -47,7 +68,7 @@ KPFUSED_INLINE void add_products(const A* const* p, const R* v, int64_t pixels, 
   Vec<A> sum[U][M][C] = {};
   const auto add = [&](int64_t i, int u) __attribute__((always_inline)) {
     Vec<A> of_channel[C];
-    for (int c = 0; c < C; ++c) of_channel[c] = load(at(v[c], i));
+    for (int c = 0; c < C; ++c) of_channel[c] = load_at(v[c], i);
     for (int m = 0; m < M; ++m) {
       const Vec<A> of_map = load_vector(p[m] + i);
       for (int c = 0; c < C; ++c) sum[u][m][c] += of_map * of_channel[c];
@@ -157,13 +178,13 @@ KPFUSED_INLINE void weighted_sums(const R* of, int count, const Factor& factor, 
     for (int k = 0; k < N; ++k) sum[k] = start(i + k * L);
     for (int j = 0; j < count; ++j) {
       const Vec<A> f = splat(factor(j));
-      for (int k = 0; k < N; ++k) sum[k] += f * load(at(of[j], i + k * L));
+      for (int k = 0; k < N; ++k) sum[k] += f * load_at(of[j], i + k * L);
     }
     for (int k = 0; k < N; ++k) finish(i + k * L, sum[k]);
   }
   for (; i < pixels; i += L) {
     Vec<A> sum = start(i);
-    for (int j = 0; j < count; ++j) sum += splat(factor(j)) * load(at(of[j], i));
+    for (int j = 0; j < count; ++j) sum += splat(factor(j)) * load_at(of[j], i);
     finish(i, sum);
   }
 }

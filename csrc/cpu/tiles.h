@@ -44,7 +44,7 @@ KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, 
     constexpr int N = decltype(size)::value;
     Vec<A> w[N];
     for (int j = 0; j < N; ++j) {
-      w[j] = distance(load(at(run, i + j * L)), of);
+      w[j] = distance(load_at(run, i + j * L), of);
       prefetch(place(run, i + j * L), ahead);
     }
     exp2<A, N>(w, of.scale);
