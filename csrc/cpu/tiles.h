@@ -62,7 +62,7 @@ KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, 
 
 // P of whole maps that is kept stays in the second-level cache.
 template <class A>
-constexpr int64_t kKept = 131072 / int64_t(sizeof(A));
+constexpr int64_t kKept = 262144 / int64_t(sizeof(A));
 
 // P of some maps side by side, tile by tile.
 template <class T>
@@ -318,6 +318,8 @@ class ValueTiles {
     }
     const Planes<const T> planes = planes_of(n, channel, stride);
     const T none[kTileChannels] = {};
+    // Hardware follows a plane no further than to the end of a page, and takes it up again too late.
+    for (int i = 0; i < count && planes.dense(); ++i) prefetch_run(planes.at(i, 0, 0) + first, pixels, kReadAhead);
     if constexpr (std::is_same_v<T, A>) {
       read_planes<T>(planes, count, first, pixels, counting_, none, buffer_[0], run_);
     } else {
