@@ -111,6 +111,22 @@ def test_a_nan_that_counts_stays_out_of_pixels_that_do_not(device: str, function
     assert (grad[..., ~mask] == 0).all()
 
 
+@pytest.mark.parametrize("beta", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e6, 1e14, 1e25, torch.inf])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("function", [*FUNCTIONS, "spatial_softmax2d"])
+def test_gradients_of_any_size_stay_out_of_pixels_that_do_not_count(
+    device: str, function: str, layout: str, scale: float, beta: float
+) -> None:
+    mask = torch.rand(2, 9, 12, 20, device=device) < 0.5
+    heatmap = cases.LAYOUTS[layout](cases.random((2, 9, 12, 20)).float().to(device)).requires_grad_()
+    wanted = torch.tensor(beta, device=device, requires_grad=True)
+    fields = outputs(getattr(kpfused, function)(heatmap, wanted, mask=mask))
+    for leaves in ([heatmap], [heatmap, wanted]):
+        grads = torch.autograd.grad(fields, leaves, [scale * cases.upstream_of(f) for f in fields], retain_graph=True)
+        assert (grads[0][~mask] == 0).all()
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradcheck(device: str, function: str, layout: str) -> None:
@@ -229,12 +245,15 @@ def test_masks_where_lanes_are_channels(device: str, kind: str, channels: int, w
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [(5, 2), (9, 8), (5, 13), (40, 32), (7, 48), (130, 64), (3, 1040)], ids=str)
-@pytest.mark.parametrize("channels", [3, 9, 12, 17, 30, 133, 260])
+@pytest.mark.parametrize(
+    ("layout", "channels"), [("contiguous", 3), *(("channels_last", n) for n in (3, 9, 12, 17, 30, 133, 260))]
+)
 @pytest.mark.parametrize("kind", ["shared", "of_samples", "of_maps"])
-def test_softmax_and_expectation_under_masks_where_lanes_are_channels(
-    device: str, kind: str, channels: int, size: tuple[int, int], dtype: torch.dtype
+def test_softmax_and_expectation_under_masks(
+    device: str, kind: str, layout: str, channels: int, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Of the heatmap's order and of planes; in one part and in several, some maps without a pixel or without weight."""
+    """Of planes and of channels_last; in one part and in several, some maps without a pixel or without weight."""
+    lay = cases.LAYOUTS[layout]
     shape = (2, channels, *size)
     mask = torch.rand({"shared": (1, 1, *size), "of_samples": (2, 1, *size), "of_maps": shape}[kind], device=device) < 0.6
     mask[..., -1, :2] = True  # some pixel of every map, but for these
@@ -245,7 +264,7 @@ def test_softmax_and_expectation_under_masks_where_lanes_are_channels(
     empty[0, 1] = True
     source = cases.random(shape).to(device, dtype).masked_fill(~counts, torch.nan)
     source[0, 1] = -torch.inf
-    values = cases.channels_last(torch.randn_like(source).masked_fill(~counts, torch.nan)).unsqueeze(2)
+    values = lay(torch.randn_like(source).masked_fill(~counts, torch.nan)).unsqueeze(2)
     near = 1e-12 if dtype == torch.float64 else 4e-6
     keywords = {"beta": 1.3, "empty_value": 0.5}
     p = reference.spatial_softmax2d(source.double(), mask=mask, **keywords)
@@ -255,7 +274,7 @@ def test_softmax_and_expectation_under_masks_where_lanes_are_channels(
     of_map = upstream.double()[..., None]
     want = 1.3 * weight * of_map * (clean - mean[..., None, None])
     for lain in (mask, cases.channels_last(mask)):
-        heatmap, inputs = cases.channels_last(source).requires_grad_(), values.clone().requires_grad_()
+        heatmap, inputs = lay(source).requires_grad_(), values.clone().requires_grad_()
         softmax = kpfused.spatial_softmax2d(heatmap, mask=lain, **keywords)
         torch.testing.assert_close(softmax.double(), p, rtol=5 * near, atol=near * 1e-3)
         assert (softmax.masked_select(~counts & ~empty[..., None, None]) == 0).all()

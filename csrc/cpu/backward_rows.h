@@ -9,6 +9,7 @@
 // dbeta adds two multiplications and an addition, moments add two multiply-adds.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "counting.h"
@@ -54,15 +55,22 @@ KPFUSED_INLINE A along_distance(const Polynomial<A>& q) {
   return q.distance;
 }
 
-// Whether all is so finite that a logit of no weight has a gradient of zero.
+// Whether all is so far from infinite that a logit of no weight has a gradient of zero.
 template <class A>
-KPFUSED_INLINE bool is_tame(const MapGradient<A, Slope<A>>& map) {
-  const auto small = [](A value) { return std::fabs(value) < A(1e15); };
-  return small(map.q.x) && small(map.q.y) && small(map.q.mean_x) && small(map.q.mean_y) && small(map.of.peak);
+KPFUSED_INLINE bool all_below(A most, std::initializer_list<A> values) {
+  bool below = true;
+  for (A value : values) below = below && std::fabs(value) < most;
+  return below;
 }
 template <class A>
-KPFUSED_INLINE bool is_tame(const MapGradient<A, Polynomial<A>>&) {
-  return false;
+KPFUSED_INLINE bool is_tame(const MapGradient<A, Slope<A>>& map) {
+  return all_below(A(1e15), {map.q.x, map.q.y, map.q.mean_x, map.q.mean_y, map.of.peak, map.beta});
+}
+template <class A>
+KPFUSED_INLINE bool is_tame(const MapGradient<A, Polynomial<A>>& map) {
+  const Polynomial<A>& q = map.q;
+  return all_below(A(1e9), {q.constant, q.x, q.y, q.xx, q.xy, q.yy, q.mean_x, q.mean_y, map.of.peak, map.beta}) &&
+         all_below(A(1e30), {q.distance, map.of.lowest, q.distance * map.of.lowest});
 }
 
 // N vectors: h in, dh out, and dbeta's terms without their sign. A distance raised to `lowest` has weight zero.
