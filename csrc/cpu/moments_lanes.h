@@ -143,7 +143,14 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
   Moments<A, Vec<A>> sums = empty_moments<A, Vec<A>>();
   sums.peak = of.peak, sums.at_x = lanes.chunk[g].at_x, sums.at_y = lanes.chunk[g].at_y;
   Vec<A> y = splat(chunk.y0);
+  const int64_t of_row = chunk.cols * kLanes<A>;
+  MaskWalk mask(chunk.words.ahead, g * chunk.rows * of_row, of_row);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
+    // Pixel by pixel, it would take a register that the loop has not.
+    if (kCounts == Counts::by_lanes && chunk.words.ahead.run > 0) {
+      for (int64_t b = 0; b < of_row; b += 64) prefetch_at(mask.at(nullptr) + uintptr_t(b));
+      mask.advance(1);
+    }
     Vec<A> row = {}, row_x = {}, row_xx = {};
     struct Pixel {
       Vec<A> x, d[1];
@@ -171,9 +178,9 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
       end(before);
     };
     const int64_t count = pixels_of_row<kCounts>(chunk, r);
-    const Ahead of_row = ahead_of_row<1, kCounts>(chunk, g, r);
-    for_pixels<kCounts>(chunk, r, 0, at_most(count, 1), of_row, begin);
-    for_pixels<kCounts>(chunk, r, 1, count, of_row, next_pixel);
+    const Ahead ahead = ahead_of_row<1, kCounts>(chunk, g, r);
+    for_pixels<kCounts>(chunk, r, 0, at_most(count, 1), ahead, begin);
+    for_pixels<kCounts>(chunk, r, 1, count, ahead, next_pixel);
     if (count > 0) end(last);
     const Vec<A> dy = y - sums.at_y, weighed = row * dy;
     sums.sum += row;
