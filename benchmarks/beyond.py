@@ -18,8 +18,9 @@ import operator
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,23 @@ class Comparison:
     cost: bool
 
 
+def both_ways(
+    question: str, case: str, ours: Callable[..., Any], other: Callable[..., Any], inputs: Sequence[Tensor], cost: bool
+) -> Iterator[Comparison]:
+    """Of two functions of the same inputs: forward, and forward with backward."""
+    yield Comparison(f"{question}, forward", case, lambda: ours(*inputs), lambda: other(*inputs), cost)
+    thunks = forward_backward(ours, *inputs), forward_backward(other, *inputs)
+    yield Comparison(f"{question}, forward+backward", case, *thunks, cost)
+
+
+Shrink = Callable[..., tuple[int, ...]]
+LAYOUTS = ("contiguous", "channels_last")
+
+
 def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
-    shrink = (lambda *shape: (2, 3, *(min(n, 16) for n in shape[2:]))) if tiny else (lambda *shape: shape)
+    shrink: Shrink = (lambda *shape: (2, 3, *(min(n, 16) for n in shape[2:]))) if tiny else (lambda *shape: shape)
     for shape in [(64, 17, 64, 64), (16, 17, 256, 256), (4, 4, 1024, 1024)]:
-        for layout in ("contiguous", "channels_last"):
+        for layout in LAYOUTS:
             case = Case(shrink(*shape), layout=layout)
             h = heatmaps(case, device)
             yield Comparison(
@@ -159,52 +173,9 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
                 lambda h=h: kpfused.soft_argmax2d(h),
                 True,
             )
-            yield Comparison(
-                "composition of moments over moments, forward",
-                case.label,
-                lambda h=h: kpfused.spatial_moments2d(h),
-                lambda h=h: moments_composition(h),
-                False,
-            )
-            yield Comparison(
-                "composition of moments over moments, forward+backward",
-                case.label,
-                forward_backward(kpfused.spatial_moments2d, h),
-                forward_backward(moments_composition, h),
-                False,
-            )
-    for layout in ("contiguous", "channels_last"):
-        case = Case(shrink(16, 17, 256, 256), layout=layout)
-        h = heatmaps(case, device)
-        batch, _, height, width = case.shape
-        masks = {
-            "(H, W)": torch.rand(height, width, device=device) < 0.7,
-            "(B, 1, H, W)": torch.rand(batch, 1, height, width, device=device) < 0.7,
-            "(B, K, H, W)": torch.rand(case.shape, device=device) < 0.7,
-        }
-        bytes_of_mask = masks["(B, K, H, W)"].view(torch.int64)
-        if layout == "channels_last":  # as comparisons of such a heatmap are
-            masks["(B, K, H, W) channels_last"] = masks["(B, K, H, W)"].contiguous(memory_format=torch.channels_last)
-        yield Comparison(
-            "a sum over mask (B, K, H, W), to read it, over forward",
-            case.label,
-            lambda words=bytes_of_mask: words.sum(),
-            lambda h=h: kpfused.soft_argmax2d(h),
-            True,
-        )
-        settings: dict[str, dict[str, Any]] = {f"mask {name}": {"mask": mask} for name, mask in masks.items()}
-        settings["valid_size of half the rows"] = {"valid_size": (height // 2, width)}
-        for name, keywords in settings.items():
-            for direction in ("forward", "forward+backward"):
-                masked = lambda h, k=keywords: kpfused.soft_argmax2d(h, **k)  # noqa: E731
-                both = direction != "forward"
-                yield Comparison(
-                    f"{name} over all pixels, {direction}",
-                    case.label,
-                    forward_backward(masked, h) if both else lambda h=h, f=masked: f(h),
-                    forward_backward(kpfused.soft_argmax2d, h) if both else lambda h=h: kpfused.soft_argmax2d(h),
-                    True,
-                )
+            question = "composition of moments over moments"
+            yield from both_ways(question, case.label, kpfused.spatial_moments2d, moments_composition, [h], False)
+    yield from masks(device, shrink)
     yield from expectations(device, shrink)
     for function, composition, shape in [
         (kpfused.soft_argmax1d, expectation1d, (256, 17, 384)),
@@ -212,24 +183,57 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
     ]:
         shape = (2, 3, *(16 for _ in shape[2:])) if tiny else shape
         h = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
-        label, name = ",".join(map(str, shape)), function.__name__
-        yield Comparison(
-            f"composition over {name}, forward",
-            label,
-            lambda h=h, f=function: f(h),
-            lambda h=h, f=composition: f(h),
-            False,
-        )
-        yield Comparison(
-            f"composition over {name}, forward+backward",
-            label,
-            forward_backward(function, h),
-            forward_backward(composition, h),
-            False,
-        )
+        label = ",".join(map(str, shape))
+        yield from both_ways(f"composition over {function.__name__}", label, function, composition, [h], False)
 
 
-def expectations(device: str, shrink: Callable[..., tuple[int, ...]]) -> Iterator[Comparison]:
+def masks(device: str, shrink: Shrink) -> Iterator[Comparison]:
+    """What pixels that do not count cost, beside the same function of whole maps; and to read a mask."""
+    for layout in LAYOUTS:
+        case = Case(shrink(16, 17, 256, 256), layout=layout)
+        h = heatmaps(case, device)
+        batch, _, height, width = case.shape
+        of_maps = torch.rand(case.shape, device=device) < 0.7
+        settings: dict[str, dict[str, Any]] = {
+            "mask (H, W)": {"mask": torch.rand(height, width, device=device) < 0.7},
+            "mask (B, 1, H, W)": {"mask": torch.rand(batch, 1, height, width, device=device) < 0.7},
+            "mask (B, K, H, W)": {"mask": of_maps},
+        }
+        if layout == "channels_last":  # as comparisons of such a heatmap are
+            settings["mask (B, K, H, W) channels_last"] = {
+                "mask": of_maps.contiguous(memory_format=torch.channels_last)
+            }
+        settings["valid_size of half the rows"] = {"valid_size": (height // 2, width)}
+        words = of_maps.view(torch.int64)
+        yield Comparison(
+            "a sum over mask (B, K, H, W), to read it, over forward",
+            case.label,
+            lambda words=words: words.sum(),
+            lambda h=h: kpfused.soft_argmax2d(h),
+            True,
+        )
+        for name, keywords in settings.items():
+            masked = partial(kpfused.soft_argmax2d, **keywords)
+            yield from both_ways(f"{name} over all pixels", case.label, masked, kpfused.soft_argmax2d, [h], True)
+    for shape in [(64, 17, 64, 64), (16, 17, 256, 256)]:
+        for layout in LAYOUTS:
+            case = Case(shrink(*shape), layout=layout)
+            h = heatmaps(case, device)
+            mask = torch.empty_like(h, dtype=torch.bool).copy_(torch.rand_like(h) < 0.7)
+            for name, function, inputs in [
+                ("spatial_moments2d", kpfused.spatial_moments2d, [h]),
+                ("spatial_softmax2d", kpfused.spatial_softmax2d, [h]),
+                (
+                    "spatial_expectation2d",
+                    lambda h, v, **k: kpfused.spatial_expectation2d(h, v.unsqueeze(2), **k),
+                    [h, torch.randn_like(h)],
+                ),
+            ]:
+                question = f"{name}, mask (B, K, H, W) over all pixels"  # in the order of the heatmap
+                yield from both_ways(question, case.label, partial(function, mask=mask), function, inputs, True)
+
+
+def expectations(device: str, shrink: Shrink) -> Iterator[Comparison]:
     """The softmax map, expectations of values under it, and the mass of a window, beside compositions."""
     window, window_peer = (lambda h: kpfused.window_mass(h, 11)), (lambda h: window_composition(h, 11))
     asked: list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[int, ...], tuple[int, int] | None]] = [
@@ -243,7 +247,7 @@ def expectations(device: str, shrink: Callable[..., tuple[int, ...]]) -> Iterato
         ("window_mass of 11 x 11", window, window_peer, (16, 17, 256, 256), None),
     ]
     for name, ours, composition, shape, of_values in asked:
-        for layout in ("contiguous", "channels_last"):
+        for layout in LAYOUTS:
             case = Case(shrink(*shape), layout=layout)
             heatmap = heatmaps(case, device)
             inputs = [off_the_border(heatmap) if ours is window else heatmap]
@@ -253,22 +257,8 @@ def expectations(device: str, shrink: Callable[..., tuple[int, ...]]) -> Iterato
                 if layout == "channels_last":
                     values = values.contiguous(memory_format=torch.channels_last)
                 inputs.append(values.unflatten(0, (case.shape[0], keypoints)))
-            if not agrees(f"{name} at {case.label}", ours, composition, inputs):
-                continue
-            yield Comparison(
-                f"composition over {name}, forward",
-                case.label,
-                lambda i=inputs, f=ours: f(*i),
-                lambda i=inputs, f=composition: f(*i),
-                False,
-            )
-            yield Comparison(
-                f"composition over {name}, forward+backward",
-                case.label,
-                forward_backward(ours, *inputs),
-                forward_backward(composition, *inputs),
-                False,
-            )
+            if agrees(f"{name} at {case.label}", ours, composition, inputs):
+                yield from both_ways(f"composition over {name}", case.label, ours, composition, inputs, False)
 
 
 def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> dict[str, float]:

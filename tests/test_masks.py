@@ -255,7 +255,9 @@ def test_softmax_and_expectation_under_masks(
     """Of planes and of channels_last; in one part and in several, some maps without a pixel or without weight."""
     lay = cases.LAYOUTS[layout]
     shape = (2, channels, *size)
-    mask = torch.rand({"shared": (1, 1, *size), "of_samples": (2, 1, *size), "of_maps": shape}[kind], device=device) < 0.6
+    mask = (
+        torch.rand({"shared": (1, 1, *size), "of_samples": (2, 1, *size), "of_maps": shape}[kind], device=device) < 0.6
+    )
     mask[..., -1, :2] = True  # some pixel of every map, but for these
     if kind != "shared":
         mask[1, -1] = False
