@@ -14,50 +14,59 @@ from tests.expectations import DTYPES, accumulator
 
 @pytest.mark.parametrize("kind", ["none", "own", "of_image", "of_all"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [(12, 10), (64, 64), (100, 100), (150, 150), (300, 310)], ids=str)
-def test_a_map_gives_the_same_bits_alone(device: str, layout: str, size: tuple[int, int], kind: str) -> None:
+@pytest.mark.parametrize("pixels", [(), ("mask",), ("valid_size",), ("mask", "valid_size")], ids=str)
+@pytest.mark.parametrize("size", [(12, 10), (64, 64), (100, 100), (200, 210), (300, 310)], ids=str)
+def test_a_map_gives_the_same_bits_alone(
+    device: str, layout: str, size: tuple[int, int], pixels: tuple[str, ...], kind: str
+) -> None:
     """Results and gradients, of the softmax where there are no values."""
     heatmap = cases.LAYOUTS[layout](cases.random((2, 9, *size)).float().to(device))
+    mask = torch.rand(heatmap.shape, device=device) < 0.6
+    valid = [torch.randint(n // 2, n + 1, (2, 1), device=device) for n in size]
     leading = {"none": (), "own": (2, 9), "of_image": (2, 1), "of_all": ()}[kind]
-    values = cases.random((*leading, 4, *size)).float().to(device)
+    values = cases.random((*leading, 3, *size)).float().to(device)
 
-    def results(heatmap: Tensor, values: Tensor) -> list[Tensor]:
-        leaf = heatmap.detach().requires_grad_()
+    def results(pick: tuple[slice, ...], values: Tensor) -> list[Tensor]:
+        leaf = heatmap[pick].detach().requires_grad_()
+        counts = {"mask": mask[pick], "valid_size": tuple(extent[pick[:1]] for extent in valid)}
+        keywords = {name: counts[name] for name in pixels}
         if kind == "none":
-            result = kpfused.spatial_softmax2d(leaf)
+            result = kpfused.spatial_softmax2d(leaf, **keywords)
             result.backward(values.select(-3, 0).expand(leaf.shape))
         else:
-            result = kpfused.spatial_expectation2d(leaf, values)
+            result = kpfused.spatial_expectation2d(leaf, values, **keywords)
             result.sum().backward()
         return [result.detach(), leaf.grad]
 
-    together = results(heatmap, values)
+    together = results((), values)
     # How many channels stand side by side is part of the layout.
     picks = [(slice(1, 2), slice(None))] + ([(slice(1, 2), slice(k, k + 1)) for k in (0, 5)] * (layout == "contiguous"))
     for pick in picks:
         own = values[pick if kind == "own" else pick[:1]] if kind in ("own", "of_image") else values
-        for alone, of_all in zip(results(heatmap[pick], own), together, strict=True):
+        for alone, of_all in zip(results(pick, own), together, strict=True):
             assert torch.equal(alone, of_all[pick])
-    for again, of_all in zip(results(heatmap, values), together, strict=True):
+    for again, of_all in zip(results((), values), together, strict=True):
         assert torch.equal(again, of_all)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(2, 1), (3, 3), (7, 7), (8, 16), (10, 12), (37, 41), (64, 48), (96, 72)], ids=str)
+@pytest.mark.parametrize("pixels", ["whole", "all", "strided", "size_of_image", "both"])
 @pytest.mark.parametrize("leading", [(2, 5), (1, 5)], ids=["own", "of_keypoints"])
 def test_a_run_of_pixels_gives_the_bits_of_rows_with_gaps(
-    leading: tuple[int, int], size: tuple[int, int], dtype: torch.dtype
+    leading: tuple[int, int], pixels: str, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """On CPU, where other kernels read them. Negative beta, one map of NaN and one of -inf."""
     heatmap = cases.random((2, 5, *size)).to(dtype)
     heatmap[0, 1, -1, -1], heatmap[1, 2] = torch.nan, -torch.inf
-    values = cases.random((*leading, 4, *size)).to(dtype)
+    values = cases.random((*leading, 3, *size)).to(dtype)
+    keywords = cases.PIXELS[pixels]((2, 5, *size)) if pixels != "whole" else {}
     beta = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=accumulator(dtype))
 
     def results(*tensors: Tensor) -> list[Tensor]:
         heatmap, values, beta = (t.detach().requires_grad_() for t in tensors)
-        softmax = kpfused.spatial_softmax2d(heatmap, beta)
-        mean = kpfused.spatial_expectation2d(heatmap, values, beta)
+        softmax = kpfused.spatial_softmax2d(heatmap, beta, **keywords)
+        mean = kpfused.spatial_expectation2d(heatmap, values, beta, **keywords)
         of_softmax = torch.autograd.grad(softmax, (heatmap, beta), cases.upstream_of(softmax).to(dtype))
         upstream = cases.upstream_of(mean).to(mean.dtype)
         return [softmax, mean, *of_softmax, *torch.autograd.grad(mean, (heatmap, values, beta), upstream)]
@@ -65,6 +74,23 @@ def test_a_run_of_pixels_gives_the_bits_of_rows_with_gaps(
     wide = cases.LAYOUTS["sliced"]
     for run, rows in zip(results(heatmap, values, beta), results(wide(heatmap), wide(values), beta), strict=True):
         torch.testing.assert_close(run, rows, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels", [8, 16, 17, 40])
+def test_what_counts_of_other_channels_changes_no_bits(device: str, channels: int) -> None:
+    heatmap = cases.channels_last(cases.random((1, channels, 24, 32)).float().to(device)).requires_grad_()
+    values, upstream = (cases.channels_last(torch.randn_like(heatmap)) for _ in range(2))
+    beta = torch.rand(channels, device=device).requires_grad_()
+    mask = torch.rand(heatmap.shape, device=device) < 0.5
+    mask[:, 0] = True
+    of_channel = []
+    for counts in (mask, torch.ones_like(mask)):
+        mean = kpfused.spatial_expectation2d(heatmap, values.unsqueeze(2), beta, mask=counts)
+        softmax = kpfused.spatial_softmax2d(heatmap, beta, mask=counts)
+        grads = torch.autograd.grad(softmax, (heatmap, beta), upstream)
+        of_channel.append((mean[:, 0], softmax[:, 0], grads[0][:, 0], grads[1][0]))
+    for some, whole in zip(*of_channel, strict=True):
+        assert torch.equal(some, whole)
 
 
 def test_channels_side_by_side_give_a_map_the_same_bits_alone(device: str) -> None:

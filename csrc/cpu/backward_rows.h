@@ -9,6 +9,7 @@
 // dbeta adds two multiplications and an addition, moments add two multiply-adds.
 #pragma once
 
+#include <cmath>
 #include <initializer_list>
 #include <type_traits>
 
@@ -55,13 +56,15 @@ KPFUSED_INLINE A along_distance(const Polynomial<A>& q) {
   return q.distance;
 }
 
-// Whether all is so far from infinite that a logit of no weight has a gradient of zero.
 template <class A>
 KPFUSED_INLINE bool all_below(A most, std::initializer_list<A> values) {
   bool below = true;
   for (A value : values) below = below && std::fabs(value) < most;
   return below;
 }
+
+// Whether a logit of no weight has a gradient of zero: q is finite wherever it may lie, as sums of up to three factors that are
+// no larger are, and so is the distance times q.
 template <class A>
 KPFUSED_INLINE bool is_tame(const MapGradient<A, Slope<A>>& map) {
   return all_below(A(1e15), {map.q.x, map.q.y, map.q.mean_x, map.q.mean_y, map.of.peak, map.beta});
@@ -264,7 +267,9 @@ class BackwardRows {
     };
     for (int64_t i = 0; i + L <= cols; i += L) fill(i);
     fill(cols - L);
-    const bool clear = counting && !is_tame(map);
+    // In place, what lies within a valid size; copied under a mask, or where that is less than a vector.
+    const int64_t valid = counting ? at_most(counting->cols - col, cols) : cols;
+    const bool copies = counting && (counting->mask || valid < L), clear = counting && !is_tame(map);
     for (int64_t r = range.row; r < range.row + range.rows; ++r) {
       if (counting && r >= counting->rows) {
         __builtin_memset(out + r * params_.grad_view.stride_y + col, 0, size_t(cols) * sizeof(T));
@@ -274,18 +279,16 @@ class BackwardRows {
       const Vec<A> of_row = splat(map.q.along_y(y)), dy = splat(y - map.q.mean_y);
       const T* from = h + r * view_.stride_y + col;
       T* to = out + r * params_.grad_view.stride_y + col;
-      if (counting) {
-        copy_counting(from, counted, cols, otherwise, *counting, r, col);
-        from = counted;
-      }
+      if (copies) copy_counting(from, counted, cols, otherwise, *counting, r, col), from = counted;
       backward_span<T, kBeta, kMoments>(
-          from, to, cols, map,
+          from, to, copies ? cols : valid, map,
           [&](int64_t i) __attribute__((always_inline)) {
             const Vec<A> q = load_vector(table + i) + of_row;
             return kMoments ? q + load_vector(cross + (kMoments ? i : 0)) * dy : q;
           },
           dbeta);
-      if (clear) copy_counting(to, to, cols, T{}, *counting, r, col);
+      if (copies && clear) copy_counting(to, to, cols, T{}, *counting, r, col);
+      if (!copies && valid < cols) __builtin_memset(to + valid, 0, size_t(cols - valid) * sizeof(T));
     }
   }
 

@@ -110,7 +110,7 @@ const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
 template <class T>
 class MapByMap {
  public:
-  MapByMap(const ExpectationSteps& steps, int64_t at_once) : steps_(steps), tiles_(softmax_of(steps), at_once) {
+  explicit MapByMap(const ExpectationSteps& steps) : steps_(steps), tiles_(softmax_of(steps)) {
     if (steps.stats) stats_.emplace(*steps.stats);
     if (steps.expectation) expectation_.emplace(ExpectationKernel<T>{*steps.expectation});
     if (steps.heatmap) heatmap_.emplace(ExpectationHeatmapKernel<T>{*steps.heatmap});
@@ -119,16 +119,23 @@ class MapByMap {
   }
 
   void operator()(int64_t map, int count, int64_t part) {
-    if (!steps_.stats || !tiles_.start_with_stats(map, count, static_cast<Stats<Acc<T>>*>(steps_.stats->stats))) {
-      if (stats_) stats_->run(map, map + count);
-      tiles_.start(map, count, several_);
-    }
+    if (!steps_.stats || !find_stats(map, count)) tiles_.start(map, count, several_);
     if (expectation_) (*expectation_)(tiles_, map, count, part);
     if (heatmap_) (*heatmap_)(tiles_, map, count, part);
     if (values_) (*values_)(tiles_, map, count, part);
   }
 
  private:
+  // Whether P is kept then.
+  bool find_stats(int64_t map, int count) {
+    auto* const stats = static_cast<Stats<Acc<T>>*>(steps_.stats->stats);
+    const bool keeps = tiles_.can_keep(count), keeps_one = tiles_.can_keep(1);
+    if (keeps) tiles_.start_with_stats(map, count, stats, true);
+    for (int m = 0; m < count && !keeps && keeps_one; ++m) tiles_.start_with_stats(map + m, 1, stats, false);
+    if (!keeps_one) stats_->run(map, map + count);
+    return keeps;
+  }
+
   const ExpectationSteps& steps_;
   SoftmaxTiles<T> tiles_;
   std::optional<ForwardRows<T, false>> stats_;
@@ -142,7 +149,7 @@ class MapByMap {
 template <class T>
 void run_blocks(const ExpectationSteps& steps, const MapView& items, int64_t at_once, int64_t channels) {
   const int64_t parts = pixel_parts(softmax_of(steps).view).count;
-  for_blocks(items, at_once, parts, channels, [&] { return MapByMap<T>(steps, at_once); });
+  for_blocks(items, at_once, parts, channels, [&] { return MapByMap<T>(steps); });
 }
 
 template <class T>
@@ -205,7 +212,7 @@ void stats_of(const ForwardParams& params, const SoftmaxParams& softmax) {
   const int64_t grain = at_least(kGrainElements / (params.view.height * params.view.width), 1);
   parallel_for(params.view.maps(), grain, [&](int64_t begin, int64_t end) {
     SoftmaxTiles<T> tiles(softmax);
-    for (int64_t map = begin; map < end; ++map) tiles.start_with_stats(map, 1, static_cast<Stats<Acc<T>>*>(params.stats));
+    for (int64_t map = begin; map < end; ++map) tiles.start_with_stats(map, 1, static_cast<Stats<Acc<T>>*>(params.stats), false);
   });
 }
 
@@ -234,8 +241,10 @@ void expectation_of(const ExpectationSteps& steps) {
     see(ExpectationValuesKernel<T>{*steps.values});
     same = same && !ExpectationValuesKernel<T>{*steps.values}.shares();
   }
-  if (same && WholeMaps<T, false>::fit(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
-  if (steps.stats && keeps_maps<T>(view)) at_once = at_most(at_once, kKept<Acc<T>> / (view.height * view.width));
+  if (same && are_whole_maps<T>(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
+  // Of a few maps at least it is better to keep P than to take more of them at once.
+  const int64_t kept = kKept<Acc<T>> / (view.height * view.width);
+  if (steps.stats && kept >= 4) at_once = at_most(at_once, kept);
   if (same) return run_blocks<T>(steps, view, at_once, channels);
   if (steps.stats) stats_of<T>(*steps.stats, softmax_of(steps));
   if (steps.expectation) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Expectations where lanes are channels, of whole maps or under a mask: the softmax of channels_last maps, and expectations
+// Expectations where lanes are channels: the softmax of channels_last maps, and expectations
 // of values that lie as the maps do. What expectation.h does tile by tile, transposed, is done here pixel after pixel, as
 // memory has it; pixels may stand abreast (lanes.h).
 #pragma once
@@ -23,7 +23,7 @@ class LaneMaps {
     bool fits = true;
     for_views(steps, [&](const SoftmaxParams& softmax, const auto& view) {
       fits = fits && is_channels_last(softmax.view) && view.stride_inner == 1 && channels_of(view) == 1 &&
-             !softmax.pixels.sizes && !softmax.is_probability &&
+             !softmax.is_probability &&
              softmax.view.inner * abreast_of(steps, softmax.view) >= L;
     });
     return fits;
@@ -57,11 +57,12 @@ class LaneMaps {
       const int64_t outer = item / blocks_.count / parts;
       if (stats_) stats_->run(item, item + 1);
       const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
-      const Item at = {outer, blocks_.begin(block), blocks_.begin(block + 1) - blocks_.begin(block), part,
-                       {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)}};
+      const int64_t first = blocks_.begin(block), channels = blocks_.begin(block + 1) - first;
+      const PixelRange all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
+      const Item at = {outer, first, channels, part, all, valid_of(all, outer * view_.inner + first)};
       load_maps(at);
-      if (softmax_.pixels.mask) {
-        words_.emplace(softmax_.pixels, view_, abreast_words_, outer * view_.inner + at.first, at.channels, abreast_);
+      if (!softmax_.pixels.all()) {
+        words_.emplace(softmax_.pixels, view_, abreast_words_, outer * view_.inner + first, channels, abreast_);
       }
       if (steps_.expectation) expect(at);
       if (steps_.heatmap || steps_.values) write(at);
@@ -74,8 +75,16 @@ class LaneMaps {
 
   struct Item {
     int64_t outer, first, channels, part;
-    PixelRange range;
+    PixelRange all, range;  // what is written, and what is read of it
   };
+
+  // Pixels within the valid size, where all channels have the same: sizes of their own are in the words.
+  PixelRange valid_of(const PixelRange& all, int64_t first_map) const {
+    if (!softmax_.pixels.sizes || !one_size(softmax_.pixels, view_)) return all;
+    const Counting counting = counting_of(softmax_.pixels, view_, first_map);
+    return {all.row, at_most(at_least(counting.rows - all.row, 0), all.rows), all.col,
+            at_most(at_least(counting.cols - all.col, 0), all.cols)};
+  }
 
   // What belongs to a lane waits in the first-level cache.
   struct Lane {
@@ -84,11 +93,17 @@ class LaneMaps {
     Vec<A> row, sum;
   };
 
-  // Which lanes of a vector count, of groups side by side.
-  template <bool kByLanes>
+  // How a vector is read, of groups side by side, and which of its lanes count.
+  template <bool kByLanes, bool kSome = false>
   struct Counted {
     const LaneWord<A>* words;
     int64_t stride;
+    int64_t lanes;  // that are read with kSome, from this vector's first on
+
+    KPFUSED_INLINE Vec<A> load(const T* p) const {
+      if (!kSome || lanes >= L) return kpfused::cpu::KPFUSED_ISA::load(p);
+      return lanes > 0 ? load_first(p, lanes, Vec<A>{}) : Vec<A>{};
+    }
 
     KPFUSED_INLINE Vec<A> keep(int group, Vec<A> v) const {
       if constexpr (kByLanes) return keep_lanes<A>(words + group * stride, v);
@@ -164,6 +179,8 @@ class LaneMaps {
   KPFUSED_INLINE void for_runs(const Item& at, bool dense, const Begin& begin, const Body& body, const End& end) {
     const int64_t lanes = at.channels * abreast_, rows = at.range.rows, groups = at.range.cols / abreast_;
     if (!words_) return for_runs<false>({}, lanes, 0, dense ? 1 : rows, 0, dense ? rows * groups : groups, begin, body, end);
+    if (at.range.cols > groups * abreast_) for_rest(at, groups, begin, body, end);
+    if (groups == 0) return;
     const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, groups, lanes, abreast_);
     // Groups of whole rows may be numbered through.
     const bool one_row = dense && chunks.x.count == 1;
@@ -176,6 +193,22 @@ class LaneMaps {
         };
         words.words ? run(std::true_type{}) : run(std::false_type{});
       }
+    }
+  }
+
+  // Fewer pixels of each row than stand abreast, up to a valid size: those beyond are not read.
+  template <class Begin, class Body, class End>
+  KPFUSED_INLINE void for_rest(const Item& at, int64_t groups, const Begin& begin, const Body& body, const End& end) {
+    const int64_t lanes = at.channels * abreast_, vectors = ceil_div(lanes, L), col = groups * abreast_;
+    const int64_t read = at.channels * (at.range.cols - col);
+    for (int64_t r = 0; r < at.range.rows; ++r) {
+      const ChunkWords<A> words = words_->of({at.range.row + r, 1, at.range.col + col, abreast_}, 0);
+      begin(r, groups);
+      for (int64_t g = 0; g < vectors; ++g) {
+        const int64_t k = group_begin<A>(g, lanes);
+        body(Count<1>{}, 0, g, k, Counted<true, true>{words.words + g, 0, read - k});
+      }
+      end(1, vectors);
     }
   }
 
@@ -192,7 +225,8 @@ class LaneMaps {
         const auto some = [&](auto size, int64_t c) __attribute__((always_inline)) {
           const LaneWord<A>* const of_groups = kByLanes ? words.at(r, run + c) : nullptr;
           for (int64_t g = 0; g < vectors; ++g) {
-            body(size, c, g, group_begin<A>(g, lanes), Counted<kByLanes>{of_groups + g, words.stride_x});
+            const LaneWord<A>* const of_vector = kByLanes ? of_groups + g : nullptr;
+            body(size, c, g, group_begin<A>(g, lanes), Counted<kByLanes>{of_vector, words.stride_x, L});
           }
         };
         int64_t c = 0;
@@ -210,6 +244,16 @@ class LaneMaps {
     store(element, splat(value));
     for (int64_t i = 0; i < groups * abreast_; ++i) {
       for (int e = 0; e < empty_maps_; ++e) to[i * (stride_x / abreast_) + empty_[e]] = element[0];
+    }
+  }
+
+  // Of a result, what lies beyond what has been read.
+  void clear_beyond(const Item& at, const Pixels<T*>& to, A empty_value) const {
+    const int64_t groups = at.all.cols / abreast_, read = ceil_div(at.range.cols, abreast_), bytes = at.channels * abreast_ * int64_t(sizeof(T));
+    for (int64_t r = 0; r < at.all.rows; ++r) {
+      const int64_t done = r < at.range.rows ? read : 0;
+      for (int64_t c = done; c < groups; ++c) __builtin_memset(to.at(r, c), 0, size_t(bytes));
+      replace_empty(to.at(r, done), to.stride_x, groups - done, empty_value);
     }
   }
 
@@ -250,11 +294,12 @@ class LaneMaps {
           Vec<A> p[N];
           for (int j = 0; j < N; ++j) {
             prefetch(h_at + j * heatmap.stride_x, kReadAhead), prefetch(v_at + j * values.stride_x, kReadAhead);
-            p[j] = distance(load(h_at + j * heatmap.stride_x), lane.of);
+            p[j] = distance(counted.load(h_at + j * heatmap.stride_x), lane.of);
           }
           to_p(lane, p);
+          // A product by itself with a mask and without: a channel's bits do not depend on what counts of others.
           Vec<A> sum = lane.row;
-          for (int j = 0; j < N; ++j) sum += counted.keep(j, p[j] * load(v_at + j * values.stride_x));
+          for (int j = 0; j < N; ++j) sum += KPFUSED_PRODUCT(counted.keep(j, p[j] * counted.load(v_at + j * values.stride_x)));
           lane.row = sum;
         },
         [&](int64_t, int64_t vectors) { add_row(vectors); });
@@ -309,7 +354,7 @@ class LaneMaps {
           Lane& lane = lanes_[g];
           Vec<A> below[N], p[N];
           for (int j = 0; j < N; ++j) {
-            p[j] = below[j] = distance(load(h + (c + j) * heatmap.stride_x + k), lane.of);
+            p[j] = below[j] = distance(counted.load(h + (c + j) * heatmap.stride_x + k), lane.of);
           }
           to_p(lane, p);
           for (int j = 0; kValues && j < N; ++j) {
@@ -322,8 +367,8 @@ class LaneMaps {
             for (int j = 0; j < N; ++j) {
               T* const pixel = out + (c + j) * to.stride_x + k;
               prefetch_for_write(pixel, kWriteAhead);
-              const Vec<A> q = (lane.upstream * load(v + (c + j) * values.stride_x + k) - lane.mean) * p[j];
-              if (kBeta) of_beta += counted.keep(j, below[j] * q);
+              const Vec<A> q = (lane.upstream * counted.load(v + (c + j) * values.stride_x + k) - lane.mean) * p[j];
+              if (kBeta) of_beta += KPFUSED_PRODUCT(counted.keep(j, below[j] * q));
               store(pixel, counted.keep(j, lane.beta * q));
             }
             if (kBeta) lane.row = of_beta;
@@ -334,6 +379,10 @@ class LaneMaps {
           if (kHeatmap) replace_empty(out, to.stride_x, groups, A(0));
           if (kValues) replace_empty(out_values, to_values.stride_x, groups, empty_value);
         });
+    if (softmax_.pixels.sizes) {
+      if (kHeatmap) clear_beyond(at, to, A(0));
+      if (kValues) clear_beyond(at, to_values, empty_value);
+    }
     if constexpr (kBeta) {
       A* const dbeta = static_cast<A*>(parts > 1 ? steps_.heatmap->workspace : steps_.heatmap->grad_beta);
       for (int64_t c = 0; c < at.channels; ++c) {
@@ -352,7 +401,7 @@ class LaneMaps {
   const int64_t abreast_;
   const AbreastWords<A> abreast_words_;
   std::optional<ForwardLanes<T, false>> stats_;
-  std::optional<LaneWords<A>> words_;  // of the item at hand, under a mask
+  std::optional<LaneWords<A>> words_;  // of the item at hand, where not all count
   int empty_maps_;
   uint8_t empty_[2 * kChannelBlock];  // their channels
   Lane lanes_[kGroups<A>];

@@ -113,11 +113,6 @@ KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int
   return tile(rows, cols, groups, 1);
 }
 
-template <class T>
-KPFUSED_INLINE void copy_rows(const T* from, int64_t from_y, T* to, int64_t to_y, int64_t rows, int64_t count) {
-  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * to_y, from + r * from_y, size_t(count) * sizeof(T));
-}
-
 // Copies pixels of `channels` elements each between rows of them.
 template <class T>
 KPFUSED_INLINE void copy_pixels(const T* from, int64_t from_y, int64_t from_x, T* to, int64_t to_y, int64_t to_x,

@@ -202,6 +202,33 @@ KPFUSED_INLINE void write_state(const ForwardParams& params, int64_t item, const
   static_cast<S*>(params.workspace)[item] = state;
 }
 
+// n elements, or zeros, of which all bytes are. Calls of memcpy and memset take longer than a short row; the last vector
+// overlaps the one before it.
+template <class T>
+KPFUSED_INLINE void copy_row(const T* from, T* to, int64_t n) {
+  constexpr int64_t kElements = kVectorBytes / int64_t(sizeof(T));
+  const auto move = [&](int64_t i) __attribute__((always_inline)) {
+    T vector[kElements];
+    __builtin_memcpy(vector, from + i, sizeof(vector));
+    __builtin_memcpy(to + i, vector, sizeof(vector));
+  };
+  if (n < kElements) return void(__builtin_memcpy(to, from, size_t(n) * sizeof(T)));
+  for (int64_t i = 0; i + kElements <= n; i += kElements) move(i);
+  move(n - kElements);
+}
+template <class T>
+KPFUSED_INLINE void clear_row(T* to, int64_t n) {
+  constexpr int64_t kElements = kVectorBytes / int64_t(sizeof(T));
+  if (n < kElements) return void(__builtin_memset(to, 0, size_t(n) * sizeof(T)));
+  for (int64_t i = 0; i + kElements <= n; i += kElements) __builtin_memset(to + i, 0, kVectorBytes);
+  __builtin_memset(to + n - kElements, 0, kVectorBytes);
+}
+
+template <class T>
+KPFUSED_INLINE void copy_rows(const T* from, int64_t from_y, T* to, int64_t to_y, int64_t rows, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) copy_row(from + r * from_y, to + r * to_y, count);
+}
+
 // Copies rows that do not follow each other in memory, for the flat kernels.
 template <class T>
 KPFUSED_INLINE void gather_rows(const T* p, int64_t stride_y, int64_t rows, int64_t width, T* out) {

@@ -146,7 +146,7 @@ void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& la
   const int64_t of_row = chunk.cols * kLanes<A>;
   MaskWalk mask(chunk.words.ahead, g * chunk.rows * of_row, of_row);
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
-    // Pixel by pixel, it would take a register that the loop has not.
+    // All of a row's share of the next mask at once: for the walk, pixel by pixel, the loop below has no register left.
     if (kCounts == Counts::by_lanes && chunk.words.ahead.run > 0) {
       for (int64_t b = 0; b < of_row; b += 64) prefetch_at(mask.at(nullptr) + uintptr_t(b));
       mask.advance(1);

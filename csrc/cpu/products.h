@@ -163,7 +163,7 @@ KPFUSED_INLINE A sum_of(const A* p, int64_t count) {
   for (; i + kBlock * L <= count; i += kBlock * L) {
     for (int j = 0; j < kBlock; ++j) sum[j] += load_vector(p + i + j * L);
   }
-  for (; i < count; i += L) sum[0] += load_vector(p + i);
+  for (int j = 0; j < kBlock && i < count; ++j, i += L) sum[j] += load_vector(p + i);
   return total<A>(sum);
 }
 

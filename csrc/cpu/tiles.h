@@ -33,14 +33,15 @@ KPFUSED_INLINE Stats<A> stats_of(const SoftmaxParams& params, int64_t map) {
   return {of_map[0], of_map[1], of_map[2], of_map[3]};
 }
 
-// p[i] = `factor` times the weight of run[i], of whole vectors; returns their sum. Fetches what lies `ahead` meanwhile.
+// p[i] = `factor` times the weight of run[i], of whole vectors; returns their sum, whose bits vectors of no weight behind them
+// do not change. Fetches what lies `ahead` meanwhile.
 template <class A, class R>
 KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, A factor, int64_t ahead, A* p) {
   constexpr int L = kLanes<A>;
   const Falloff<Vec<A>> of = in_lanes(of_map);
   Vec<A> sum[kBlock] = {};
   int64_t i = 0;
-  const auto block = [&](auto size) __attribute__((always_inline)) {
+  const auto block = [&](auto size, int first) __attribute__((always_inline)) {
     constexpr int N = decltype(size)::value;
     Vec<A> w[N];
     for (int j = 0; j < N; ++j) {
@@ -50,13 +51,13 @@ KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, 
     exp2<A, N>(w, of.scale);
     for (int j = 0; j < N; ++j) {
       w[j] *= factor;
-      sum[j] += w[j];
+      sum[first + j] += w[j];
       store_vector(p + i + j * L, w[j]);
     }
     i += N * L;
   };
-  while (i + kBlock * L <= count) block(Count<kBlock>{});
-  while (i < count) block(Count<1>{});
+  while (i + kBlock * L <= count) block(Count<kBlock>{}, 0);
+  for (int j = 0; j < kBlock && i < count; ++j) block(Count<1>{}, j);
   return total<A>(sum);
 }
 
@@ -71,9 +72,7 @@ class SoftmaxTiles {
   using A = Acc<T>;
   static constexpr int L = kLanes<A>;
 
-  // `at_once`: how many maps come at once, at most.
-  explicit SoftmaxTiles(const SoftmaxParams& params, int64_t at_once = 1)
-      : params_(params), can_keep_(params.view.height * params.view.width * at_once <= kKept<A>) {}
+  explicit SoftmaxTiles(const SoftmaxParams& params) : params_(params) {}
 
   const A* const* p() const { return p_; }
   const A* p(int m) const { return p_[m]; }
@@ -90,12 +89,13 @@ class SoftmaxTiles {
     }
   }
 
-  // Whether whole maps can be kept, of which the stats are not known yet: they are found on the way to P, and written, but
-  // for the mean.
-  __attribute__((noinline)) bool start_with_stats(int64_t first_map, int count, Stats<A>* stats) {
-    if (!can_keep_) return false;
-    place(first_map, count, true);
-    ahead_ = room_ * int64_t(sizeof(T));  // this map has been read
+  bool can_keep(int count) const { return pixels() * count <= kKept<A>; }
+
+  // Of maps whose stats are not known yet: they are found on the way to P, which is kept if asked for, and written, but for the
+  // mean.
+  __attribute__((noinline)) void start_with_stats(int64_t first_map, int count, Stats<A>* stats, bool keep) {
+    place(first_map, count, keep);
+    ahead_ = pixels() * int64_t(sizeof(T));  // this map has been read
     A peak[kTileMaps];
     for (int m = 0; m < count; ++m) peak[m] = empty_state<A>().peak;
     for_tiles([&](int64_t first, int64_t pixels) {
@@ -116,12 +116,12 @@ class SoftmaxTiles {
       const A sum = sums[m];
       set_stats(m, sharpness(maps_[m].beta), peak[m], sum);
       stats[first_map + m] = {peak[m], sum, A(0), A(0)};
+      if (!keep) continue;
       A* const p = memory_.get() + m * whole_vectors<A>(room_);
       const Vec<A> inverse = splat(maps_[m].inverse);
       for (int64_t i = 0; i < room_; i += L) store_vector(p + i, load_vector(p + i) * inverse);
       if (counting(m) && sum != sum) clear_uncounted(p, maps_[m].counting, planes_.width, 0, room_);
     }
-    return true;
   }
 
   // From here on, pixels of the one map are those of a box.
@@ -158,13 +158,15 @@ class SoftmaxTiles {
   }
 
  private:
+  int64_t pixels() const { return params_.view.height * params_.view.width; }
+
   // Where maps lie, and all that is known of them before their stats are.
   void place(int64_t first_map, int count, bool keep) {
     const MapView& view = params_.view;
     count_ = count;
     kept_ = 0;
     ahead_ = kReadAhead;
-    room_ = keep && can_keep_ ? view.height * view.width : 0;
+    room_ = keep && can_keep(count) ? pixels() : 0;
     if (room_ && !memory_) memory_.reset(new A[kKept<A> + kTileMaps * L]);
     const T* const heatmap = static_cast<const T*>(params_.heatmap);
     planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
@@ -186,7 +188,7 @@ class SoftmaxTiles {
 
   template <class F>
   void for_tiles(const F& tile) const {
-    for (int64_t first = 0; first < room_; first += kTile<A>) tile(first, at_most(room_ - first, kTile<A>));
+    for (int64_t first = 0; first < pixels(); first += kTile<A>) tile(first, at_most(pixels() - first, kTile<A>));
   }
 
   void read(int64_t first, int64_t count) {
@@ -212,7 +214,6 @@ class SoftmaxTiles {
   }
 
   const SoftmaxParams& params_;
-  const bool can_keep_;
   Planes<const T> planes_;
   int count_ = 0;
   int64_t first_ = 0, pixels_ = 0;  // of the tile at hand

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Expectations where a map is one run of pixels, of which a mask may leave out some, and its values are runs too: the usual
-// case, and the softmax of contiguous maps. What expectation.h does tile by tile in any layout is done here map by map, in
-// place, with the same operations in the same order, so that results have the same bits.
+// Expectations where a map is one run of pixels, and its values are runs too: the usual case, and the softmax of contiguous
+// maps. What expectation.h does tile by tile in any layout is done here map by map, in place, with the same operations in the
+// same order, so that results have the same bits. A mask may leave out some pixels; and of a valid size narrower than the map,
+// copies are read, in which nothing lies beyond it.
 //
 //   forward    peak of the map; weights into a buffer, and their sum; P V, or P itself
 //   backward   P into the buffer; P V where it is not known; P (g V - mean) and P g
@@ -11,6 +12,27 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
+// Channels of values that are copied.
+constexpr int64_t kCopiedChannels = 3;
+
+// Whether all steps read and write runs. They walk the same maps.
+template <class T>
+bool are_whole_maps(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
+  const int64_t width = softmax.view.width, pixels = softmax.view.height * width;
+  const auto run = [&](const auto& view) { return view.stride_x == 1 && view.stride_y == width; };
+  const auto runs = [&](const Values& values) {
+    const ValueView& view = values.view;
+    // Channels side by side have sums of other bits, pixel after pixel (add_channels).
+    return values.kind == ValueKind::tensor && run(view) &&
+           view.channels <= (softmax.pixels.sizes ? kCopiedChannels : kTileChannels) &&
+           (view.stride_channel != 1 || view.channels < kLanes<Acc<T>>) && !ValueTiles<T>::share_values(values, softmax);
+  };
+  return run(softmax.view) && pixels <= kKept<Acc<T>> && !softmax.is_probability &&
+         (!steps.expectation || runs(steps.expectation->values)) &&
+         (!steps.heatmap || (runs(steps.heatmap->values) && run(steps.heatmap->grad_view))) &&
+         (!steps.values || run(steps.values->value_view));
+}
+
 template <class T, bool kMasked>
 class WholeMaps {
  public:
@@ -18,36 +40,20 @@ class WholeMaps {
   using PixelRun = std::conditional_t<kMasked, MaskedRun<T>, Run<T>>;
   static constexpr int L = kLanes<A>;
 
-  // Whether all steps read and write runs. They walk the same maps.
-  static bool fit(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
-    const int64_t width = softmax.view.width, pixels = softmax.view.height * width;
-    const auto run = [&](const auto& view) { return view.stride_x == 1 && view.stride_y == width; };
-    const auto runs = [&](const Values& values) {
-      const ValueView& view = values.view;
-      // Channels side by side have sums of other bits, pixel after pixel (add_channels).
-      return values.kind == ValueKind::tensor && run(view) && view.channels <= kTileChannels &&
-             (view.stride_channel != 1 || view.channels < L) && !ValueTiles<T>::share_values(values, softmax);
-    };
-    return run(softmax.view) && pixels <= kKept<A> && !softmax.pixels.sizes && !softmax.is_probability &&
-           (!steps.expectation || runs(steps.expectation->values)) &&
-           (!steps.heatmap || (runs(steps.heatmap->values) && run(steps.heatmap->grad_view))) &&
-           (!steps.values || run(steps.values->value_view));
-  }
-
   WholeMaps(const ExpectationSteps& steps, const SoftmaxParams& softmax)
       : steps_(steps),
         softmax_(softmax),
-        pixels_(softmax.view.height * softmax.view.width),
-        p_(new A[size_t(whole_vectors<A>(pixels_))]) {}
+        all_(softmax.view.height * softmax.view.width),
+        p_(new A[size_t(whole_vectors<A>(all_))]) {}
 
   void run(int64_t begin, int64_t end) {
     MapWalk walk(softmax_.view, begin);
     for (int64_t n = begin; n < end; ++n, walk.advance()) {
       beta_ = beta_of<A>(softmax_.beta, n);
-      if constexpr (kMasked) take_mask(n);
+      take_pixels(n);
       // What fills the last vector weighs nothing.
-      heatmap_ = run_of(static_cast<const T*>(softmax_.heatmap) + walk.offset(), A(-INFINITY) * sharpness(beta_).sign,
-                        last_heatmap_);
+      const A nothing = A(-INFINITY) * sharpness(beta_).sign;
+      heatmap_ = run_of(within_size(static_cast<const T*>(softmax_.heatmap) + walk.offset(), nothing, 0), nothing, last_heatmap_);
       if (steps_.expectation) {
         take_values(steps_.expectation->values, walk);
       } else if (steps_.heatmap) {
@@ -85,7 +91,7 @@ class WholeMaps {
   // A run of the map's pixels, with `fill` behind them up to a whole vector, and in place of what does not count. The last
   // vector is put together in a buffer.
   KPFUSED_INLINE PixelRun run_of(const T* p, A fill, T* buffer) const {
-    const Rest rest = this->rest();
+    const Rest rest = rest_of(pixels_);
     if (rest.pixels > 0) store(buffer, load_first(p + rest.begin, rest.pixels, splat(fill)));
     const Run<T> run = {p, buffer, rest.pixels > 0 ? rest.begin : -1};
     if constexpr (kMasked) {
@@ -95,24 +101,47 @@ class WholeMaps {
     }
   }
 
-  // Of map n, as a run of bytes: put together where it is none, unless the map before has the same.
-  void take_mask(int64_t n) {
-    const MaskView& view = softmax_.pixels.mask_view;
-    const uint8_t* p = softmax_.pixels.mask + view.offset(n);
-    if (view.stride_x != 1 || view.stride_y != softmax_.view.width) {
-      if (!bytes_) bytes_.reset(new uint8_t[size_t(pixels_)]);
-      if (p != gathered_) gather_rows(gathered_ = p, view, bytes_.get());
-      p = bytes_.get();
-    }
-    const Rest rest = this->rest();
-    for (int64_t i = 0; i < rest.pixels; ++i) last_mask_[i] = p[rest.begin + i];
-    mask_ = {p, last_mask_, rest.pixels > 0 ? rest.begin : -1};
-  }
-  void gather_rows(const uint8_t* p, const MaskView& view, uint8_t* to) const {
+  // Which pixels of map n count: of whole rows as many as the valid size has, and of them those of a mask as a run of bytes,
+  // which is put together where it is none, unless the map before has the same.
+  void take_pixels(int64_t n) {
     const int64_t width = softmax_.view.width;
-    for (int64_t r = 0; r < softmax_.view.height; ++r, p += view.stride_y, to += width) {
-      for (int64_t c = 0; c < width; ++c) to[c] = p[c * view.stride_x];
+    const Counting counting = counting_of(softmax_.pixels, softmax_.view, n);
+    cols_ = counting.cols, pixels_ = cols_ > 0 ? counting.rows * width : 0;
+    if constexpr (kMasked) {
+      const uint8_t* p = counting.mask;
+      if (counting.stride_x != 1 || (counting.stride_y != width && counting.rows > 1)) {
+        if (!bytes_) bytes_.reset(new uint8_t[size_t(all_)]);
+        const int64_t rows = softmax_.view.height;
+        if (p != copied_) copy_pixels(p, counting.stride_y, counting.stride_x, bytes_.get(), width, 1, rows, width, 1);
+        copied_ = p, p = bytes_.get();
+      }
+      const Rest rest = rest_of(pixels_);
+      for (int64_t i = 0; i < rest.pixels; ++i) last_mask_[i] = p[rest.begin + i];
+      mask_ = {p, last_mask_, rest.pixels > 0 ? rest.begin : -1};
     }
+  }
+
+  // A map or one channel of its values, in one of some buffers with `fill` beyond a valid size that is narrower.
+  const T* within_size(const T* p, A fill, int64_t buffer) {
+    const int64_t width = softmax_.view.width;
+    if (cols_ == width) return p;
+    if (!buffers_) buffers_.reset(new T[size_t((1 + kCopiedChannels) * all_)]);
+    T* const to = buffers_.get() + buffer * all_;
+    for (int64_t i = 0; i < pixels_; i += width) {
+      prefetch_run(p + i, cols_, kReadAhead);
+      copy_row(p + i, to + i, cols_);
+      int64_t c = cols_;
+      for (; c + L <= width; c += L) store(to + i + c, splat(fill));
+      if (c < width) store_first(to + i + c, width - c, splat(fill));
+    }
+    return to;
+  }
+
+  // Of a result, zero beyond the valid size.
+  void clear_beyond(T* to) const {
+    const int64_t width = softmax_.view.width;
+    for (int64_t i = cols_; cols_ < width && i < pixels_; i += width) clear_row(to + i, width - cols_);
+    if (pixels_ < all_) clear_row(to + pixels_, all_ - pixels_);
   }
 
   // Zero in place of what does not count.
@@ -132,7 +161,7 @@ class WholeMaps {
       i == begin ? store_first(to + i, pixels, v) : store(to + i, v);
     }
   };
-  Rest rest() const { return {pixels_ / L * L, pixels_ % L}; }
+  static Rest rest_of(int64_t pixels) { return {pixels / L * L, pixels % L}; }
 
   // Weights of the map, times a factor; returns their sum.
   A weigh(A peak, A factor, int64_t ahead) {
@@ -153,6 +182,7 @@ class WholeMaps {
 
   A peak_of_map() const {
     const A sign = sharpness(beta_).sign;
+    if (pixels_ == 0) return empty_state<A>().peak;
     if constexpr (kMasked) {
       Vec<A> peak[kBlock];
       for (int j = 0; j < kBlock; ++j) peak[j] = splat(Limits<A>::lowest);
@@ -187,7 +217,9 @@ class WholeMaps {
   void take_values(const Values& of, const MapWalk& walk) {
     const ValueView& view = of.view;
     const T* p = static_cast<const T*>(of.data) + walk.offset(view);
-    for (int64_t c = 0; c < view.channels; ++c, p += view.stride_channel) values_[c] = run_of(p, A(0), last_values_[c]);
+    for (int64_t c = 0; c < view.channels; ++c, p += view.stride_channel) {
+      values_[c] = run_of(within_size(p, A(0), 1 + c), A(0), last_values_[c]);
+    }
     channels_ = view.channels;
   }
 
@@ -219,7 +251,7 @@ class WholeMaps {
     const Vec<A> minus_mean = splat(-kernel.mean_of(n)), beta = splat(beta_);
     const auto start = [&](int64_t) { return minus_mean; };
     const Falloff<Vec<A>> of = in_lanes(of_);
-    const Rest rest = this->rest();
+    const Rest rest = rest_of(pixels_);
     A of_beta = A(0);
     for_tiles([&](int64_t first, int64_t whole) {
       PixelRun values[kTileChannels];
@@ -239,6 +271,7 @@ class WholeMaps {
       params.grad_beta ? sums(std::true_type{}) : sums(std::false_type{});
       of_beta += of_.sign * reduce_sum<A>(sum);
     });
+    clear_beyond(grad);
     if (params.grad_beta) static_cast<A*>(params.grad_beta)[n] = of_beta;
   }
 
@@ -247,7 +280,7 @@ class WholeMaps {
     const ExpectationValuesParams& params = *steps_.values;
     const ExpectationValuesKernel<T> kernel{params};
     const ValueView& view = params.value_view;
-    const Rest rest = this->rest();
+    const Rest rest = rest_of(pixels_);
     T* to = static_cast<T*>(params.grad_values) + walk.offset(view);
     for (int64_t c = 0; c < view.channels; ++c, to += view.stride_channel) {
       const Vec<A> g = splat(kernel.upstream(n, c)), times = splat(factor);
@@ -257,6 +290,7 @@ class WholeMaps {
           rest.put(keep_counted(first + i, g * (load_vector(p + i) * times)), to, first + i);
         }
       });
+      clear_beyond(to);
     }
   }
 
@@ -264,8 +298,8 @@ class WholeMaps {
   void write_empty(int64_t n, const MapWalk& walk) const {
     const A value = A(softmax_.pixels.empty_value);
     const auto fill = [&](T* to, A with) {
-      const Rest rest = this->rest();
-      for (int64_t i = 0; i < pixels_; i += L) rest.put(splat(with), to, i);
+      const Rest rest = rest_of(all_);
+      for (int64_t i = 0; i < all_; i += L) rest.put(splat(with), to, i);
     };
     if (steps_.expectation) fill_empty<A>(*steps_.expectation, n);
     if (const ExpectationHeatmapParams* const of = steps_.heatmap) {
@@ -280,7 +314,8 @@ class WholeMaps {
 
   const ExpectationSteps& steps_;
   const SoftmaxParams& softmax_;
-  const int64_t pixels_;    // of a map
+  const int64_t all_;       // pixels of a map
+  int64_t cols_, pixels_;   // those of a row that count, and of all rows with such
   std::unique_ptr<A[]> p_;  // of the map at hand
   A beta_;
   int64_t channels_ = 0;
@@ -291,7 +326,8 @@ class WholeMaps {
   Run<uint8_t> mask_;
   uint8_t last_mask_[L] = {};
   std::unique_ptr<uint8_t[]> bytes_;  // of a mask that is no run
-  const uint8_t* gathered_ = nullptr;
+  const uint8_t* copied_ = nullptr;
+  std::unique_ptr<T[]> buffers_;  // of a narrower valid size: the heatmap, and channels of values
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA
