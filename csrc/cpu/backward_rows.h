@@ -93,13 +93,6 @@ KPFUSED_INLINE int64_t peak_of_map(const BackwardParams& params, int64_t map, in
   return params.moments.peak[map * 2 + axis];
 }
 
-template <class T>
-KPFUSED_INLINE void store_one(T* p, Acc<T> value) {
-  T lanes[kLanes<Acc<T>>];
-  store(lanes, splat(value));
-  *p = lanes[0];
-}
-
 // The gradient at the peak's pixel, which its probability raises, where the pixel lies in the range; `out` is that of the
 // range's first pixel. Returns what dbeta needs once a map.
 template <class T, bool kBeta>
@@ -112,7 +105,7 @@ KPFUSED_INLINE Acc<T> finish_peak(const BackwardParams& params, int64_t index,
   // The peak of a map of NaN may be any pixel.
   if (!params.pixels.all() && !counting_of(params.pixels, params.view, index).at(row, col)) return A(0);
   const A q = map.q.value_at_peak(centred<A>(col, params.view.width), centred<A>(row, params.view.height));
-  store_one(out + y * params.grad_view.stride_y + x * params.grad_view.stride_x, kBeta ? map.beta * q : q);
+  out[y * params.grad_view.stride_y + x * params.grad_view.stride_x] = as_element<T>(kBeta ? map.beta * q : q);
   return kBeta ? grad_beta_of_peak<A>(params, index) : A(0);
 }
 

@@ -40,9 +40,7 @@ KPFUSED_INLINE Counting counting_of(const PixelView& pixels, const MapView& view
 // The logit whose weight is zero, as an element.
 template <class T>
 KPFUSED_INLINE T weightless(Acc<T> sign) {
-  T lanes[kLanes<Acc<T>>];
-  store(lanes, splat(Acc<T>(-INFINITY) * sign));
-  return lanes[0];
+  return as_element<T>(Acc<T>(-INFINITY) * sign);
 }
 
 // An element's bits.

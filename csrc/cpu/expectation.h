@@ -96,6 +96,12 @@ KPFUSED_INLINE A upstream_of(const Params& params, int64_t i) {
   return params.grad ? static_cast<const A*>(params.grad)[i] : A(1);
 }
 
+// What an empty map has at every pixel: of the softmax the value that was asked for, of a gradient zero.
+template <class A>
+KPFUSED_INLINE A in_empty(const ExpectationValuesParams& params) {
+  return params.grad ? A(0) : A(params.softmax.pixels.empty_value);
+}
+
 // A kernel is called for a block of maps and one part of their pixels, on whose maps the tiles have been started.
 
 template <class T>
@@ -306,8 +312,7 @@ struct ExpectationValuesKernel {
   KPFUSED_INLINE const A* plane_of(const SoftmaxTiles<T>& tiles, int m, int64_t n, int64_t c, int64_t whole, A* buffer) const {
     const A* const p = tiles.p(m);
     if (tiles.map(m).empty) {
-      const A value = params.grad ? A(0) : A(params.softmax.pixels.empty_value);
-      for (int64_t i = 0; i < whole; i += kLanes<A>) store_vector(buffer + i, splat(value));
+      for (int64_t i = 0; i < whole; i += kLanes<A>) store_vector(buffer + i, splat(in_empty<A>(params)));
       return buffer;
     }
     if (!params.grad) return p;

@@ -240,10 +240,9 @@ class LaneMaps {
   // Puts a value in place of what has been written of empty maps.
   KPFUSED_INLINE void replace_empty(T* to, int64_t stride_x, int64_t groups, A value) const {
     if (empty_maps_ == 0) return;
-    T element[L];
-    store(element, splat(value));
+    const T element = as_element<T>(value);
     for (int64_t i = 0; i < groups * abreast_; ++i) {
-      for (int e = 0; e < empty_maps_; ++e) to[i * (stride_x / abreast_) + empty_[e]] = element[0];
+      for (int e = 0; e < empty_maps_; ++e) to[i * (stride_x / abreast_) + empty_[e]] = element;
     }
   }
 
@@ -329,7 +328,6 @@ class LaneMaps {
       if (kHeatmap) lanes_[g].mean[i] = lanes_[g].upstream[i] * static_cast<const A*>(steps_.heatmap->expectation)[n];
     });
     if (kBeta) clear_sums();
-    const A empty_value = kHeatmap || steps_.values->grad ? A(0) : A(softmax_.pixels.empty_value);
     const auto heatmap = read(softmax_.heatmap, view_, at);
     Pixels<const T*> values{};
     Pixels<T*> to{}, to_values{};
@@ -377,11 +375,11 @@ class LaneMaps {
         [&](int64_t groups, int64_t vectors) {
           if (kBeta) add_row(vectors);
           if (kHeatmap) replace_empty(out, to.stride_x, groups, A(0));
-          if (kValues) replace_empty(out_values, to_values.stride_x, groups, empty_value);
+          if (kValues) replace_empty(out_values, to_values.stride_x, groups, in_empty<A>(*steps_.values));
         });
     if (softmax_.pixels.sizes) {
       if (kHeatmap) clear_beyond(at, to, A(0));
-      if (kValues) clear_beyond(at, to_values, empty_value);
+      if (kValues) clear_beyond(at, to_values, in_empty<A>(*steps_.values));
     }
     if constexpr (kBeta) {
       A* const dbeta = static_cast<A*>(parts > 1 ? steps_.heatmap->workspace : steps_.heatmap->grad_beta);

@@ -202,6 +202,14 @@ KPFUSED_INLINE void write_state(const ForwardParams& params, int64_t item, const
   static_cast<S*>(params.workspace)[item] = state;
 }
 
+// Rounded as vectors are.
+template <class T>
+KPFUSED_INLINE T as_element(Acc<T> value) {
+  T lanes[kLanes<Acc<T>>];
+  store(lanes, splat(value));
+  return lanes[0];
+}
+
 // n elements, or zeros, of which all bytes are. Calls of memcpy and memset take longer than a short row; the last vector
 // overlaps the one before it.
 template <class T>

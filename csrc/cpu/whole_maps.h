@@ -180,30 +180,32 @@ class WholeMaps {
     for (int64_t c = 0; c < channels_; ++c) prefetch_run(place(values_[c], first), count, kReadAhead);
   }
 
-  A peak_of_map() const {
+  A find_peak() const {
     const A sign = sharpness(beta_).sign;
     if (pixels_ == 0) return empty_state<A>().peak;
-    if constexpr (kMasked) {
-      Vec<A> peak[kBlock];
-      for (int j = 0; j < kBlock; ++j) peak[j] = splat(Limits<A>::lowest);
-      const auto block = [&](auto size, int64_t i) __attribute__((always_inline)) {
-        for (int j = 0; j < size.value; ++j) peak[j] = maximum(load_at(heatmap_, i + j * L) * sign, peak[j]);
-      };
-      int64_t i = 0;
-      for (; i + kBlock * L <= pixels_; i += kBlock * L) block(Count<kBlock>{}, i);
-      for (; i < pixels_; i += L) block(Count<1>{}, i);
-      for (int j = 1; j < kBlock; ++j) peak[0] = maximum(peak[j], peak[0]);
-      return reduce_max<A>(peak[0]);
-    } else {
+    if constexpr (!kMasked) {
       const int64_t count = at_least(pixels_, L);
       const T* const run = pixels_ < L ? heatmap_.last : heatmap_.p;
       return peak_of<T>({run, count, 1, count, A(0), A(0), nullptr, 0}, sign);
+    } else {
+      Vec<A> peak[kBlock];
+      for (int j = 0; j < kBlock; ++j) peak[j] = splat(Limits<A>::lowest);
+      const auto see = [&](int64_t i, int j) __attribute__((always_inline)) {
+        peak[j] = maximum(load_at(heatmap_, i) * sign, peak[j]);
+      };
+      int64_t i = 0;
+      for (; i + kBlock * L <= pixels_; i += kBlock * L) {
+        for (int j = 0; j < kBlock; ++j) see(i + j * L, j);
+      }
+      for (; i < pixels_; i += L) see(i, 0);
+      for (int j = 1; j < kBlock; ++j) peak[0] = maximum(peak[j], peak[0]);
+      return reduce_max<A>(peak[0]);
     }
   }
 
   // Leaves the weights, and returns their sum.
   A find_stats(int64_t n) {
-    const A peak = peak_of_map();
+    const A peak = find_peak();
     const A sum = weigh(peak, A(1), pixels_ * int64_t(sizeof(T)));  // this map has been read
     static_cast<Stats<A>*>(steps_.stats->stats)[n] = {peak, sum, A(0), A(0)};
     return sum;
@@ -296,7 +298,6 @@ class WholeMaps {
 
   // What an empty map gives, and its gradients.
   void write_empty(int64_t n, const MapWalk& walk) const {
-    const A value = A(softmax_.pixels.empty_value);
     const auto fill = [&](T* to, A with) {
       const Rest rest = rest_of(all_);
       for (int64_t i = 0; i < all_; i += L) rest.put(splat(with), to, i);
@@ -308,7 +309,7 @@ class WholeMaps {
     }
     if (const ExpectationValuesParams* const of = steps_.values) {
       T* const to = static_cast<T*>(of->grad_values) + walk.offset(of->value_view);
-      for (int64_t c = 0; c < of->value_view.channels; ++c) fill(to + c * of->value_view.stride_channel, of->grad ? A(0) : value);
+      for (int64_t c = 0; c < of->value_view.channels; ++c) fill(to + c * of->value_view.stride_channel, in_empty<A>(*of));
     }
   }
 
