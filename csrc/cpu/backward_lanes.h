@@ -136,20 +136,18 @@ class BackwardLanes {
     });
   }
 
-  // How many rows, and pixels of each, lie within the valid size, where all channels have the same: sizes of their own are in
-  // the words.
-  std::pair<int64_t, int64_t> valid_of(const GradientChunk<T>& all, int64_t first_map) const {
-    const int64_t cols = all.cols * all.abreast;
-    if (!one_size(params_.pixels, view_)) return {all.rows, cols};
-    const Counting counting = counting_of(params_.pixels, view_, first_map);
-    return {at_most(at_least(counting.rows - all.row, 0), all.rows), at_most(at_least(counting.cols - all.col, 0), cols)};
+  // How many rows, and pixels of each, lie within the valid size.
+  std::pair<int64_t, int64_t> valid_part(const GradientChunk<T>& all, int64_t first_map) const {
+    const PixelRange valid =
+        valid_of(params_.pixels, view_, {all.row, all.rows, all.col, all.cols * all.abreast}, first_map);
+    return {valid.rows, valid.cols};
   }
 
   // The part that lies within the valid size; gradients of the rest are zero.
   void counted(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
     const Counting counting = counting_of(params_.pixels, view_, first_map);
     GradientChunk<T> chunk = all;
-    const auto [rows, cols] = valid_of(all, first_map);
+    const auto [rows, cols] = valid_part(all, first_map);
     chunk.rows = rows, chunk.cols = cols / all.abreast;
     if (counting.mask) {
       chunk.mask = {counting.mask + all.row * counting.stride_y + all.col * counting.stride_x, counting.stride_y,
@@ -160,7 +158,7 @@ class BackwardLanes {
   }
 
   void counted_by_lanes(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
-    const auto [rows, pixels_of_row] = valid_of(all, first_map);
+    const auto [rows, pixels_of_row] = valid_part(all, first_map);
     const int64_t cols = pixels_of_row / all.abreast, rest = pixels_of_row - cols * all.abreast;
     clear_beyond(all, rows, cols);
     if (rows == 0 || pixels_of_row == 0) return;
@@ -269,7 +267,7 @@ class BackwardLanes {
 
   // Fewer channels than lanes: through buffers.
   void buffered(const GradientChunk<T>& all, int64_t first_map, Lanes& lanes) const {
-    const auto [rows, cols] = valid_of(all, first_map);
+    const auto [rows, cols] = valid_part(all, first_map);
     clear_beyond(all, rows, cols);
     if (rows == 0 || cols == 0) return;
     const int64_t padded = padded_channels<A>(all.lanes);

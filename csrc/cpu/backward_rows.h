@@ -281,7 +281,7 @@ class BackwardRows {
           },
           dbeta);
       if (copies && clear) copy_counting(to, to, cols, T{}, *counting, r, col);
-      if (!copies && valid < cols) __builtin_memset(to + valid, 0, size_t(cols - valid) * sizeof(T));
+      if (!copies) clear_row(to + valid, cols - valid);
     }
   }
 

@@ -98,20 +98,18 @@ class ForwardLanes {
             params_.pixels.mask ? params_.pixels.mask + of_mask + row * mask.stride_y + col * mask.stride_x : nullptr};
   }
 
-  // Pixels of a part within the valid size, where all channels have the same: sizes of their own are in the words.
-  PixelRange valid_of(int64_t part, const Counting& counting) const {
+  PixelRange valid_part(int64_t part, int64_t first_map) const {
     const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
     const PixelRange all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
-    if (!one_size(params_.pixels, view_)) return all;
-    return {all.row, at_most(all.rows, counting.rows - all.row), all.col, at_most(all.cols, counting.cols - all.col)};
+    return valid_of(params_.pixels, view_, all, first_map);
   }
 
   // `next` is where the item after this one begins.
   template <Counts kCounts>
   void run_part(const Origin& base, const Origin& next, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
     const Counting counting = counting_of(params_.pixels, view_, first_map);
-    const auto [row, rows, col, cols] = valid_of(part, counting);
-    if (rows <= 0 || cols <= 0) return clear(channels, lanes);
+    const auto [row, rows, col, cols] = valid_part(part, first_map);
+    if (rows == 0 || cols == 0) return clear(channels, lanes);
     const int64_t n_lanes = channels * abreast_, stride_x = view_.stride_x * abreast_;
     const int64_t groups = cols / abreast_, rest = cols - groups * abreast_;
     const Tiling chunks = lane_chunks<T>(kCounts, rows, at_least(groups, 1), n_lanes, abreast_);
@@ -175,8 +173,8 @@ class ForwardLanes {
 
   // Fewer channels than lanes: through a buffer.
   void run_buffered(const T* base, int64_t part, int64_t first_map, int64_t channels, Lanes& lanes) const {
-    const PixelRange valid = valid_of(part, counting_of(params_.pixels, view_, first_map));
-    if (valid.rows <= 0 || valid.cols <= 0) return clear(channels, lanes);
+    const PixelRange valid = valid_part(part, first_map);
+    if (valid.rows == 0 || valid.cols == 0) return clear(channels, lanes);
     const int64_t padded = padded_channels<A>(channels);
     const Tiling chunks = buffer_chunks<T>(valid.rows, valid.cols, channels);
     LaneWords<A> words(params_.pixels, view_, abreast_words_, first_map, channels, 1);

@@ -129,11 +129,17 @@ class MapByMap {
   // Whether P is kept then.
   bool find_stats(int64_t map, int count) {
     auto* const stats = static_cast<Stats<Acc<T>>*>(steps_.stats->stats);
-    const bool keeps = tiles_.can_keep(count), keeps_one = tiles_.can_keep(1);
-    if (keeps) tiles_.start_with_stats(map, count, stats, true);
-    for (int m = 0; m < count && !keeps && keeps_one; ++m) tiles_.start_with_stats(map + m, 1, stats, false);
-    if (!keeps_one) stats_->run(map, map + count);
-    return keeps;
+    if (tiles_.can_keep(count)) {
+      tiles_.start_with_stats(map, count, stats, true);
+      return true;
+    }
+    // The same bits, whether P is kept or not.
+    if (tiles_.can_keep(1)) {
+      for (int m = 0; m < count; ++m) tiles_.start_with_stats(map + m, 1, stats, false);
+    } else {
+      stats_->run(map, map + count);
+    }
+    return false;
   }
 
   const ExpectationSteps& steps_;

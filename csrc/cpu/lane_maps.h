@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Expectations where lanes are channels: the softmax of channels_last maps, and expectations
-// of values that lie as the maps do. What expectation.h does tile by tile, transposed, is done here pixel after pixel, as
-// memory has it; pixels may stand abreast (lanes.h).
+// Expectations where lanes are channels: the softmax of channels_last maps, and expectations of values that lie as the maps
+// do. What expectation.h does tile by tile, transposed, is done here pixel after pixel, as memory has it; pixels may stand
+// abreast (lanes.h).
 #pragma once
 
 #include <optional>
@@ -23,8 +23,7 @@ class LaneMaps {
     bool fits = true;
     for_views(steps, [&](const SoftmaxParams& softmax, const auto& view) {
       fits = fits && is_channels_last(softmax.view) && view.stride_inner == 1 && channels_of(view) == 1 &&
-             !softmax.is_probability &&
-             softmax.view.inner * abreast_of(steps, softmax.view) >= L;
+             !softmax.is_probability && softmax.view.inner * abreast_of(steps, softmax.view) >= L;
     });
     return fits;
   }
@@ -59,7 +58,8 @@ class LaneMaps {
       const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
       const int64_t first = blocks_.begin(block), channels = blocks_.begin(block + 1) - first;
       const PixelRange all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
-      const Item at = {outer, first, channels, part, all, valid_of(all, outer * view_.inner + first)};
+      const PixelRange valid = valid_of(softmax_.pixels, view_, all, outer * view_.inner + first);
+      const Item at = {outer, first, channels, part, all, valid};
       load_maps(at);
       if (!softmax_.pixels.all()) {
         words_.emplace(softmax_.pixels, view_, abreast_words_, outer * view_.inner + first, channels, abreast_);
@@ -77,14 +77,6 @@ class LaneMaps {
     int64_t outer, first, channels, part;
     PixelRange all, range;  // what is written, and what is read of it
   };
-
-  // Pixels within the valid size, where all channels have the same: sizes of their own are in the words.
-  PixelRange valid_of(const PixelRange& all, int64_t first_map) const {
-    if (!softmax_.pixels.sizes || !one_size(softmax_.pixels, view_)) return all;
-    const Counting counting = counting_of(softmax_.pixels, view_, first_map);
-    return {all.row, at_most(at_least(counting.rows - all.row, 0), all.rows), all.col,
-            at_most(at_least(counting.cols - all.col, 0), all.cols)};
-  }
 
   // What belongs to a lane waits in the first-level cache.
   struct Lane {
@@ -248,7 +240,8 @@ class LaneMaps {
 
   // Of a result, what lies beyond what has been read.
   void clear_beyond(const Item& at, const Pixels<T*>& to, A empty_value) const {
-    const int64_t groups = at.all.cols / abreast_, read = ceil_div(at.range.cols, abreast_), bytes = at.channels * abreast_ * int64_t(sizeof(T));
+    const int64_t groups = at.all.cols / abreast_, read = ceil_div(at.range.cols, abreast_);
+    const int64_t bytes = at.channels * abreast_ * int64_t(sizeof(T));
     for (int64_t r = 0; r < at.all.rows; ++r) {
       const int64_t done = r < at.range.rows ? read : 0;
       for (int64_t c = done; c < groups; ++c) __builtin_memset(to.at(r, c), 0, size_t(bytes));

@@ -56,6 +56,14 @@ KPFUSED_INLINE void fold(LaneRow<A> (&rows)[N], int64_t abreast, int64_t channel
   }
 }
 
+// Pixels of a part within the valid size, where all channels have the same: sizes of their own are in the words.
+KPFUSED_INLINE PixelRange valid_of(const PixelView& pixels, const MapView& view, const PixelRange& part, int64_t first_map) {
+  if (!pixels.sizes || !one_size(pixels, view)) return part;
+  const Counting counting = counting_of(pixels, view, first_map);
+  return {part.row, at_most(at_least(counting.rows - part.row, 0), part.rows), part.col,
+          at_most(at_least(counting.cols - part.col, 0), part.cols)};
+}
+
 // Vectors of lanes that a chunk is read for at once.
 constexpr int kLaneVectors = 4;
 

@@ -53,23 +53,25 @@ class WholeMaps {
       take_pixels(n);
       // What fills the last vector weighs nothing.
       const A nothing = A(-INFINITY) * sharpness(beta_).sign;
-      heatmap_ = run_of(within_size(static_cast<const T*>(softmax_.heatmap) + walk.offset(), nothing, 0), nothing, last_heatmap_);
+      const T* const heatmap = static_cast<const T*>(softmax_.heatmap) + walk.offset();
+      heatmap_ = run_of(within_size(heatmap, nothing, 0), nothing, last_heatmap_);
       if (steps_.expectation) {
         take_values(steps_.expectation->values, walk);
       } else if (steps_.heatmap) {
         take_values(steps_.heatmap->values, walk);
       }
       A factor = A(1);  // from what p holds to P
+      bool empty;
       if (steps_.stats) {
         const A sum = find_stats(n);
-        empty_ = is_empty(softmax_.pixels, sum), factor = A(1) / sum;
-        if (!empty_ && (steps_.expectation || steps_.heatmap)) scale(factor), factor = A(1);
+        empty = is_empty(softmax_.pixels, sum), factor = A(1) / sum;
+        if (!empty && (steps_.expectation || steps_.heatmap)) scale(factor), factor = A(1);
       } else {
         const Stats<A> stats = stats_of<A>(softmax_, n);
-        empty_ = is_empty(softmax_.pixels, stats.sum);
-        if (!empty_) weigh(stats.peak, A(1) / stats.sum, kReadAhead);
+        empty = is_empty(softmax_.pixels, stats.sum);
+        if (!empty) weigh(stats.peak, A(1) / stats.sum, kReadAhead);
       }
-      if (empty_) {
+      if (empty) {
         write_empty(n, walk);
         continue;
       }
@@ -321,7 +323,6 @@ class WholeMaps {
   A beta_;
   int64_t channels_ = 0;
   Falloff<A> of_;
-  bool empty_;
   PixelRun heatmap_, values_[kTileChannels];
   alignas(64) T last_heatmap_[L], last_values_[kTileChannels][L];
   Run<uint8_t> mask_;
