@@ -57,3 +57,36 @@ def test_masks(device: str, kind: str, layout: str, channels: int, size: tuple[i
         torch.testing.assert_close(grads[1].squeeze(2).double(), weight * of_map, rtol=5 * near, atol=near * 1e-3)
         assert all((g.reshape(shape)[~counts] == 0).all() for g in (got, *grads))
         assert all((g.reshape(shape)[empty] == 0).all() for g in (got, *grads))
+
+
+@pytest.mark.parametrize("size", [(5, 13), (64, 48), (256, 130)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_is_not_finite(device: str, layout: str, size: tuple[int, int]) -> None:
+    """A NaN or an infinity of what counts gets where it belongs, and nowhere that a mask leaves out."""
+    lay, shape = cases.LAYOUTS[layout], (2, 5, *size)
+    counts = torch.rand(shape, device=device) < 0.6
+    counts[:, 0, 2, 1] = True
+    heatmap = cases.random(shape).to(device)
+    heatmap[0, 0, 2, 1] = torch.nan
+    heatmap, values = lay(heatmap).requires_grad_(), lay(torch.randn_like(heatmap)).unsqueeze(2).requires_grad_()
+    beyond = ~counts
+    softmax = kpfused.spatial_softmax2d(heatmap, mask=counts)
+    assert softmax[0, 0][counts[0, 0]].isnan().all()
+    assert (softmax[beyond] == 0).all()
+    assert softmax[1:].isfinite().all()
+    assert softmax[0, 1:].isfinite().all()
+
+    result = kpfused.spatial_expectation2d(heatmap, values, mask=counts)
+    assert result.isnan().nonzero().tolist() == [[0, 0, 0]]
+    for upstream in (torch.ones_like(result), torch.full_like(result, torch.inf)):
+        grads = torch.autograd.grad(result, (heatmap, values), upstream, retain_graph=True)
+        assert all((g.reshape(shape)[beyond] == 0).all() for g in grads)
+        assert all(g.reshape(shape)[0, 0][counts[0, 0]].isnan().all() for g in grads)
+    assert grads[1].isinf().any()
+
+    infinite = values.detach().clone()
+    infinite[1, 0, :, 2, 1] = torch.inf
+    infinite.masked_fill_(beyond.unsqueeze(2), -torch.inf)
+    result = kpfused.spatial_expectation2d(heatmap, infinite, mask=counts)
+    assert result[1, 0] == torch.inf
+    assert result[:, 1:].isfinite().all()

@@ -54,7 +54,7 @@ class WholeMaps {
       // What fills the last vector weighs nothing.
       const A nothing = A(-INFINITY) * sharpness(beta_).sign;
       const T* const heatmap = static_cast<const T*>(softmax_.heatmap) + walk.offset();
-      heatmap_ = run_of(within_size(heatmap, nothing, 0), nothing, last_heatmap_);
+      heatmap_ = under_mask(run_of(within_size(heatmap, nothing, 0), nothing, last_heatmap_), nothing);
       if (steps_.expectation) {
         take_values(steps_.expectation->values, walk);
       } else if (steps_.heatmap) {
@@ -64,12 +64,13 @@ class WholeMaps {
       bool empty;
       if (steps_.stats) {
         const A sum = find_stats(n);
-        empty = is_empty(softmax_.pixels, sum), factor = A(1) / sum;
+        empty = is_empty(softmax_.pixels, sum), factor = inverse_ = A(1) / sum;
         if (!empty && (steps_.expectation || steps_.heatmap)) scale(factor), factor = A(1);
       } else {
         const Stats<A> stats = stats_of<A>(softmax_, n);
         empty = is_empty(softmax_.pixels, stats.sum);
-        if (!empty) weigh(stats.peak, A(1) / stats.sum, kReadAhead);
+        inverse_ = A(1) / stats.sum;
+        if (!empty) weigh(heatmap_, stats.peak, inverse_, kReadAhead);
       }
       if (empty) {
         write_empty(n, walk);
@@ -90,12 +91,15 @@ class WholeMaps {
     }
   }
 
-  // A run of the map's pixels, with `fill` behind them up to a whole vector, and in place of what does not count. The last
-  // vector is put together in a buffer.
-  KPFUSED_INLINE PixelRun run_of(const T* p, A fill, T* buffer) const {
+  // A run of the map's pixels, with `fill` behind them up to a whole vector: the last one is put together in a buffer.
+  KPFUSED_INLINE Run<T> run_of(const T* p, A fill, T* buffer) const {
     const Rest rest = rest_of(pixels_);
     if (rest.pixels > 0) store(buffer, load_first(p + rest.begin, rest.pixels, splat(fill)));
-    const Run<T> run = {p, buffer, rest.pixels > 0 ? rest.begin : -1};
+    return {p, buffer, rest.pixels > 0 ? rest.begin : -1};
+  }
+
+  // With `fill` also in place of what does not count.
+  KPFUSED_INLINE PixelRun under_mask(const Run<T>& run, A fill) const {
     if constexpr (kMasked) {
       return {run, mask_, fill};
     } else {
@@ -165,14 +169,34 @@ class WholeMaps {
   };
   static Rest rest_of(int64_t pixels) { return {pixels / L * L, pixels % L}; }
 
-  // Weights of the map, times a factor; returns their sum.
-  A weigh(A peak, A factor, int64_t ahead) {
+  // What find_peak() leaves of a run under a mask.
+  struct Filled {
+    const A* filled;
+    const T* p;
+
+    KPFUSED_INLINE Filled from(int64_t first) const { return {filled + first, p + first}; }
+    friend KPFUSED_INLINE Vec<A> load_at(const Filled& run, int64_t i) { return load_vector(run.filled + i); }
+    friend KPFUSED_INLINE const T* place(const Filled& run, int64_t i) { return run.p + i; }
+  };
+
+  // The map after find_peak().
+  auto seen() const {
+    if constexpr (kMasked) {
+      return Filled{p_.get(), heatmap_.run.p};
+    } else {
+      return heatmap_;
+    }
+  }
+
+  // Weights of the map, times a factor, into p_; returns their sum.
+  template <class R>
+  A weigh(const R& heatmap, A peak, A factor, int64_t ahead) {
     of_ = falloff(sharpness(beta_), peak);
     A sum = A(0);
     for_tiles([&](int64_t first, int64_t whole) {
       fetch_values(first, whole);
-      if constexpr (kMasked) prefetch_run(mask_.p + first, whole, kReadAhead);
-      sum += weights(heatmap_.from(first), whole, of_, factor, ahead, p_.get() + first);
+      if constexpr (kMasked) prefetch_run(mask_.p + first, whole, at_most(ahead, pixels_));
+      sum += weights(heatmap.from(first), whole, of_, factor, ahead, p_.get() + first);
     });
     return sum;
   }
@@ -182,7 +206,8 @@ class WholeMaps {
     for (int64_t c = 0; c < channels_; ++c) prefetch_run(place(values_[c], first), count, kReadAhead);
   }
 
-  A find_peak() const {
+  // With a mask, also leaves the map in p_, with what does not count filled.
+  A find_peak() {
     const A sign = sharpness(beta_).sign;
     if (pixels_ == 0) return empty_state<A>().peak;
     if constexpr (!kMasked) {
@@ -192,8 +217,12 @@ class WholeMaps {
     } else {
       Vec<A> peak[kBlock];
       for (int j = 0; j < kBlock; ++j) peak[j] = splat(Limits<A>::lowest);
+      A* const p = p_.get();
+      const PixelRun heatmap = heatmap_;
       const auto see = [&](int64_t i, int j) __attribute__((always_inline)) {
-        peak[j] = maximum(load_at(heatmap_, i) * sign, peak[j]);
+        const Vec<A> v = load_at(heatmap, i);
+        store_vector(p + i, v);
+        peak[j] = maximum(v * sign, peak[j]);
       };
       int64_t i = 0;
       for (; i + kBlock * L <= pixels_; i += kBlock * L) {
@@ -208,7 +237,7 @@ class WholeMaps {
   // Leaves the weights, and returns their sum.
   A find_stats(int64_t n) {
     const A peak = find_peak();
-    const A sum = weigh(peak, A(1), pixels_ * int64_t(sizeof(T)));  // this map has been read
+    const A sum = weigh(seen(), peak, A(1), pixels_ * int64_t(sizeof(T)));  // this map has been read
     static_cast<Stats<A>*>(steps_.stats->stats)[n] = {peak, sum, A(0), A(0)};
     return sum;
   }
@@ -229,15 +258,24 @@ class WholeMaps {
 
   // A few channels in turn, through all of the map: memory is quickest in order.
   void expect(int64_t n) {
-    constexpr int kSome = 3;
     A* const sums = static_cast<A*>(steps_.expectation->expectation) + n * channels_;
+    add_expectations(sums, [](const Run<T>& run) { return run; });
+    if constexpr (!kMasked) return;
+    // What does not count weighs nothing, unless it is infinite or NaN.
+    bool finite = true;
+    for (int64_t c = 0; c < channels_; ++c) finite = finite && is_finite(sums[c]);
+    if (!finite) add_expectations(sums, [&](const Run<T>& run) { return under_mask(run, A(0)); });
+  }
+  template <class Read>
+  void add_expectations(A* sums, const Read& read) {
+    constexpr int kSome = 3;
     for (int64_t c = 0; c < channels_; ++c) sums[c] = A(0);
     for (int64_t c = 0; c < channels_; c += kSome) {
       const int some = int(at_most(channels_ - c, kSome));
       for_tiles([&](int64_t first, int64_t whole) {
-        PixelRun tile[kSome];
+        decltype(read(values_[0])) tile[kSome];
         for (int i = 0; i < some; ++i) {
-          tile[i] = values_[c + i].from(first);
+          tile[i] = read(values_[c + i]).from(first);
           // Beyond the end of a plane is the next one, of this map or the next, whose beginning weigh() is too late for.
           prefetch_run(place(tile[i], 0), whole, kReadAhead);
         }
@@ -258,7 +296,7 @@ class WholeMaps {
     const Rest rest = rest_of(pixels_);
     A of_beta = A(0);
     for_tiles([&](int64_t first, int64_t whole) {
-      PixelRun values[kTileChannels];
+      Run<T> values[kTileChannels];
       for (int64_t c = 0; c < channels_; ++c) values[c] = values_[c].from(first);
       const A* const p = p_.get() + first;
       const PixelRun h = heatmap_.from(first);
@@ -287,13 +325,19 @@ class WholeMaps {
     const Rest rest = rest_of(pixels_);
     T* to = static_cast<T*>(params.grad_values) + walk.offset(view);
     for (int64_t c = 0; c < view.channels; ++c, to += view.stride_channel) {
-      const Vec<A> g = splat(kernel.upstream(n, c)), times = splat(factor);
-      for_tiles([&](int64_t first, int64_t whole) {
-        const A* const p = p_.get() + first;
-        for (int64_t i = 0; i < whole; i += L) {
-          rest.put(keep_counted(first + i, g * (load_vector(p + i) * times)), to, first + i);
-        }
-      });
+      const A upstream = kernel.upstream(n, c);
+      const auto write = [&](const auto& kept) __attribute__((always_inline)) {
+        const Vec<A> g = splat(upstream), times = splat(factor);
+        for_tiles([&](int64_t first, int64_t whole) {
+          const A* const p = p_.get() + first;
+          for (int64_t i = 0; i < whole; i += L) rest.put(kept(first + i, g * (load_vector(p + i) * times)), to, first + i);
+        });
+      };
+      // What does not count weighs nothing, and only what is infinite or NaN makes something else of that.
+      const bool finite = !kMasked || (is_finite(upstream) && is_finite(inverse_));
+      const auto counted = [&](int64_t i, Vec<A> v) __attribute__((always_inline)) { return keep_counted(i, v); };
+      const auto all = [](int64_t, Vec<A> v) __attribute__((always_inline)) { return v; };
+      finite ? write(all) : write(counted);
       clear_beyond(to);
     }
   }
@@ -323,7 +367,9 @@ class WholeMaps {
   A beta_;
   int64_t channels_ = 0;
   Falloff<A> of_;
-  PixelRun heatmap_, values_[kTileChannels];
+  A inverse_;  // of the sum of weights
+  PixelRun heatmap_;
+  Run<T> values_[kTileChannels];
   alignas(64) T last_heatmap_[L], last_values_[kTileChannels][L];
   Run<uint8_t> mask_;
   uint8_t last_mask_[L] = {};
