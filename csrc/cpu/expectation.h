@@ -286,23 +286,21 @@ struct ExpectationValuesKernel {
     const ValueView& to = params.value_view;
     const MapView& view = params.softmax.view;
     const int64_t outer = map / view.inner, inner = map - outer * view.inner;
-    // Planes that are written together: maps, or channels of one of them.
-    const bool adjacent = to.stride_inner == 1 && count > 1;
-    const int64_t most = adjacent ? 1 : kTileMaps;
-    alignas(64) A buffer[kTileMaps][kTile<A>];
+    const PlaneGroup group = group_of(to, count);
+    alignas(64) A buffer[kTileChannels][kTile<A>];
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);
       tiles.load(first, pixels);
-      const A* plane[kTileMaps];
-      for (int m = 0; m < count; m += adjacent ? count : 1) {
-        for (int64_t c = 0; c < channels(); c += most) {
-          const int some = adjacent ? count : int(at_most(channels() - c, most));
-          for (int i = 0; i < some; ++i) {
-            const int of_map = adjacent ? i : m;
-            plane[i] = plane_of(tiles, of_map, map + of_map, adjacent ? c : c + i, whole_vectors<A>(pixels), buffer[i]);
+      const A* plane[kTileChannels];
+      for (int m = 0; m < count; m += int(group.maps)) {
+        const int maps = int(at_most(count - m, group.maps));
+        for (int64_t c = 0; c < channels(); c += group.channels) {
+          const int some = int(at_most(channels() - c, group.channels));
+          for (int i = 0; i < maps * some; ++i) {
+            const int of_map = m + i / some;
+            plane[i] = plane_of(tiles, of_map, map + of_map, c + i % some, whole_vectors<A>(pixels), buffer[i]);
           }
-          const int64_t stride = adjacent ? to.stride_inner : to.stride_channel;
-          write_planes<T>(plane, planes(outer, inner + m, c, stride), some, first, pixels);
+          write_planes<T>(plane, planes(outer, inner + m, c, group.stride), maps * some, first, pixels);
         }
       }
     }

@@ -78,26 +78,26 @@ KPFUSED_INLINE void transpose_rows(V (&rows)[N]) {
 #endif
 #endif
 
-// to(j)[i] = from(i)[j] for i < rows and j < cols, where from(i) and to(j) point to the elements of a row in turn.
+// to(j)[i] = from(i)[j] for i < rows and j < cols, where from(i) and to(j) point to the elements of a row in turn. The last
+// squares overlap those before them.
 template <class T, class From, class To>
 KPFUSED_INLINE void transpose(int64_t rows, int64_t cols, const From& from, const To& to) {
-  int64_t done = 0;
 #ifdef KPFUSED_SQUARES
   constexpr int N = kSquare<T>;
-  for (; done + N <= rows; done += N) {
-    int64_t j = 0;
-    for (; j + N <= cols; j += N) {
-      typename SquareRow<T>::type square[N];
-      for (int i = 0; i < N; ++i) __builtin_memcpy(&square[i], from(done + i) + j, sizeof(square[i]));
-      transpose_rows<N / 2>(square);
-      for (int i = 0; i < N; ++i) __builtin_memcpy(to(j + i) + done, &square[i], sizeof(square[i]));
+  if (rows >= N && cols >= N) {
+    for (int64_t y = 0; y < rows; y += N) {
+      for (int64_t x = 0; x < cols; x += N) {
+        const int64_t row = at_most(y, rows - N), col = at_most(x, cols - N);
+        typename SquareRow<T>::type square[N];
+        for (int i = 0; i < N; ++i) __builtin_memcpy(&square[i], from(row + i) + col, sizeof(square[i]));
+        transpose_rows<N / 2>(square);
+        for (int i = 0; i < N; ++i) __builtin_memcpy(to(col + i) + row, &square[i], sizeof(square[i]));
+      }
     }
-    for (; j < cols; ++j) {
-      for (int i = 0; i < N; ++i) to(j)[done + i] = from(done + i)[j];
-    }
+    return;
   }
 #endif
-  for (int64_t i = done; i < rows; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) to(j)[i] = from(i)[j];
   }
 }
@@ -126,8 +126,11 @@ __attribute__((noinline)) void read_planes(const Planes<const T>& from, int coun
       int64_t most = 0;
       for (int i = 0; i < count; ++i) most = at_least(most, valid(i, row, col, n));
       const T* const pixel = from.at(0, row, col);
-      transpose<T>(most, count, [&](int64_t k) { return pixel + k * from.stride_x; },
-                   [&](int64_t i) { return buffer + i * kRun + at; });
+      const auto of_pixel = [&](int64_t k) {
+        prefetch(pixel + k * from.stride_x, kReadAhead);
+        return pixel + k * from.stride_x;
+      };
+      transpose<T>(most, count, of_pixel, [&](int64_t i) { return buffer + i * kRun + at; });
     }
     for (int i = 0; i < count; ++i) {
       const T* source = from.at(i, row, col);
@@ -152,7 +155,7 @@ __attribute__((noinline)) void read_planes(const Planes<const T>& from, int coun
 template <class T>
 __attribute__((noinline)) void write_planes(const Acc<T>* const* tile, const Planes<T>& to, int count, int64_t first, int64_t pixels) {
   using A = Acc<T>;
-  constexpr int L = kLanes<A>, kMost = 8;
+  constexpr int L = kLanes<A>, kMost = 16;
   const bool in_place = to.dense() && pixels % L == 0;
   for (int begin = 0; begin < count; begin += kMost) {
     const int some = int(at_most(count - begin, kMost));

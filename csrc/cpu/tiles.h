@@ -227,6 +227,19 @@ class SoftmaxTiles {
   std::unique_ptr<A[]> memory_;
 };
 
+// Planes of values that are read or written together, as they lie side by side where they do: of some maps, some channels
+// each, `stride` from plane to plane.
+struct PlaneGroup {
+  int64_t maps, channels, stride;
+};
+KPFUSED_INLINE PlaneGroup group_of(const ValueView& view, int64_t maps) {
+  if (maps > 1 && view.stride_inner == 1) return {maps, 1, 1};
+  if (maps > 1 && view.stride_channel == 1 && view.stride_inner == view.channels && view.channels <= kTileChannels) {
+    return {kTileChannels / view.channels, view.channels, 1};
+  }
+  return {1, kTileChannels, view.stride_channel};
+}
+
 // Values of some channels of some maps, tile by tile.
 template <class T>
 class ValueTiles {
@@ -250,21 +263,17 @@ class ValueTiles {
   void for_each(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, const F& of,
                 int64_t first_channel = 0) {
     const int64_t channels = values_.view.channels;
-    // Maps side by side are read together.
-    const bool adjacent = !shared_ && values_.kind == ValueKind::tensor && values_.view.stride_inner == 1;
-    const int maps = shared_ || adjacent ? count : 1, most = adjacent && maps > 1 ? 1 : kTileChannels;
-    for (int m = 0; m < count; m += maps) {
-      for (int64_t c = first_channel; c < channels; c += most) {
-        const int some = int(at_most(channels - c, most));
-        if (adjacent && maps > 1) {
-          for (int i = 0; i < maps; ++i) counting_[i] = tiles.counting(i);
-          load(first_map, maps, values_.view.stride_inner, c, first, pixels);
-          for (int i = 0; i < maps; ++i) of(i, 1, c, 1, run_ + i);
-          continue;
-        }
-        for (int i = 0; i < some; ++i) counting_[i] = tiles.counting(m);
-        load(first_map + m, some, values_.view.stride_channel, c, first, pixels);
-        of(m, maps, c, some, run_);
+    // Those of one map are those of all that share them.
+    const int sharing = shared_ ? count : 1;
+    // What is left of channels does not follow on what is left of the map before.
+    const PlaneGroup group = group_of(values_.view, first_channel > 0 ? 1 : count / sharing);
+    for (int m = 0; m < count; m += int(group.maps) * sharing) {
+      const int maps = int(at_most(count / sharing - m, group.maps));
+      for (int64_t c = first_channel; c < channels; c += group.channels) {
+        const int some = int(at_most(channels - c, group.channels));
+        for (int i = 0; i < maps * some; ++i) counting_[i] = tiles.counting(m + i / some);
+        load(first_map + m, maps * some, group.stride, c, first, pixels);
+        for (int i = 0; i < maps; ++i) of(m + i, sharing, c, some, run_ + i * some);
       }
     }
   }
