@@ -253,10 +253,11 @@ def expectations(device: str, shrink: Shrink) -> Iterator[Comparison]:
             inputs = [off_the_border(heatmap) if ours is window else heatmap]
             if of_values is not None:
                 keypoints, channels = min(of_values[0], case.shape[1]), of_values[1]
-                values = torch.randn(case.shape[0] * keypoints, channels, *case.shape[2:], device=device)
+                # As a convolution leaves them.
+                values = torch.randn(case.shape[0], keypoints * channels, *case.shape[2:], device=device)
                 if layout == "channels_last":
                     values = values.contiguous(memory_format=torch.channels_last)
-                inputs.append(values.unflatten(0, (case.shape[0], keypoints)))
+                inputs.append(values.unflatten(1, (keypoints, channels)))
             if agrees(f"{name} at {case.label}", ours, composition, inputs):
                 yield from both_ways(f"composition over {name}", case.label, ours, composition, inputs, False)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Values of several channels as a convolution in channels_last leaves them, (B, K C, H, W), against the float64 reference."""
+"""Values of several channels as a convolution leaves them, (B, K C, H, W) in channels_last, against the reference."""
 
 from __future__ import annotations
 
@@ -34,11 +34,17 @@ def test_values_side_by_side(
     """Keypoint after keypoint, and all of their channels in each pixel."""
     shape = (2, keypoints, *size)
     keywords = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in PIXELS[pixels](shape).items()}
-    heatmap = cases.channels_last(cases.random(shape)).to(device, dtype).requires_grad_()
-    image = cases.channels_last(torch.randn(2, keypoints * channels, *size)).to(device, dtype).requires_grad_()
+    logits = cases.random(shape).to(device, dtype)
+    if "empty_value" in keywords:  # a map of which nothing counts, and one without weight
+        keywords["mask"][0, 0] = False
+        logits[1, -1] = -torch.inf
+    beyond = ~keywords.get("mask", torch.ones(shape, dtype=torch.bool, device=device)).expand(shape)
+    heatmap = cases.channels_last(logits.masked_fill(beyond, torch.nan)).requires_grad_()
+    image = torch.randn(2, keypoints * channels, *size, device=device, dtype=dtype)
+    image = cases.channels_last(image.masked_fill(beyond.repeat_interleave(channels, 1), torch.nan)).requires_grad_()
     beta = torch.full((), 1.3, device=device, dtype=dtype, requires_grad=True)
     inputs = [heatmap, image, beta]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
+    exact = [x.detach().double().nan_to_num(0, neginf=-torch.inf).requires_grad_() for x in inputs]
 
     result = kpfused.spatial_expectation2d(heatmap, image.unflatten(1, (keypoints, channels)), beta=beta, **keywords)
     want = reference.spatial_expectation2d(

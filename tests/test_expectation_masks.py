@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import kpfused
 from kpfused import reference
@@ -61,32 +62,38 @@ def test_masks(device: str, kind: str, layout: str, channels: int, size: tuple[i
 
 @pytest.mark.parametrize("size", [(5, 13), (64, 48), (256, 130)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_what_is_not_finite(device: str, layout: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_not_finite(device: str, channels: int, layout: str, size: tuple[int, int]) -> None:
     """A NaN or an infinity of what counts gets where it belongs, and nowhere that a mask leaves out."""
-    lay, shape = cases.LAYOUTS[layout], (2, 5, *size)
+    lay, shape = cases.LAYOUTS[layout], (2, 7, *size)
     counts = torch.rand(shape, device=device) < 0.6
     counts[:, 0, 2, 1] = True
-    heatmap = cases.random(shape).to(device)
-    heatmap[0, 0, 2, 1] = torch.nan
-    heatmap, values = lay(heatmap).requires_grad_(), lay(torch.randn_like(heatmap)).unsqueeze(2).requires_grad_()
     beyond = ~counts
+    heatmap = cases.random(shape).to(device, torch.float32)
+    heatmap[0, 0, 2, 1] = torch.nan
+    heatmap = lay(heatmap).requires_grad_()
     softmax = kpfused.spatial_softmax2d(heatmap, mask=counts)
     assert softmax[0, 0][counts[0, 0]].isnan().all()
     assert (softmax[beyond] == 0).all()
     assert softmax[1:].isfinite().all()
     assert softmax[0, 1:].isfinite().all()
 
-    result = kpfused.spatial_expectation2d(heatmap, values, mask=counts)
-    assert result.isnan().nonzero().tolist() == [[0, 0, 0]]
-    for upstream in (torch.ones_like(result), torch.full_like(result, torch.inf)):
-        grads = torch.autograd.grad(result, (heatmap, values), upstream, retain_graph=True)
-        assert all((g.reshape(shape)[beyond] == 0).all() for g in grads)
-        assert all(g.reshape(shape)[0, 0][counts[0, 0]].isnan().all() for g in grads)
-    assert grads[1].isinf().any()
+    def of(image: Tensor) -> Tensor:
+        return kpfused.spatial_expectation2d(heatmap, image.unflatten(1, (7, channels)), mask=counts)
 
-    infinite = values.detach().clone()
-    infinite[1, 0, :, 2, 1] = torch.inf
-    infinite.masked_fill_(beyond.unsqueeze(2), -torch.inf)
-    result = kpfused.spatial_expectation2d(heatmap, infinite, mask=counts)
-    assert result[1, 0] == torch.inf
+    image = lay(torch.randn(2, 7 * channels, *size, device=device)).requires_grad_()
+    result = of(image)
+    assert result.isnan().nonzero().tolist() == [[0, 0, c] for c in range(channels)]
+    for upstream in (1.0, torch.inf):
+        grads = torch.autograd.grad(result, (heatmap, image), torch.full_like(result, upstream), retain_graph=True)
+        of_maps = [grads[0].unsqueeze(2), grads[1].unflatten(1, (7, channels))]
+        assert all((g.masked_select(beyond.unsqueeze(2)) == 0).all() for g in of_maps)
+        assert all(g[0, 0].masked_select(counts[0, 0]).isnan().all() for g in of_maps)
+    assert of_maps[1].isinf().any()
+
+    infinite = image.detach().masked_fill(beyond.repeat_interleave(channels, 1), -torch.inf)
+    infinite[1, 0, 2, 1] = torch.inf
+    result = of(lay(infinite))
+    assert result[1, 0, 0] == torch.inf
+    assert result[1, 0, 1:].isfinite().all()
     assert result[:, 1:].isfinite().all()

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "backward_lanes.h"
+#include "dealt_maps.h"
 #include "expectation.h"
 #include "forward_lanes.h"
 #include "forward_rows.h"
@@ -168,38 +169,39 @@ void run_whole_maps(const ExpectationSteps& steps, int64_t channels) {
   });
 }
 
-// Items of LaneMaps, those of ForwardLanes.
-template <class T>
-void run_lane_maps(const ExpectationSteps& steps) {
+// Items of Maps, LaneMaps or DealtMaps, those of ForwardLanes.
+template <class Maps>
+void run_lanes(const ExpectationSteps& steps) {
   const SoftmaxParams& softmax = softmax_of(steps);
   const int64_t items = count_items(softmax.view), elements = softmax.view.maps() * softmax.view.height * softmax.view.width;
   parallel_for(items, at_least(kGrainElements / at_least(elements / items, 1), 1),
-               [&](int64_t begin, int64_t end) { LaneMaps<T>(steps, softmax).run(begin, end); });
+               [&](int64_t begin, int64_t end) { Maps(steps, softmax).run(begin, end); });
 }
 
-// Whether LaneMaps can take the steps one after the other.
-template <class T>
-bool fit_lanes(const ExpectationSteps& steps) {
-  return LaneMaps<T>::fit({nullptr, steps.expectation, nullptr, nullptr}) &&
-         LaneMaps<T>::fit({nullptr, nullptr, steps.heatmap, nullptr}) &&
-         LaneMaps<T>::fit({nullptr, nullptr, nullptr, steps.values});
-}
-
-// Step after step, where maps are several parts or steps read different copies of them.
-template <class T>
-void run_lane_steps(const ExpectationSteps& steps) {
-  using A = Acc<T>;
-  const auto parts_of = [](const auto& params) { return part_tiling(params.softmax.view).count(); };
-  if (steps.stats) forward_of<T>(*steps.stats);
-  if (const ExpectationParams* const e = steps.expectation) {
-    run_lane_maps<T>({nullptr, e, nullptr, nullptr});
-    if (parts_of(*e) > 1) sum_expectations<A>(*e, parts_of(*e));
+// All steps at once; or step after step, where maps are several parts or steps read different copies of them. Returns whether
+// the layout allows it.
+template <class Maps>
+bool run_in_lanes(const ExpectationSteps& steps) {
+  using A = typename Maps::A;
+  const ExpectationParams* const e = steps.expectation;
+  const ExpectationHeatmapParams* const h = steps.heatmap;
+  const ExpectationValuesParams* const v = steps.values;
+  if (Maps::fit(steps) && Maps::in_turn(steps, softmax_of(steps))) return run_lanes<Maps>(steps), true;
+  const ExpectationSteps of_e = {nullptr, e, nullptr, nullptr}, of_h = {nullptr, nullptr, h, nullptr},
+                         of_v = {nullptr, nullptr, nullptr, v};
+  if ((e && !Maps::fit(of_e)) || (h && !Maps::fit(of_h)) || (v && !Maps::fit(of_v))) return false;
+  const auto parts_of = [](const auto* params) { return part_tiling(params->softmax.view).count(); };
+  if (steps.stats) forward_of<typename Maps::Element>(*steps.stats);
+  if (e) {
+    run_lanes<Maps>(of_e);
+    if (parts_of(e) > 1) sum_expectations<A>(*e, parts_of(e));
   }
-  if (const ExpectationHeatmapParams* const h = steps.heatmap) {
-    run_lane_maps<T>({nullptr, nullptr, h, nullptr});
-    if (h->grad_beta && parts_of(*h) > 1) sum_parts<A>(h->workspace, h->softmax.view.maps(), parts_of(*h), 1, h->grad_beta);
+  if (h) {
+    run_lanes<Maps>(of_h);
+    if (h->grad_beta && parts_of(h) > 1) sum_parts<A>(h->workspace, h->softmax.view.maps(), parts_of(h), 1, h->grad_beta);
   }
-  if (steps.values) run_lane_maps<T>({nullptr, nullptr, nullptr, steps.values});
+  if (v) run_lanes<Maps>(of_v);
+  return true;
 }
 
 // Whether ForwardRows finishes a map at a time.
@@ -230,8 +232,7 @@ void expectation_of(const ExpectationSteps& steps) {
     return window_mass<T>(*steps.expectation);
   }
   const MapView& view = softmax_of(steps).view;
-  if (LaneMaps<T>::fit_together(steps, softmax_of(steps))) return run_lane_maps<T>(steps);
-  if (fit_lanes<T>(steps)) return run_lane_steps<T>(steps);
+  if (run_in_lanes<LaneMaps<T>>(steps) || run_in_lanes<DealtMaps<T>>(steps)) return;
   int64_t at_once = kTileMaps, channels = 1;
   // Beside values, a copy of the maps may be read where stats read them as they lie.
   bool same = pixel_parts(view).count == 1 &&

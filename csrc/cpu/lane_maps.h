@@ -4,230 +4,43 @@
 // abreast (lanes.h).
 #pragma once
 
-#include <optional>
-
-#include "expectation.h"
-#include "forward_lanes.h"
+#include "lane_runs.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// The steps of one thread's range of (outer, part, block of channels).
 template <class T>
-class LaneMaps {
+class LaneMaps : public LaneRuns<T> {
+  using Base = LaneRuns<T>;
+
  public:
-  using A = Acc<T>;
-  static constexpr int L = kLanes<A>;
+  using typename Base::A;
+  using Base::L;
 
   // Whether these steps read and write what lies as the maps do, with one channel a map.
   static bool fit(const ExpectationSteps& steps) {
-    bool fits = true;
-    for_views(steps, [&](const SoftmaxParams& softmax, const auto& view) {
-      fits = fits && is_channels_last(softmax.view) && view.stride_inner == 1 && channels_of(view) == 1 &&
-             !softmax.is_probability && softmax.view.inner * abreast_of(steps, softmax.view) >= L;
-    });
-    return fits;
+    bool one = true;
+    Base::for_views(steps, [&](const SoftmaxParams&, const auto& view) { one = one && Base::channels_of(view) == 1; });
+    return one && Base::are_lanes(steps);
   }
 
-  // Whether an item can take all of them in turn, stats included: it is then still in a near cache when it is read again.
-  static bool fit_together(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
-    const auto alike = [&](const MapView& view) {
-      return is_channels_last(view) && view.inner == softmax.view.inner && part_tiling(view).count() == 1;
-    };
-    bool together = fit(steps) && (!steps.stats || alike(steps.stats->view));
-    for_views(steps, [&](const SoftmaxParams& of, const auto&) { together = together && alike(of.view); });
-    return together;
-  }
-
-  LaneMaps(const ExpectationSteps& steps, const SoftmaxParams& softmax)
-      : steps_(steps),
-        softmax_(softmax),
-        view_(softmax.view),
-        parts_(part_tiling(view_)),
-        blocks_(channel_blocks(view_.inner)),
-        abreast_(abreast_of(steps, softmax.view)),
-        abreast_words_(softmax.pixels, view_.inner, abreast_) {
-    if (steps.stats) stats_.emplace(*steps.stats);
-  }
+  LaneMaps(const ExpectationSteps& steps, const SoftmaxParams& softmax) : Base(steps, softmax, kRun) {}
 
   void run(int64_t begin, int64_t end) {
-    const int64_t parts = parts_.count();
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item % blocks_.count, part = item / blocks_.count % parts;
-      const int64_t outer = item / blocks_.count / parts;
-      if (stats_) stats_->run(item, item + 1);
-      const int64_t i = part / parts_.x.count, j = part % parts_.x.count;
-      const int64_t first = blocks_.begin(block), channels = blocks_.begin(block + 1) - first;
-      const PixelRange all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
-      const PixelRange valid = valid_of(softmax_.pixels, view_, all, outer * view_.inner + first);
-      const Item at = {outer, first, channels, part, all, valid};
-      load_maps(at);
-      if (!softmax_.pixels.all()) {
-        words_.emplace(softmax_.pixels, view_, abreast_words_, outer * view_.inner + first, channels, abreast_);
-      }
+    this->for_items(begin, end, [&](const Item& at) {
       if (steps_.expectation) expect(at);
       if (steps_.heatmap || steps_.values) write(at);
-    }
+    });
   }
 
  private:
-  // Groups whose sums are taken before they are added to others.
   static constexpr int64_t kRun = 64;
 
-  struct Item {
-    int64_t outer, first, channels, part;
-    PixelRange all, range;  // what is written, and what is read of it
-  };
-
-  // What belongs to a lane waits in the first-level cache.
-  struct Lane {
-    Falloff<Vec<A>> of;
-    Vec<A> inverse, beta, upstream, mean;
-    Vec<A> row, sum;
-  };
-
-  // How a vector is read, of groups side by side, and which of its lanes count.
-  template <bool kByLanes, bool kSome = false>
-  struct Counted {
-    const LaneWord<A>* words;
-    int64_t stride;
-    int64_t lanes;  // that are read with kSome, from this vector's first on
-
-    KPFUSED_INLINE Vec<A> load(const T* p) const {
-      if (!kSome || lanes >= L) return kpfused::cpu::KPFUSED_ISA::load(p);
-      return lanes > 0 ? load_first(p, lanes, Vec<A>{}) : Vec<A>{};
-    }
-
-    KPFUSED_INLINE Vec<A> keep(int group, Vec<A> v) const {
-      if constexpr (kByLanes) return keep_lanes<A>(words + group * stride, v);
-      return v;
-    }
-  };
-
-  // Where an item's pixels are of a tensor, with strides of groups abreast.
+  using typename Base::Item;
+  using typename Base::Lane;
   template <class P>
-  struct Pixels {
-    P p;
-    int64_t stride_y, stride_x;
-
-    KPFUSED_INLINE P at(int64_t r, int64_t c) const { return p + r * stride_y + c * stride_x; }
-  };
-
-  static int64_t channels_of(const ValueView& view) { return view.channels; }
-  static int64_t channels_of(const MapView&) { return 1; }
-
-  // Calls see(softmax, view) for all that steps read and write beside the maps.
-  template <class F>
-  static void for_views(const ExpectationSteps& steps, const F& see) {
-    if (steps.expectation) see(steps.expectation->softmax, steps.expectation->values.view);
-    if (steps.heatmap) see(steps.heatmap->softmax, steps.heatmap->values.view);
-    if (steps.heatmap) see(steps.heatmap->softmax, steps.heatmap->grad_view);
-    if (steps.values) see(steps.values->softmax, steps.values->value_view);
-  }
-
-  static int64_t abreast_of(const ExpectationSteps& steps, const MapView& maps) {
-    bool side_by_side = true;
-    for_views(steps, [&](const SoftmaxParams&, const auto& view) {
-      side_by_side = side_by_side && view.stride_x == maps.inner;
-    });
-    return side_by_side ? pixels_abreast<A>(maps, part_tiling(maps), {}) : 1;
-  }
-
-  template <class View, class P>
-  Pixels<P> pixels(P p, const View& view, const Item& at) const {
-    return {p + at.outer * view.stride_outer + at.first * view.stride_inner + at.range.row * view.stride_y +
-                at.range.col * view.stride_x,
-            view.stride_y, view.stride_x * abreast_};
-  }
-  template <class P>
-  bool is_run(const Item& at, const Pixels<P>& pixels) const {
-    return pixels.stride_y == at.range.cols / abreast_ * pixels.stride_x;
-  }
-  template <class View>
-  Pixels<const T*> read(const void* p, const View& view, const Item& at) const {
-    return pixels(static_cast<const T*>(p), view, at);
-  }
-
-  // A map that is empty has the fields of any other, of which nothing is kept.
-  void load_maps(const Item& at) {
-    empty_maps_ = 0;
-    for (int64_t c = 0; c < at.channels && softmax_.pixels.fills_empty; ++c) {
-      const int64_t n = at.outer * view_.inner + at.first + c;
-      if (is_empty(softmax_.pixels, stats_of<A>(softmax_, n).sum)) empty_[empty_maps_++] = uint8_t(c);
-    }
-    for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t, int64_t c) {
-      Lane& lane = lanes_[g];
-      const int64_t n = at.outer * view_.inner + at.first + c;
-      const A beta = beta_of<A>(softmax_.beta, n);
-      const Stats<A> stats = stats_of<A>(softmax_, n);
-      const Falloff<A> of = falloff(sharpness(beta), stats.peak);
-      lane.of.sign[i] = of.sign, lane.of.peak[i] = of.peak, lane.of.scale[i] = of.scale, lane.of.lowest[i] = of.lowest;
-      lane.inverse[i] = A(1) / stats.sum, lane.beta[i] = beta;
-    });
-  }
-
-  // Calls begin(row, column) for runs of groups of pixels, then body(groups from there, N, vector, its first lane, Counted) for
-  // every vector of N groups side by side, which read what belongs to its lanes once, and end(groups, vectors) after each run.
-  template <class Begin, class Body, class End>
-  KPFUSED_INLINE void for_runs(const Item& at, bool dense, const Begin& begin, const Body& body, const End& end) {
-    const int64_t lanes = at.channels * abreast_, rows = at.range.rows, groups = at.range.cols / abreast_;
-    if (!words_) return for_runs<false>({}, lanes, 0, dense ? 1 : rows, 0, dense ? rows * groups : groups, begin, body, end);
-    if (at.range.cols > groups * abreast_) for_rest(at, groups, begin, body, end);
-    if (groups == 0) return;
-    const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, groups, lanes, abreast_);
-    // Groups of whole rows may be numbered through.
-    const bool one_row = dense && chunks.x.count == 1;
-    for (int64_t i = 0; i < chunks.y.count; ++i) {
-      for (int64_t j = 0; j < chunks.x.count; ++j) {
-        const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j), of_y = chunks.y.size(i), of_x = chunks.x.size(j);
-        const ChunkWords<A> words = words_->of({at.range.row + y, of_y, at.range.col + x * abreast_, of_x * abreast_}, 0);
-        const auto run = [&](auto by_lanes) __attribute__((always_inline)) {
-          for_runs<by_lanes>(words, lanes, y, one_row ? 1 : of_y, x, one_row ? of_y * of_x : of_x, begin, body, end);
-        };
-        words.words ? run(std::true_type{}) : run(std::false_type{});
-      }
-    }
-  }
-
-  // Fewer pixels of each row than stand abreast, up to a valid size: those beyond are not read.
-  template <class Begin, class Body, class End>
-  KPFUSED_INLINE void for_rest(const Item& at, int64_t groups, const Begin& begin, const Body& body, const End& end) {
-    const int64_t lanes = at.channels * abreast_, vectors = ceil_div(lanes, L), col = groups * abreast_;
-    const int64_t read = at.channels * (at.range.cols - col);
-    for (int64_t r = 0; r < at.range.rows; ++r) {
-      const ChunkWords<A> words = words_->of({at.range.row + r, 1, at.range.col + col, abreast_}, 0);
-      begin(r, groups);
-      for (int64_t g = 0; g < vectors; ++g) {
-        const int64_t k = group_begin<A>(g, lanes);
-        body(Count<1>{}, 0, g, k, Counted<true, true>{words.words + g, 0, read - k});
-      }
-      end(1, vectors);
-    }
-  }
-
-  // Of the rows and groups of one chunk.
-  template <bool kByLanes, class Begin, class Body, class End>
-  KPFUSED_INLINE void for_runs(const ChunkWords<A>& words, int64_t lanes, int64_t row, int64_t rows, int64_t first,
-                               int64_t groups, const Begin& begin, const Body& body, const End& end) const {
-    constexpr int N = KPFUSED_AVX512 ? 4 : 2;
-    const int64_t vectors = ceil_div(lanes, L);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t run = 0; run < groups; run += kRun) {
-        begin(row + r, first + run);
-        const int64_t count = at_most(groups - run, kRun);
-        const auto some = [&](auto size, int64_t c) __attribute__((always_inline)) {
-          const LaneWord<A>* const of_groups = kByLanes ? words.at(r, run + c) : nullptr;
-          for (int64_t g = 0; g < vectors; ++g) {
-            const LaneWord<A>* const of_vector = kByLanes ? of_groups + g : nullptr;
-            body(size, c, g, group_begin<A>(g, lanes), Counted<kByLanes>{of_vector, words.stride_x, L});
-          }
-        };
-        int64_t c = 0;
-        for (; c + N <= count; c += N) some(Count<N>{}, c);
-        for (; c < count; ++c) some(Count<1>{}, c);
-        end(count, vectors);
-      }
-    }
-  }
+  using Pixels = typename Base::template Pixels<P>;
+  using Base::abreast_, Base::empty_, Base::empty_maps_, Base::lanes_, Base::parts_, Base::softmax_, Base::steps_, Base::view_;
+  using Base::add_row, Base::clear_sums, Base::for_runs, Base::is_run, Base::pixels, Base::read, Base::sum_of, Base::to_p;
 
   // Puts a value in place of what has been written of empty maps.
   KPFUSED_INLINE void replace_empty(T* to, int64_t stride_x, int64_t groups, A value) const {
@@ -247,28 +60,6 @@ class LaneMaps {
       for (int64_t c = done; c < groups; ++c) __builtin_memset(to.at(r, c), 0, size_t(bytes));
       replace_empty(to.at(r, done), to.stride_x, groups - done, empty_value);
     }
-  }
-
-  // Sums of lanes, of those abreast together: channel c's.
-  A sum_of(const Item& at, int64_t c) const {
-    A sum = A(0);
-    for (int64_t lane = c; lane < at.channels * abreast_; lane += at.channels) {
-      sum += lanes_[lane / L].sum[lane - group_begin<A>(lane / L, at.channels * abreast_)];
-    }
-    return sum;
-  }
-  void clear_sums() {
-    for (Lane& lane : lanes_) lane.row = lane.sum = Vec<A>{};
-  }
-  KPFUSED_INLINE void add_row(int64_t groups) {
-    for (int64_t g = 0; g < groups; ++g) lanes_[g].sum += lanes_[g].row, lanes_[g].row = Vec<A>{};
-  }
-
-  // P from how far N vectors lie below the peak.
-  template <int N>
-  KPFUSED_INLINE static void to_p(const Lane& lane, Vec<A> (&v)[N]) {
-    exp2<A, N>(v, lane.of.scale);
-    for (int j = 0; j < N; ++j) v[j] *= lane.inverse;
   }
 
   void expect(const Item& at) {
@@ -314,7 +105,7 @@ class LaneMaps {
   // Gradients of the heatmap, beta and values; or of values alone.
   template <bool kHeatmap, bool kBeta, bool kValues>
   void write(const Item& at) {
-    const int64_t first_map = at.outer * view_.inner + at.first, parts = parts_.count();
+    const int64_t first_map = at.outer * view_.inner + at.first;
     for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t, int64_t c) {
       const int64_t n = first_map + c;
       lanes_[g].upstream[i] = kHeatmap ? upstream_of<A>(*steps_.heatmap, n) : upstream_of<A>(*steps_.values, n);
@@ -374,28 +165,8 @@ class LaneMaps {
       if (kHeatmap) clear_beyond(at, to, A(0));
       if (kValues) clear_beyond(at, to_values, in_empty<A>(*steps_.values));
     }
-    if constexpr (kBeta) {
-      A* const dbeta = static_cast<A*>(parts > 1 ? steps_.heatmap->workspace : steps_.heatmap->grad_beta);
-      for (int64_t c = 0; c < at.channels; ++c) {
-        const A sign = sharpness(beta_of<A>(softmax_.beta, first_map + c)).sign;
-        dbeta[(first_map + c) * parts + at.part] = sign * sum_of(at, c);
-      }
-      for (int e = 0; e < empty_maps_; ++e) dbeta[(first_map + empty_[e]) * parts + at.part] = A(0);
-    }
+    if (kBeta) this->write_beta(at);
   }
-
-  const ExpectationSteps& steps_;
-  const SoftmaxParams& softmax_;
-  const MapView& view_;
-  const Tiling parts_;
-  const ChannelBlocks blocks_;
-  const int64_t abreast_;
-  const AbreastWords<A> abreast_words_;
-  std::optional<ForwardLanes<T, false>> stats_;
-  std::optional<LaneWords<A>> words_;  // of the item at hand, where not all count
-  int empty_maps_;
-  uint8_t empty_[2 * kChannelBlock];  // their channels
-  Lane lanes_[kGroups<A>];
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

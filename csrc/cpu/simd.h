@@ -136,6 +136,31 @@ KPFUSED_INLINE Mask<float> lookup(const int32_t (&table)[8], Mask<float> index) 
 #define KPFUSED_PERMUTE 0
 #endif
 
+// Lanes of a vector, chosen by their indices.
+#if KPFUSED_AVX512
+KPFUSED_INLINE Vec<float> permute(Vec<float> v, Mask<float> index) {
+  return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+}
+KPFUSED_INLINE Vec<double> permute(Vec<double> v, Mask<double> index) {
+  return (Vec<double>)_mm512_permutexvar_pd((__m512i)index, (__m512d)v);
+}
+#elif KPFUSED_AVX2
+KPFUSED_INLINE Vec<float> permute(Vec<float> v, Mask<float> index) {
+  return (Vec<float>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+}
+KPFUSED_INLINE Vec<double> permute(Vec<double> v, Mask<double> index) {  // in halves of elements
+  const Mask<double> halves = (index << 1) + (index << 33) + (int64_t(1) << 32);
+  return (Vec<double>)_mm256_permutevar8x32_epi32((__m256i)v, (__m256i)halves);
+}
+#else
+template <class V, class I>
+KPFUSED_INLINE V permute(V v, I index) {
+  V chosen;
+  for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) chosen[i] = v[index[i]];
+  return chosen;
+}
+#endif
+
 // Zero where the mask is not set, whatever was there.
 template <class A>
 KPFUSED_INLINE Vec<A> keep(Vec<A> v, Mask<A> mask) {

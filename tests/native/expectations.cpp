@@ -16,8 +16,8 @@
 namespace native {
 namespace {
 
-enum class Lie { rows, like_maps, pixels, shared_by_sample, shared_by_all };
-const char* const kLieNames[] = {"rows", "like maps", "channels innermost", "shared by a sample", "shared by all"};
+enum class Lie { rows, like_maps, image, pixels, shared_by_sample, shared_by_all };
+const char* const kLieNames[] = {"rows", "like maps", "pixels of all maps", "channels innermost", "shared by a sample", "shared by all"};
 
 ValueView lie(Lie kind, const Case& c, int64_t channels) {
   const int64_t n = c.height * c.width, w = c.width;
@@ -25,6 +25,10 @@ ValueView lie(Lie kind, const Case& c, int64_t channels) {
   switch (kind) {
     case Lie::rows: return {channels, c.inner * channels * n, channels * n, n, w, 1};
     case Lie::like_maps: return {1, maps.stride_outer, maps.stride_inner, 0, maps.stride_y, maps.stride_x};
+    case Lie::image: {
+      const int64_t of_pixel = c.inner * channels;
+      return {channels, of_pixel * n, channels, 1, w * of_pixel, of_pixel};
+    }
     case Lie::pixels: return {channels, c.inner * n * channels, n * channels, 1, w * channels, channels};
     case Lie::shared_by_sample: return {channels, channels * n, 0, n, w, 1};
     default: return {channels, 0, 0, 1, w * channels, channels};
@@ -287,7 +291,7 @@ void run_coordinates_and_window(const Case& c, Counted counted, int64_t radius) 
 
 void test_expectations() {
   const int64_t sizes[][4] = {{2, 3, 1, 1}, {1, 9, 3, 3}, {2, 17, 7, 9}, {1, 4, 16, 17}, {2, 8, 3, 71}};
-  const Lie kinds[] = {Lie::rows, Lie::pixels, Lie::shared_by_sample, Lie::shared_by_all};
+  const Lie kinds[] = {Lie::rows, Lie::image, Lie::pixels, Lie::shared_by_sample, Lie::shared_by_all};
   const int64_t channels[] = {1, 2, 3, 16, 19, 41};
   int64_t turn = 0;  // what is not looped over takes turns
   for (Dtype dtype : kDtypes) {
@@ -296,7 +300,7 @@ void test_expectations() {
         const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
         for (int i = 0; i < 2; ++i, turn += 7) {
           const Counted counted = kCounted[turn / 2 % kCountings];
-          run_expectation(c, turn % 3 ? 1 : -1.5, counted, kinds[turn % 4], channels[turn % 6]);
+          run_expectation(c, turn % 3 ? 1 : -1.5, counted, kinds[turn % 5], channels[turn % 6]);
           run_expectation(c, 1, kCounted[turn % kCountings], Lie::like_maps, 1);
           run_coordinates_and_window(c, counted, turn / 3 % 5);
         }
@@ -310,6 +314,7 @@ void test_expectations() {
       for (const auto& s : of_lanes) {
         const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
         for (Lie kind : {Lie::like_maps, Lie::rows}) run_expectation(c, -1.5, Counted::all, kind, 1);
+        for (int64_t n : {2, 3, 7}) run_expectation(c, -1.5, n == 3 ? Counted::all : Counted::mask, Lie::image, n);
         for (int i = 0; i < 3; ++i) run_expectation(c, 1, kCounted[1 + turn++ % (kCountings - 1)], Lie::like_maps, 1);
       }
     }
