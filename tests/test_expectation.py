@@ -260,6 +260,18 @@ def test_gradients_of_values_that_many_maps_share_keep_their_digits(
     torch.testing.assert_close(grad, torch.full_like(grad, 8192 * 0.1 / 20), rtol=3e-5, atol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 33])
+@pytest.mark.parametrize("leading", [(1, 17), (3, 1)], ids=str)
+def test_values_that_samples_or_keypoints_share_side_by_side(
+    device: str, leading: tuple[int, int], channels: int
+) -> None:
+    """Channels innermost, and those of one keypoint after those of another: gradients are sums all the same."""
+    heatmap = cases.channels_last(cases.random((3, 17, 12, 16)).to(device))
+    image = cases.channels_last(cases.random((leading[0], leading[1] * channels, 12, 16)).to(device))
+    values = image.unflatten(1, (leading[1], channels))
+    check(kpfused.spatial_expectation2d, reference.spatial_expectation2d, (heatmap, values))
+
+
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float32, (192, 256)), (torch.float64, (150, 160)), (torch.float32, (24, 32))], ids=str
 )

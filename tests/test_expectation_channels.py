@@ -25,23 +25,28 @@ PIXELS: dict[str, Any] = {
 @pytest.mark.parametrize("pixels", PIXELS)
 @pytest.mark.parametrize(
     ("keypoints", "channels"),
-    [(1, 2), (2, 3), (9, 2), (17, 2), (17, 3), (5, 4), (6, 5), (21, 7), (3, 18), (40, 2), (133, 2)],
+    [(1, 2), (2, 3), (9, 2), (17, 2), (17, 3), (5, 4), (6, 5), (21, 7), (3, 18), (4, 32), (2, 33), (40, 2), (133, 2)],
 )
-@pytest.mark.parametrize("size", [(7, 5), (12, 16), (33, 40), (130, 64)], ids=str)
+@pytest.mark.parametrize("size", [(7, 5), (12, 16), (130, 64)], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "sliced_channels_last"])
 def test_values_side_by_side(
-    device: str, size: tuple[int, int], keypoints: int, channels: int, pixels: str, dtype: torch.dtype
+    device: str, layout: str, size: tuple[int, int], keypoints: int, channels: int, pixels: str, dtype: torch.dtype
 ) -> None:
     """Keypoint after keypoint, and all of their channels in each pixel."""
-    shape = (2, keypoints, *size)
+    lay, shape = cases.LAYOUTS[layout], (2, keypoints, *size)
     keywords = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in PIXELS[pixels](shape).items()}
     logits = cases.random(shape).to(device, dtype)
     if "empty_value" in keywords:  # a map of which nothing counts, and one without weight
         keywords["mask"][0, 0] = False
         logits[1, -1] = -torch.inf
     beyond = ~keywords.get("mask", torch.ones(shape, dtype=torch.bool, device=device)).expand(shape)
-    heatmap = cases.channels_last(logits.masked_fill(beyond, torch.nan)).requires_grad_()
+    if "valid_size" in keywords:
+        ends = [torch.as_tensor(n, device=device).expand(shape[:2])[..., None] for n in keywords["valid_size"]]
+        rows, cols = (torch.arange(n, device=device) >= end for n, end in zip(size, ends, strict=True))
+        beyond = rows[..., None] | cols[..., None, :]
+    heatmap = lay(logits.masked_fill(beyond, torch.nan)).requires_grad_()
     image = torch.randn(2, keypoints * channels, *size, device=device, dtype=dtype)
-    image = cases.channels_last(image.masked_fill(beyond.repeat_interleave(channels, 1), torch.nan)).requires_grad_()
+    image = lay(image.masked_fill(beyond.repeat_interleave(channels, 1), torch.nan)).requires_grad_()
     beta = torch.full((), 1.3, device=device, dtype=dtype, requires_grad=True)
     inputs = [heatmap, image, beta]
     exact = [x.detach().double().nan_to_num(0, neginf=-torch.inf).requires_grad_() for x in inputs]

@@ -8,7 +8,7 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-// Channels of a map that are dealt to: a vector of sums over them takes as many vectors of them each.
+// At most so many channels of a map: what a sum over them costs grows with their number.
 constexpr int64_t kDealt = 32;
 
 template <class A>
@@ -18,7 +18,7 @@ class Deal {
 
   explicit Deal(int64_t channels) : channels_(channels) {
     for (int64_t c = 0; c < channels; ++c) {
-      for (int i = 0; i < L; ++i) map_[c][i] = (c + i) / channels, part_[c][i] = i * channels / L == c ? -1 : 0;
+      for (int i = 0; i < L; ++i) map_[c][i] = (c + i) / channels, begins_[c][i] = i * channels / L == c ? -1 : 0;
     }
     for (int i = 0; i < L; ++i) first_[i] = i * channels % L;
   }
@@ -58,7 +58,7 @@ class Deal {
       Vec<A> each = load_vector(channels + j * L);
       for (int64_t c = 1; c < count; ++c) each += load_vector(channels + j * L + c);
       const Vec<A> picked = permute(each, first_);
-      sums = part_[j] ? picked : sums;
+      sums = begins_[j] ? picked : sums;
     }
     return sums;
   }
@@ -68,7 +68,7 @@ class Deal {
   int64_t lanes_ = 0, vectors_ = 0;
   std::unique_ptr<Vector[]> vector_;
   Mask<A> map_[kDealt];   // of a vector that begins with channel c, counted from its first map
-  Mask<A> part_[kDealt];  // maps whose channels begin in vector j of them
+  Mask<A> begins_[kDealt];  // maps whose channels begin in vector j of all
   Mask<A> first_;         // where they begin in it
 };
 

@@ -38,7 +38,7 @@ class DealtMaps : public LaneRuns<T> {
     this->for_items(begin, end, [&](const Item& at) {
       deal_.set_lanes(at.channels * abreast_);
       if (steps_.expectation) softmax_.pixels.fills_empty ? expect<true>(at) : expect<false>(at);
-      if (steps_.heatmap || steps_.values) write(at);
+      this->with_gradients([&](auto heatmap, auto beta, auto values) { write<heatmap, beta, values>(at); });
     });
   }
 
@@ -47,10 +47,8 @@ class DealtMaps : public LaneRuns<T> {
   using typename Base::Lane;
   template <class P>
   using Pixels = typename Base::template Pixels<P>;
+  using Base::kGroupsAtOnce;
   using Base::abreast_, Base::empty_, Base::empty_maps_, Base::lanes_, Base::parts_, Base::softmax_, Base::steps_, Base::view_;
-
-  // Groups of pixels side by side.
-  static constexpr int kGroupsAtOnce = KPFUSED_AVX512 ? 4 : 2;
 
   static int64_t channels_of(const ExpectationSteps& steps) {
     int64_t channels = 1;
@@ -65,7 +63,7 @@ class DealtMaps : public LaneRuns<T> {
     for (int64_t i = 0; i < blocks.count; ++i) most = at_least(most, blocks.begin(i + 1) - blocks.begin(i));
     return most * Base::abreast_of(steps, softmax.view);
   }
-  // As many as stay in the nearest cache.
+  // P of as many as stays in the nearest cache.
   static int64_t groups_of(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
     constexpr int64_t kElements = 2048;
     return at_least(kElements / most_lanes(steps, softmax) / kGroupsAtOnce, 1) * kGroupsAtOnce;
@@ -99,7 +97,7 @@ class DealtMaps : public LaneRuns<T> {
           for (int j = 0; j < N; ++j) {
             const T* const pixels = h + (c + j) * heatmap.stride_x + k;
             prefetch(pixels, kReadAhead);
-            p[j] = distance(load(pixels), lanes_[g].of);
+            p[j] = distance(counted.load(pixels), lanes_[g].of);
             if (kBelow) store_vector(below_.get() + (c + j) * lanes + k, p[j]);
           }
           Base::to_p(lanes_[g], p);
@@ -129,12 +127,12 @@ class DealtMaps : public LaneRuns<T> {
             const A* const p = p_.get() + c * lanes;
             const T* const of_groups = v + c * values.stride_x;
             for (int64_t g = 0; g < vectors; ++g) {
-              const auto to = deal_.vector(g);
+              const auto of = deal_.vector(g);
               Vec<A> sum = load_vector(of_run + g * L);
               for (int j = 0; j < N; ++j) {
-                const T* const pixels = of_groups + j * values.stride_x + to.lane;
+                const T* const pixels = of_groups + j * values.stride_x + of.lane;
                 prefetch(pixels, kReadAhead);
-                const Vec<A> of_maps = deal_.of_maps(p + j * lanes, to);
+                const Vec<A> of_maps = deal_.of_maps(p + j * lanes, of);
                 const Vec<A> then = sum + of_maps * load(pixels);
                 if constexpr (kSome) {
                   sum = is_counted(of_maps) ? then : sum;
@@ -159,14 +157,7 @@ class DealtMaps : public LaneRuns<T> {
     for (int64_t map = 0; parts == 1 && map < maps; ++map) fill_empty<A>(params, at.outer * view_.inner + at.first + map);
   }
 
-  void write(const Item& at) {
-    const bool wants_beta = steps_.heatmap && steps_.heatmap->grad_beta;
-    if (!steps_.heatmap) return write<false, false, true>(at);
-    if (wants_beta) return steps_.values ? write<true, true, true>(at) : write<true, true, false>(at);
-    steps_.values ? write<true, false, true>(at) : write<true, false, false>(at);
-  }
-
-  // Gradients of the heatmap, beta and values; or of values alone.
+  // Gradients of the heatmap, beta and values; or of values alone. All have the same upstream gradient, and of empty maps zeros.
   template <bool kHeatmap, bool kBeta, bool kValues>
   void write(const Item& at) {
     const int64_t first_map = at.outer * view_.inner + at.first, dealt = deal_.dealt(), lanes = deal_.lanes();

@@ -169,7 +169,7 @@ void run_whole_maps(const ExpectationSteps& steps, int64_t channels) {
   });
 }
 
-// Items of Maps, LaneMaps or DealtMaps, those of ForwardLanes.
+// Maps: LaneMaps or DealtMaps. Work items as those of ForwardLanes.
 template <class Maps>
 void run_lanes(const ExpectationSteps& steps) {
   const SoftmaxParams& softmax = softmax_of(steps);

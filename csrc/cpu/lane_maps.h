@@ -28,7 +28,7 @@ class LaneMaps : public LaneRuns<T> {
   void run(int64_t begin, int64_t end) {
     this->for_items(begin, end, [&](const Item& at) {
       if (steps_.expectation) expect(at);
-      if (steps_.heatmap || steps_.values) write(at);
+      this->with_gradients([&](auto heatmap, auto beta, auto values) { write<heatmap, beta, values>(at); });
     });
   }
 
@@ -93,13 +93,6 @@ class LaneMaps : public LaneRuns<T> {
       to[n * parts + at.part] = sum_of(at, c);
       if (parts == 1) fill_empty<A>(params, n);
     }
-  }
-
-  void write(const Item& at) {
-    const bool wants_beta = steps_.heatmap && steps_.heatmap->grad_beta;
-    if (!steps_.heatmap) return write<false, false, true>(at);
-    if (wants_beta) return steps_.values ? write<true, true, true>(at) : write<true, true, false>(at);
-    steps_.values ? write<true, false, true>(at) : write<true, false, false>(at);
   }
 
   // Gradients of the heatmap, beta and values; or of values alone.

@@ -29,6 +29,9 @@ class LaneRuns {
   }
 
  protected:
+  // Groups of pixels side by side.
+  static constexpr int kGroupsAtOnce = KPFUSED_AVX512 ? 4 : 2;
+
   struct Item {
     int64_t outer, first, channels, part;
     PixelRange all, range;  // what is written, and what is read of it
@@ -89,9 +92,10 @@ class LaneRuns {
     if (steps.values) see(steps.values->softmax, steps.values->value_view);
   }
 
-  // Whether all that steps read and write lies in the order of lanes, and fills vectors of them.
+  // Whether all that steps read and write lies in the order of lanes, and fills vectors of them. What several samples share is
+  // read by each, but not written.
   static bool are_lanes(const ExpectationSteps& steps) {
-    bool are = true;
+    bool are = !steps.values || !ExpectationValuesKernel<T>{*steps.values}.shares();
     for_views(steps, [&](const SoftmaxParams& softmax, const auto& view) {
       are = are && is_channels_last(softmax.view) && !softmax.is_probability && follow(view) &&
             softmax.view.inner * abreast_of(steps, softmax.view) >= L;
@@ -217,7 +221,7 @@ class LaneRuns {
   template <bool kByLanes, class Begin, class Body, class End>
   KPFUSED_INLINE void for_runs(const ChunkWords<A>& words, int64_t lanes, int64_t row, int64_t rows, int64_t first,
                                int64_t groups, const Begin& begin, const Body& body, const End& end) const {
-    constexpr int N = KPFUSED_AVX512 ? 4 : 2;
+    constexpr int N = kGroupsAtOnce;
     const int64_t vectors = ceil_div(lanes, L);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t run = 0; run < groups; run += run_) {
@@ -258,6 +262,17 @@ class LaneRuns {
   KPFUSED_INLINE static void to_p(const Lane& lane, Vec<A> (&v)[N]) {
     exp2<A, N>(v, lane.of.scale);
     for (int j = 0; j < N; ++j) v[j] *= lane.inverse;
+  }
+
+  // Calls write(of the heatmap, of beta, of values), constants, if steps ask for any of these gradients.
+  template <class F>
+  void with_gradients(const F& write) const {
+    const std::true_type yes;
+    const std::false_type no;
+    const bool wants_beta = steps_.heatmap && steps_.heatmap->grad_beta;
+    if (!steps_.heatmap) return steps_.values ? write(no, no, yes) : void();
+    if (wants_beta) return steps_.values ? write(yes, yes, yes) : write(yes, yes, no);
+    steps_.values ? write(yes, no, yes) : write(yes, no, no);
   }
 
   // The sums are those of the gradient of beta.

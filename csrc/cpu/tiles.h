@@ -234,7 +234,8 @@ struct PlaneGroup {
 };
 KPFUSED_INLINE PlaneGroup group_of(const ValueView& view, int64_t maps) {
   if (maps > 1 && view.stride_inner == 1) return {maps, 1, 1};
-  if (maps > 1 && view.stride_channel == 1 && view.stride_inner == view.channels && view.channels <= kTileChannels) {
+  if (maps > 1 && view.stride_channel == 1 && view.stride_inner == view.channels && view.channels > 0 &&
+      view.channels <= kTileChannels) {
     return {kTileChannels / view.channels, view.channels, 1};
   }
   return {1, kTileChannels, view.stride_channel};
