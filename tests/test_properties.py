@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kpfused
-from tests import cases
+from tests import cases, expectations
 from tests.conftest import DEVICES
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -127,3 +127,45 @@ def test_any_mask(device: str, heatmap: Tensor, share: float, beta: float, sized
         counts = counts & (rows < tall) & (columns < wide)
     assert torch.count_nonzero(gradient.masked_fill(counts, 0)) == 0
     assert gradient.isfinite().all()
+
+
+ORDERS = st.one_of(
+    st.sampled_from([(0, 1, 2, 3, 4), (0, 3, 4, 1, 2), (0, 1, 3, 4, 2), (0, 2, 3, 4, 1)]), st.permutations(range(5))
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.sampled_from([1, 5, 8, 16, 33])),
+    channels=st.integers(1, 20),
+    shared=st.tuples(st.booleans(), st.booleans()),
+    orders=st.tuples(ORDERS, ORDERS),
+    masked=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=SEEDS,
+)
+def test_values_of_any_order(
+    device: str,
+    shape: tuple[int, int, int, int],
+    channels: int,
+    shared: tuple[bool, bool],
+    orders: tuple[tuple[int, ...], tuple[int, ...]],
+    masked: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Expectations and their gradients, whatever lies side by side in memory and whoever shares values."""
+    torch.manual_seed(seed)
+
+    def lay(x: Tensor, order: tuple[int, ...]) -> Tensor:
+        return x.permute(order).contiguous().permute([order.index(d) for d in range(5)])
+
+    batch, keypoints = (1 if is_shared else n for n, is_shared in zip(shape[:2], shared, strict=True))
+    heatmap = lay(torch.randn(*shape[:2], 1, *shape[2:], dtype=dtype, device=device), orders[0]).squeeze(2)
+    values = lay(torch.randn(batch, keypoints, channels, *shape[2:], dtype=dtype, device=device), orders[1])
+    keywords: dict[str, Any] = {"empty_value": 0.5}
+    if masked:
+        keywords["mask"] = torch.rand(shape, device=device) < 0.7
+    expectations.check(
+        kpfused.spatial_expectation2d, kpfused.reference.spatial_expectation2d, (heatmap, values), **keywords
+    )
