@@ -67,9 +67,9 @@ class Deal {
   const int64_t channels_;
   int64_t lanes_ = 0, vectors_ = 0;
   std::unique_ptr<Vector[]> vector_;
-  Mask<A> map_[kDealt];   // of a vector that begins with channel c, counted from its first map
+  Mask<A> map_[kDealt];     // of a vector that begins with channel c, counted from its first map
   Mask<A> begins_[kDealt];  // maps whose channels begin in vector j of all
-  Mask<A> first_;         // where they begin in it
+  Mask<A> first_;           // where they begin in it
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -48,6 +48,7 @@ class DealtMaps : public LaneRuns<T> {
   template <class P>
   using Pixels = typename Base::template Pixels<P>;
   using Base::kGroupsAtOnce;
+  using Base::for_groups;
   using Base::abreast_, Base::empty_, Base::empty_maps_, Base::lanes_, Base::parts_, Base::softmax_, Base::steps_, Base::view_;
 
   static int64_t channels_of(const ExpectationSteps& steps) {
@@ -58,10 +59,8 @@ class DealtMaps : public LaneRuns<T> {
     return channels;
   }
   static int64_t most_lanes(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
-    const ChannelBlocks blocks = channel_blocks(softmax.view.inner);
-    int64_t most = 0;
-    for (int64_t i = 0; i < blocks.count; ++i) most = at_least(most, blocks.begin(i + 1) - blocks.begin(i));
-    return most * Base::abreast_of(steps, softmax.view);
+    const ChannelBlocks blocks = channel_blocks(softmax.view.inner);  // the last is the largest
+    return (blocks.channels - blocks.begin(blocks.count - 1)) * Base::abreast_of(steps, softmax.view);
   }
   // P of as many as stays in the nearest cache.
   static int64_t groups_of(const ExpectationSteps& steps, const SoftmaxParams& softmax) {
@@ -73,14 +72,6 @@ class DealtMaps : public LaneRuns<T> {
   static KPFUSED_INLINE Mask<A> is_counted(Vec<A> p) { return (Mask<A>)p != (Mask<A>)uncounted(); }
   // Zero where P is that of what does not count.
   static KPFUSED_INLINE Vec<A> keep_counted(Vec<A> p, Vec<A> v) { return keep<A>(v, is_counted(p)); }
-
-  // Calls body(number of groups, the first) for all of a run.
-  template <class Body>
-  static KPFUSED_INLINE void for_groups(int64_t groups, const Body& body) {
-    int64_t c = 0;
-    for (; c + kGroupsAtOnce <= groups; c += kGroupsAtOnce) body(Count<kGroupsAtOnce>{}, c);
-    for (; c < groups; ++c) body(Count<1>{}, c);
-  }
 
   // Calls begin(row, column) and end(groups) for runs of groups, P of which p_ has in between.
   template <bool kBelow, class Begin, class End>

@@ -78,9 +78,7 @@ class LaneRuns {
   static int64_t channels_of(const ValueView& view) { return view.channels; }
   static int64_t channels_of(const MapView&) { return 1; }
   // Whether what belongs to the maps of a pixel lies side by side, in their order.
-  static bool follow(const ValueView& view) {
-    return view.stride_inner == view.channels && (view.channels == 1 || view.stride_channel == 1);
-  }
+  static bool follow(const ValueView& view) { return channels_follow(view); }
   static bool follow(const MapView& view) { return view.stride_inner == 1; }
 
   // Calls see(softmax, view) for all that steps read and write beside the maps.
@@ -178,6 +176,14 @@ class LaneRuns {
     });
   }
 
+  // Calls body(number of groups, the first) for all of a run.
+  template <class Body>
+  static KPFUSED_INLINE void for_groups(int64_t groups, const Body& body) {
+    int64_t c = 0;
+    for (; c + kGroupsAtOnce <= groups; c += kGroupsAtOnce) body(Count<kGroupsAtOnce>{}, c);
+    for (; c < groups; ++c) body(Count<1>{}, c);
+  }
+
   // Calls begin(row, column) for runs of groups of pixels, then body(groups from there, N, vector, its first lane, Counted) for
   // every vector of N groups side by side, which read what belongs to its lanes once, and end(groups, vectors) after each run.
   template <class Begin, class Body, class End>
@@ -221,22 +227,18 @@ class LaneRuns {
   template <bool kByLanes, class Begin, class Body, class End>
   KPFUSED_INLINE void for_runs(const ChunkWords<A>& words, int64_t lanes, int64_t row, int64_t rows, int64_t first,
                                int64_t groups, const Begin& begin, const Body& body, const End& end) const {
-    constexpr int N = kGroupsAtOnce;
     const int64_t vectors = ceil_div(lanes, L);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t run = 0; run < groups; run += run_) {
         begin(row + r, first + run);
         const int64_t count = at_most(groups - run, run_);
-        const auto some = [&](auto size, int64_t c) __attribute__((always_inline)) {
+        for_groups(count, [&](auto size, int64_t c) __attribute__((always_inline)) {
           const LaneWord<A>* const of_groups = kByLanes ? words.at(r, run + c) : nullptr;
           for (int64_t g = 0; g < vectors; ++g) {
             const LaneWord<A>* const of_vector = kByLanes ? of_groups + g : nullptr;
             body(size, c, g, group_begin<A>(g, lanes), Counted<kByLanes>{of_vector, words.stride_x, L});
           }
-        };
-        int64_t c = 0;
-        for (; c + N <= count; c += N) some(Count<N>{}, c);
-        for (; c < count; ++c) some(Count<1>{}, c);
+        });
         end(count, vectors);
       }
     }

@@ -227,6 +227,11 @@ class SoftmaxTiles {
   std::unique_ptr<A[]> memory_;
 };
 
+// Whether in each pixel the channels of one map come after those of the map before, side by side.
+KPFUSED_INLINE bool channels_follow(const ValueView& view) {
+  return view.stride_inner == view.channels && (view.channels == 1 || view.stride_channel == 1);
+}
+
 // Planes of values that are read or written together, as they lie side by side where they do: of some maps, some channels
 // each, `stride` from plane to plane.
 struct PlaneGroup {
@@ -234,8 +239,7 @@ struct PlaneGroup {
 };
 KPFUSED_INLINE PlaneGroup group_of(const ValueView& view, int64_t maps) {
   if (maps > 1 && view.stride_inner == 1) return {maps, 1, 1};
-  if (maps > 1 && view.stride_channel == 1 && view.stride_inner == view.channels && view.channels > 0 &&
-      view.channels <= kTileChannels) {
+  if (maps > 1 && channels_follow(view) && view.channels > 0 && view.channels <= kTileChannels) {
     return {kTileChannels / view.channels, view.channels, 1};
   }
   return {1, kTileChannels, view.stride_channel};
