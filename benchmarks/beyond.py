@@ -137,7 +137,8 @@ def forward_backward(function: Callable[..., Any], *inputs: Tensor) -> Thunk:
 class Comparison:
     """``thunk``, kpfused's, and ``other``, also kpfused's where ``cost``, else a peer's.
 
-    The figure of a cost is our time as a multiple of the other; elsewhere the reverse.
+    The figure of a cost is our time as a multiple of the other; elsewhere the reverse. ``reading`` does no more than
+    read what the cost is for, a mask: what it takes is another multiple of the other.
     """
 
     question: str
@@ -145,15 +146,28 @@ class Comparison:
     thunk: Thunk
     other: Thunk
     cost: bool
+    reading: Thunk | None = None
 
 
 def both_ways(
-    question: str, case: str, ours: Callable[..., Any], other: Callable[..., Any], inputs: Sequence[Tensor], cost: bool
+    question: str,
+    case: str,
+    ours: Callable[..., Any],
+    other: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    cost: bool,
+    reading: Thunk | None = None,
 ) -> Iterator[Comparison]:
     """Of two functions of the same inputs: forward, and forward with backward."""
-    yield Comparison(f"{question}, forward", case, lambda: ours(*inputs), lambda: other(*inputs), cost)
+    yield Comparison(f"{question}, forward", case, lambda: ours(*inputs), lambda: other(*inputs), cost, reading)
     thunks = forward_backward(ours, *inputs), forward_backward(other, *inputs)
-    yield Comparison(f"{question}, forward+backward", case, *thunks, cost)
+    yield Comparison(f"{question}, forward+backward", case, *thunks, cost, reading)
+
+
+def reading_of(mask: Tensor) -> Thunk:
+    """A sum over its bytes as they lie in memory, eight at a time: each is read once."""
+    words = torch.empty(0, dtype=torch.int64, device=mask.device).set_(mask.untyped_storage())
+    return words.sum
 
 
 Shrink = Callable[..., tuple[int, ...]]
@@ -188,7 +202,7 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
 
 
 def masks(device: str, shrink: Shrink) -> Iterator[Comparison]:
-    """What pixels that do not count cost, beside the same function of whole maps; and to read a mask."""
+    """What pixels that do not count cost, beside the same function of whole maps."""
     for layout in LAYOUTS:
         case = Case(shrink(16, 17, 256, 256), layout=layout)
         h = heatmaps(case, device)
@@ -204,17 +218,10 @@ def masks(device: str, shrink: Shrink) -> Iterator[Comparison]:
                 "mask": of_maps.contiguous(memory_format=torch.channels_last)
             }
         settings["valid_size of half the rows"] = {"valid_size": (height // 2, width)}
-        words = of_maps.view(torch.int64)
-        yield Comparison(
-            "a sum over mask (B, K, H, W), to read it, over forward",
-            case.label,
-            lambda words=words: words.sum(),
-            lambda h=h: kpfused.soft_argmax2d(h),
-            True,
-        )
         for name, keywords in settings.items():
-            masked = partial(kpfused.soft_argmax2d, **keywords)
-            yield from both_ways(f"{name} over all pixels", case.label, masked, kpfused.soft_argmax2d, [h], True)
+            question, masked = f"{name} over all pixels", partial(kpfused.soft_argmax2d, **keywords)
+            reading = reading_of(keywords["mask"]) if "mask" in keywords else None
+            yield from both_ways(question, case.label, masked, kpfused.soft_argmax2d, [h], True, reading)
     for shape in [(64, 17, 64, 64), (16, 17, 256, 256)]:
         for layout in LAYOUTS:
             case = Case(shrink(*shape), layout=layout)
@@ -230,7 +237,8 @@ def masks(device: str, shrink: Shrink) -> Iterator[Comparison]:
                 ),
             ]:
                 question = f"{name}, mask (B, K, H, W) over all pixels"  # in the order of the heatmap
-                yield from both_ways(question, case.label, partial(function, mask=mask), function, inputs, True)
+                masked = partial(function, mask=mask)
+                yield from both_ways(question, case.label, masked, function, inputs, True, reading_of(mask))
 
 
 def expectations(device: str, shrink: Shrink) -> Iterator[Comparison]:
@@ -262,12 +270,13 @@ def expectations(device: str, shrink: Shrink) -> Iterator[Comparison]:
                 yield from both_ways(f"composition over {name}", case.label, ours, composition, inputs, False)
 
 
-def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> dict[str, float]:
+def medians(each: Comparison, rounds: int, device: str) -> dict[str, float]:
     """Seconds of each, and the first as a multiple of the other: medians of ``rounds``, up to five times as many where
     calls are quick. A round of calls lasts a tenth of a millisecond at least, and one where there are launches: what
     takes less is repeated, and then finds in the caches what it reads.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    thunks = [each.thunk, each.other, *([each.reading] if each.reading else [])]
 
     def seconds(thunk: Thunk, calls: int) -> float:
         synchronize()
@@ -277,19 +286,24 @@ def medians(one: Thunk, other: Thunk, rounds: int, device: str) -> dict[str, flo
         synchronize()
         return (time.perf_counter() - start) / calls
 
-    for thunk in (one, other, one, other):  # what is set up at a first call counts for neither
+    for thunk in thunks * 2:  # what is set up at a first call counts for none
         thunk()
-    once = [seconds(thunk, 1) for thunk in (one, other)]
+    once = [seconds(thunk, 1) for thunk in thunks]
     least = 1e-3 if device == "cuda" else 1e-4
-    calls = [max(1, int(least / each)) for each in once]
-    found: tuple[list[float], list[float]] = ([], [])
+    calls = [max(1, int(least / took)) for took in once]
+    found: list[list[float]] = [[] for _ in thunks]
     a_round = sum(map(operator.mul, once, calls))
     for _ in range(min(max(rounds, int(0.3 / a_round)), 5 * rounds)):
-        for into, thunk, count in zip(found, (one, other), calls, strict=True):
+        for into, thunk, count in zip(found, thunks, calls, strict=True):
             into.append(seconds(thunk, count))
-    ratios = [a / b for a, b in zip(*found, strict=True)]
-    ours, theirs = (statistics.median(each) for each in found)
-    return {"median": ours, "other": theirs, "ratio": statistics.median(ratios), "rounds": len(ratios)}
+
+    def multiple(of: int) -> float:
+        return statistics.median(a / b for a, b in zip(found[of], found[1], strict=True))
+
+    stats = {"median": statistics.median(found[0]), "other": statistics.median(found[1]), "ratio": multiple(0)}
+    if each.reading:
+        stats["reading"] = multiple(2)
+    return {**stats, "rounds": len(found[0])}
 
 
 def check(device: str) -> None:
@@ -308,7 +322,7 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     for each in until_failure(comparisons(device, tiny)):
         try:
-            stats = medians(each.thunk, each.other, rounds, device)
+            stats = medians(each, rounds, device)
         except Exception as failure:
             not_measured(f"{each.question} at {each.case}", failure)
             continue
@@ -316,7 +330,8 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
             stats["ratio"] = 1 / stats["ratio"]
         extra = {"question": each.question, "case": each.case, "cost": each.cost, "device": device, "threads": 1}
         took = stats["median"] * 1e6
-        print(f"{each.question:58} {each.case:28} {took:12,.0f} us {stats['ratio']:8.2f}x", flush=True)
+        beside = f", {stats['reading']:.2f}x to read" if each.reading else ""
+        print(f"{each.question:58} {each.case:28} {took:12,.0f} us {stats['ratio']:8.2f}x{beside}", flush=True)
         yield row(f"{each.question}[{each.case}]", each.question, stats, kind="beyond", **extra)
         gc.collect()
     torch.set_num_threads(before)

@@ -37,6 +37,10 @@ def ratio(value: float | None) -> str:
     return f"**{shown}**" if value < 1 else shown
 
 
+def multiple(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f}×"  # noqa: RUF001
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -136,19 +140,18 @@ def host(rows: list[Row], statistic: str) -> str:
 def beyond(rows: list[Row]) -> list[str]:
     """What is asked of kpfused beyond the mean: its cost over the plain call's, then peers' over ours, then memory."""
     tables = []
-    for cost, title, figure in (
-        (True, "Cost beside the same call without it", "of the time without"),
-        (False, "Beside compositions of the same results", "composition"),
+    for cost, title, figures in (
+        (True, "Cost beside the same call without it", ["of the time without", "to read the mask"]),
+        (False, "Beside compositions of the same results", ["composition"]),
     ):
-        found = [row for row in rows if row["extra_info"].get("cost") is cost]
         lines = []
-        for row in found:
-            stats = row["stats"]
-            shown = f"{stats['ratio']:.2f}×" if cost else ratio(stats["ratio"])  # noqa: RUF001
-            lines.append(
-                [row["extra_info"]["question"], row["extra_info"]["case"], number(stats["median"] * 1e6), shown]
-            )
-        tables.append(f"**{title}, 1 thread** (median)\n\n{markdown(['', 'shape', f'{OURS}, µs', figure], lines)}")
+        for row in rows:
+            extra, stats = row["extra_info"], row["stats"]
+            if extra.get("cost") is not cost:
+                continue
+            shown = [multiple(stats["ratio"]), multiple(stats.get("reading"))] if cost else [ratio(stats["ratio"])]
+            lines.append([extra["question"], extra["case"], number(stats["median"] * 1e6), *shown])
+        tables.append(f"**{title}, 1 thread** (median)\n\n{markdown(['', 'shape', f'{OURS}, µs', *figures], lines)}")
     lines = [
         [row["extra_info"]["question"], row["extra_info"]["case"], f"{row['stats']['share_of_input']:.2%}"]
         for row in rows
