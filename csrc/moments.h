@@ -166,6 +166,12 @@ KPFUSED_HD Moments<A, V> moved(const Moments<A, V>& s, V peak, V at_x, V at_y, V
   return m;
 }
 
+// A peak and where it lies.
+template <class A>
+struct Place {
+  A peak, at_x, at_y;
+};
+
 // Whether b's peak wins over a's: the higher one does; of equal ones, the first in row order.
 template <class S>
 KPFUSED_HD auto second_wins(const S& a, const S& b) {

@@ -36,6 +36,13 @@ struct BetaView {
   int64_t divisor, modulus;
 };
 
+template <class A>
+KPFUSED_HD A beta_of(const BetaView& beta, int64_t n) {
+  if (!beta.values) return static_cast<A>(beta.value);
+  // One beta for all maps costs no division: kernels that sum over maps come here for each.
+  return static_cast<const A*>(beta.values)[beta.modulus == 1 ? 0 : n / beta.divisor % beta.modulus];
+}
+
 // Where the masks of maps begin. Maps that share one have strides of zero, and those of one image or clip may do so in any of
 // its dimensions, so that a mask has up to kMaskRuns extents of its own, the innermost first: their product is the number of
 // maps. Where maps are channels_last, those of one image are within the first.
@@ -136,6 +143,49 @@ struct BackwardParams {
   MapView grad_view;   // same extents as view; same kind of layout, dense
   void* grad_beta;     // [maps], d loss / d beta of that map, in the accumulation dtype; null where it is not wanted
   void* workspace;     // partial sums of grad_beta of split maps; null where the plan asks for none
+};
+
+// Volumes as stacks of slices, each of which is a map: that at depth d of volume v = o * inner + i is map
+// (o * depth + d) * inner + i.
+struct SliceView {
+  int64_t volumes, depth, inner;
+
+  KPFUSED_HD constexpr int64_t slices() const { return volumes * depth; }
+  KPFUSED_HD constexpr int64_t slice(int64_t v, int64_t d) const { return (v / inner * depth + d) * inner + v % inner; }
+};
+
+// Per volume, what its slices' gradients need of the whole: the values of VolumeStats (volumes.h), in the accumulation
+// dtype.
+constexpr int kVolumeStats = 13;
+
+// What merging slices, and taking the gradients of volumes apart, share.
+struct VolumeParams {
+  Dtype dtype;  // of the heatmap
+  SliceView view;
+  BetaView beta;  // of the slices
+  Units units;
+  double scale_z, offset_z;  // as Units
+  const void* slice_stats;   // [slices, kMomentStats], as the maps' forward left them
+};
+
+struct VolumeForwardParams {
+  VolumeParams volume;
+  const int64_t* slice_peaks;  // [slices, 2], likewise
+  bool fills_empty;            // of volumes in which nothing weighs, as in PixelView
+  double empty_value;
+  void* mean;           // [volumes, 3], (x, y, z)
+  MomentFields fields;  // as of maps, but covariance [volumes, 3, 3] and peak [volumes, 3]
+  void* stats;          // [volumes, kVolumeStats]
+};
+
+struct VolumeBackwardParams {
+  VolumeParams volume;
+  const void* stats;  // as forward left them
+  // With respect to the volumes' fields, dense in their shapes; null where there is none.
+  const void *grad_mean, *grad_covariance, *grad_entropy, *grad_logsumexp, *grad_peak_probability;
+  // And with respect to those of the slices: of the mean and the log-sum-exp always, of the others where they are asked
+  // for, which is null where they are not.
+  void *slice_mean, *slice_covariance, *slice_entropy, *slice_logsumexp, *slice_peak_probability;
 };
 
 // Values beside a batch of maps: that of channel c at pixel (y, x) of map (o, i) is at o * stride_outer + i *

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kpfused import checks
-from kpfused.kernels import Kernel, accumulator_dtype
+from kpfused.kernels import Kernel, accumulator_dtype, depth_dim
 
 
 def _require(condition: bool, message: str) -> None:
@@ -30,6 +30,10 @@ def check_op(heatmap: Tensor, beta: Tensor | None) -> None:
 def _check_call(kernel: Kernel, heatmap: Tensor, beta: Tensor | None, setting: int) -> None:
     _require(kernel.accepts(setting), f"setting {setting} means nothing to {kernel.name}")
     check_op(heatmap, beta)
+    if kernel.of_slices is not None:
+        depth = depth_dim(setting)
+        _require(heatmap.dim() - 2 >= -depth, "heatmap must be (..., D, H, W)")
+        _require(heatmap.shape[depth - 2] > 0, "heatmap must have at least one slice")
 
 
 def _fake_forward(
@@ -39,7 +43,7 @@ def _fake_forward(
     return tuple(
         torch.empty_like(heatmap)
         if size is None
-        else heatmap.new_empty(kernel.shape_of(i, heatmap), dtype=kernel.dtype_of(i, heatmap))
+        else heatmap.new_empty(kernel.shape_of(i, heatmap, setting), dtype=kernel.dtype_of(i, heatmap))
         for i, size in enumerate(kernel.sizes)
     )
 
@@ -50,12 +54,12 @@ def _fake_backward(kernel: Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
     _check_call(kernel, heatmap, beta, setting)
     leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
     for tensor, i in zip(rest, kernel.kept, strict=False):
-        fits = tensor.is_contiguous() and tensor.shape == kernel.shape_of(i, heatmap)
+        fits = tensor.is_contiguous() and tensor.shape == kernel.shape_of(i, heatmap, setting)
         fits = fits and tensor.dtype == kernel.dtype_of(i, heatmap)
         _require(fits, f"{kernel.name}_backward must be given what {kernel.name} returned for this heatmap")
     for grad, i in zip(grads, kernel.differentiable, strict=True):
-        fits = grad is None
-        fits = fits or (grad.dtype == kernel.dtype_of(i, heatmap) and grad.shape == kernel.shape_of(i, heatmap))
+        like = kernel.dtype_of(i, heatmap), kernel.shape_of(i, heatmap, setting)
+        fits = grad is None or (grad.dtype == like[0] and grad.shape == like[1])
         _require(fits, "gradients must have the shapes and dtype of the results")
     return torch.empty_like(heatmap), heatmap.new_empty(leading if needs_grad_beta else (0,), dtype=dtype)
 

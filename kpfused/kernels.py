@@ -21,7 +21,7 @@ from kpfused.results import SpatialMoments
 
 HAS_CUDA = bool(_C.build_info()["cuda"])
 _PEAK = SpatialMoments._fields.index("peak")
-_STATS, _MOMENT_STATS = 4, 8  # kStats and kMomentStats of csrc/params.h
+_STATS, _MOMENT_STATS, _VOLUME_STATS = 4, 8, 13  # kStats, kMomentStats and kVolumeStats of csrc/params.h
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,10 +62,13 @@ class Kernel:
     """Outputs without a gradient."""
     kept: tuple[int, ...]
     """Outputs that backward reads, in its order."""
-    pixel: int | None = None
-    """The output that is a pixel, in integers."""
+    pixels: tuple[int, ...] = ()
+    """Outputs that are pixels, in integers."""
     accepts: Callable[[int], bool] = lambda coordinates: coordinates in range(len(reference.COORDINATES))
     """Whether the op's own setting can be."""
+    of_slices: tuple[int, ...] | None = None
+    """Of an op on volumes, outputs that every slice has, where all others lack the dimension of depth; None of an op on
+    maps."""
 
     def __post_init__(self) -> None:
         ops = torch.ops.kpfused
@@ -102,11 +105,15 @@ class Kernel:
     def dtype_of(self, output: int, heatmap: Tensor) -> torch.dtype:
         if self.sizes[output] is None:
             return heatmap.dtype
-        return torch.int64 if output == self.pixel else accumulator_dtype(heatmap.dtype)
+        return torch.int64 if output in self.pixels else accumulator_dtype(heatmap.dtype)
 
-    def shape_of(self, output: int, heatmap: Tensor) -> tuple[int, ...]:
-        size = self.sizes[output]
-        return tuple(heatmap.shape) if size is None else (*heatmap.shape[:-2], *size)
+    def shape_of(self, output: int, heatmap: Tensor, setting: int) -> tuple[int, ...]:
+        size, leading = self.sizes[output], list(heatmap.shape[:-2])
+        if size is None:
+            return tuple(heatmap.shape)
+        if self.of_slices is not None and output not in self.of_slices:
+            del leading[depth_dim(setting)]
+        return (*leading, *size)
 
 
 def _compose_soft_argmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
@@ -117,6 +124,29 @@ def _compose_soft_argmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...
 def _compose_spatial_moments2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     beta, keywords = settings_of_reference(*settings)
     return reference.spatial_moments2d(heatmap, beta, **keywords)
+
+
+def depth_dim(setting: int) -> int:
+    """Among leading dimensions, that of depth: the last, or before it where the setting of an op on volumes says so."""
+    return -2 if setting < 0 else -1
+
+
+def beta_of_volumes(beta: Tensor, setting: int) -> Tensor:
+    """That of slices, which those of a volume share, without the dimension of depth."""
+    depth = depth_dim(setting)
+    return beta.select(depth, 0) if beta.dim() >= -depth else beta
+
+
+def _compose_spatial_moments3d(
+    heatmap: Tensor, beta: Tensor | None, beta_value: float, setting: int, *pixels: Any
+) -> tuple[Tensor, ...]:
+    mask, _, empty_value = (*pixels, None, None, None)[:3]
+    if setting < 0:
+        heatmap = heatmap.transpose(-3, -4)
+        mask = None if mask is None else mask.transpose(-3, -4)
+    each = beta_value if beta is None else beta_of_volumes(beta, setting)
+    units = reference.COORDINATES[max(setting, ~setting)]
+    return reference.spatial_moments3d(heatmap, each, coordinates=units, mask=mask, empty_value=empty_value)
 
 
 def _compose_spatial_softmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
@@ -163,7 +193,20 @@ MOMENTS2D = Kernel(
     sizes=((2,), (2, 2), (), (), (2,), (), (_MOMENT_STATS,)),
     constant=(_PEAK, 6),
     kept=(6, _PEAK),
-    pixel=_PEAK,
+    pixels=(_PEAK,),
+)
+# Of volumes (..., D, H, W); its setting: coordinates. Or of (..., D, K, H, W), as channels_last_3d has them in memory;
+# its setting: ~coordinates, which is negative. Beta and mask are those of slices; there is no valid size. Behind the
+# moments come the slices' stats, their peaks, and the volumes' stats.
+MOMENTS3D = Kernel(
+    "spatial_moments3d",
+    _compose_spatial_moments3d,
+    sizes=((3,), (3, 3), (), (), (3,), (), (_MOMENT_STATS,), (2,), (_VOLUME_STATS,)),
+    constant=(_PEAK, 6, 7, 8),
+    kept=(6, 7, 8),
+    pixels=(_PEAK, 7),
+    accepts=lambda setting: max(setting, ~setting) in range(len(reference.COORDINATES)),
+    of_slices=(6, 7),
 )
 SOFTMAX2D = Kernel("spatial_softmax2d", _compose_spatial_softmax2d, sizes=(None, (_STATS,)), constant=(1,), kept=(1,))
 # beta means nothing to it, and there are no stats to keep.
@@ -175,10 +218,10 @@ WINDOW_MASS2D = Kernel(
     sizes=((), (_MOMENT_STATS,), (2,)),
     constant=(1, 2),
     kept=(0, 1, 2),
-    pixel=2,
+    pixels=(2,),
     accepts=lambda window: window % 2 == 1,
 )
-KERNELS = (SOFT_ARGMAX2D, MOMENTS2D, SOFTMAX2D, EXPECTATION2D, WINDOW_MASS2D)
+KERNELS = (SOFT_ARGMAX2D, MOMENTS2D, MOMENTS3D, SOFTMAX2D, EXPECTATION2D, WINDOW_MASS2D)
 
 
 def foldable(tensor: Tensor, leading: torch.Size, trailing: int = 0) -> Tensor:

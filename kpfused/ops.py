@@ -8,7 +8,6 @@ PyTorch asks of every op: derivatives, batching rules and fake kernels.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kpfused import autograd, fake, reference, vmap
-from kpfused.dtensor import is_distributed, prepare_distributed, sharding_rules, together
+from kpfused import autograd, fake, vmap
+from kpfused.dtensor import is_distributed, prepare_distributed, sharding_rules
 from kpfused.kernels import (
     EXPECTATION2D,
     HAS_CUDA,
     KERNELS,
     MOMENTS2D,
+    MOMENTS3D,
     SOFT_ARGMAX2D,
     SOFTMAX2D,
     WINDOW_MASS2D,
@@ -31,7 +31,6 @@ from kpfused.kernels import (
     foldable,
 )
 from kpfused.results import SpatialMoments
-from kpfused.volume import merge_slices
 
 # By names of their own: each dot of the way to them is a look into a dictionary, at every call.
 is_compiling, transforms_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
@@ -50,31 +49,31 @@ def soft_argmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, coord
             None (contiguous int64 ``(..., 2)``, height and width, leading dimensions as those of beta), and empty
             value or None.
     """
-    return _call(SOFT_ARGMAX2D, heatmap, beta, beta_value, coordinates, *pixels)[0]
+    return call(SOFT_ARGMAX2D, heatmap, beta, beta_value, coordinates, *pixels)[0]
 
 
 def spatial_moments2d(
     heatmap: Tensor, beta: Tensor | None, beta_value: float, coordinates: int, *pixels: Any
 ) -> SpatialMoments:
     """Moments of checked arguments, which are those of :func:`soft_argmax2d`."""
-    return SpatialMoments(*_call(MOMENTS2D, heatmap, beta, beta_value, coordinates, *pixels)[:_FIELDS])
+    return SpatialMoments(*call(MOMENTS2D, heatmap, beta, beta_value, coordinates, *pixels)[:_FIELDS])
 
 
 def spatial_softmax2d(heatmap: Tensor, beta: Tensor | None, beta_value: float, *pixels: Any) -> Tensor:
     """The softmax map of checked arguments, which are those of :func:`soft_argmax2d`."""
-    return _call(SOFTMAX2D, heatmap, beta, beta_value, 0, *pixels)[0]
+    return call(SOFTMAX2D, heatmap, beta, beta_value, 0, *pixels)[0]
 
 
 def expectation2d(probabilities: Tensor, coordinates: int, *pixels: Any) -> Tensor:
     """Expected coordinates under probability maps, of checked arguments."""
-    return _call(EXPECTATION2D, probabilities, None, 1.0, coordinates, *pixels)[0]
+    return call(EXPECTATION2D, probabilities, None, 1.0, coordinates, *pixels)[0]
 
 
 def window_mass(
     heatmap: Tensor, size: int, around: str, beta: Tensor | None, beta_value: float, *pixels: Any
 ) -> Tensor:
     """Probability within a window, of checked arguments, which else are those of :func:`soft_argmax2d`."""
-    return _call(WINDOW_MASS2D, heatmap, beta, beta_value, -size if around == "peak" else size, *pixels)[0]
+    return call(WINDOW_MASS2D, heatmap, beta, beta_value, -size if around == "peak" else size, *pixels)[0]
 
 
 def spatial_moments3d(
@@ -86,32 +85,15 @@ def spatial_moments3d(
     empty_value: float | None,
 ) -> SpatialMoments:
     """Moments of volumes ``(..., D, H, W)``, slice by slice; beta broadcasts against ``(..., D)``."""
-    names = reference.COORDINATES
-    number = beta_value if beta is None else beta
-    if takes_composition(heatmap):
-        each = number[..., 0] if isinstance(number, Tensor) else number
-        settings = {"coordinates": names[coordinates], "mask": mask, "empty_value": empty_value}
-        return reference.spatial_moments3d(heatmap, each, **settings)  # type: ignore[arg-type]
     # The dimension before depth goes behind it where it lies so in memory, as in channels_last_3d.
-    swap = heatmap.dim() > 3 and heatmap.stride(-4) < heatmap.stride(-3)
-    if swap:
-        heatmap = heatmap.transpose(-3, -4)
+    if heatmap.dim() > 3 and heatmap.stride(-4) < heatmap.stride(-3):
+        heatmap, coordinates = heatmap.transpose(-3, -4), ~coordinates
         mask = None if mask is None else mask.transpose(-3, -4)
         beta = None if beta is None else _swapped(beta, heatmap.shape[:-2])
-    *fields, stats = _call(MOMENTS2D, heatmap, beta, beta_value, coordinates, mask, None, 0.0)
-    if swap:
-        depth_dim = heatmap.dim() - 4
-        *fields, stats = (f.transpose(depth_dim, depth_dim + 1) for f in (*fields, stats))
-    slices = SpatialMoments(*fields)
-    if is_distributed(stats):
-        slices, stats = sharding_rules().with_whole_depth(slices, stats)
-    z = reference.coordinate_axis(stats.shape[-2], names[coordinates], dtype=stats.dtype, device=stats.device)
-    stats, z = together(stats, z)
-    if isinstance(number, Tensor):
-        stats, number = together(stats, number)
-    if mask is not None and empty_value is None:
-        empty_value = math.nan
-    return merge_slices(slices, stats, number, z, empty_value)
+    if is_distributed(heatmap, beta, mask):
+        return sharding_rules().spatial_moments3d(heatmap, beta, beta_value, coordinates, mask, empty_value)  # type: ignore[no-any-return]
+    pixels = () if mask is None and empty_value is None else (mask, None, empty_value)
+    return SpatialMoments(*call(MOMENTS3D, heatmap, beta, beta_value, coordinates, *pixels)[:_FIELDS])
 
 
 def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
@@ -120,7 +102,7 @@ def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
     return foldable(beta.transpose(-1, -2), leading).contiguous()
 
 
-def _call(
+def call(
     kernel: Kernel, heatmap: Tensor, beta: Tensor | None, beta_value: float, setting: int, *pixels: Any
 ) -> tuple[Tensor, ...]:
     """The outputs of a kernel: all of them, or the results alone."""

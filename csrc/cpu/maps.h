@@ -39,13 +39,6 @@ struct MapWalk {
   }
 };
 
-template <class A>
-KPFUSED_INLINE A beta_of(const BetaView& beta, int64_t map) {
-  if (!beta.values) return A(beta.value);
-  const int64_t index = beta.modulus == 1 ? 0 : map / beta.divisor % beta.modulus;
-  return static_cast<const A*>(beta.values)[index];
-}
-
 // The centred coordinate of pixel i, exact to the last bit below 2^23 pixels.
 template <class A>
 KPFUSED_INLINE A centred(int64_t i, int64_t extent) {

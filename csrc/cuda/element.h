@@ -80,12 +80,6 @@ KPFUSED_DEVICE int64_t map_offset(const MapView& view, int64_t n) {
   return n / view.inner * view.stride_outer + n % view.inner * view.stride_inner;
 }
 
-template <class A>
-KPFUSED_DEVICE A beta_of(const BetaView& beta, int64_t n) {
-  if (!beta.values) return static_cast<A>(beta.value);
-  return static_cast<const A*>(beta.values)[n / beta.divisor % beta.modulus];
-}
-
 // Pixel i of an axis of `size`, counted from the centre.
 template <class A>
 KPFUSED_DEVICE A centred(int64_t i, int64_t size) {

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   const CountedPixels counted = counted_pixels(of.pixels, of.view, n);
   const Softmax<A> softmax = softmax_of<A>(of, n);
   const MapValues<T> values(p.values, of, n, value_box<A>(p.values, of, n), area.first_row());
-  const A beta = of.is_probability ? A(1) : softmax_beta<A>(of.beta, n);
+  const A beta = of.is_probability ? A(1) : beta_of<A>(of.beta, n);
   const A* const grad = static_cast<const A*>(p.grad) + n * channels;
   const bool ones = !p.grad;
   const A* const mean = static_cast<const A*>(p.expectation) + n * channels;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
     for (int row = 0; row < rows; row += N * plan.ty) {
       const int left = valid < rows ? valid - row : rows - row;
       A logit[N], q[N] = {};
-      load_logits(h, step, left, plan.ty, logit);
+      load_logits(h, step, softmax.is_probability ? 0 : left, plan.ty, logit);
       const T* value = row_values;
       for (int64_t c = 0; c < channels; c += C, value += C * p.values.view.stride_channel) {
         A v[N][C];

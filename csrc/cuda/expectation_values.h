@@ -81,7 +81,7 @@ struct Sharing {
 #pragma unroll
       for (int k = 0; k < N; ++k) stats[k] = stats_of<A>(of, k < maps ? n + k * near_maps : n);
 #pragma unroll
-      for (int k = 0; k < N; ++k) beta[k] = softmax_beta<A>(of.beta, k < maps ? n + k * near_maps : n);
+      for (int k = 0; k < N; ++k) beta[k] = beta_of<A>(of.beta, k < maps ? n + k * near_maps : n);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         w[k] = softmax_of(stats[k], beta[k])(w[k]);

@@ -22,12 +22,6 @@ struct Tuple {
   A at[n];
 };
 
-// A peak and where it lies, of Moments.
-template <class A>
-struct Place {
-  A peak, at_x, at_y;
-};
-
 KPFUSED_DEVICE float from_lane(float x, int lane_mask) { return __shfl_xor_sync(kAllLanes, x, lane_mask); }
 KPFUSED_DEVICE double from_lane(double x, int lane_mask) { return __shfl_xor_sync(kAllLanes, x, lane_mask); }
 template <class A, int n>

@@ -19,12 +19,6 @@ struct Softmax {
   }
 };
 
-// One beta for all maps costs no division: kernels that sum over maps come here for each.
-template <class A>
-KPFUSED_DEVICE A softmax_beta(const BetaView& beta, int64_t n) {
-  return beta.values && beta.modulus == 1 ? *static_cast<const A*>(beta.values) : beta_of<A>(beta, n);
-}
-
 template <class A>
 KPFUSED_DEVICE Stats<A> stats_of(const SoftmaxParams& p, int64_t n) {
   return *reinterpret_cast<const Stats<A>*>(static_cast<const A*>(p.stats) + n * p.stats_stride);
@@ -40,7 +34,7 @@ template <class A>
 KPFUSED_DEVICE Softmax<A> softmax_of(const SoftmaxParams& p, int64_t n) {
   if (p.is_probability) return {A(1), A(1), A(0), A(1), true, false};
   const Stats<A> stats = stats_of<A>(p, n);
-  Softmax<A> softmax = softmax_of(stats, softmax_beta<A>(p.beta, n));
+  Softmax<A> softmax = softmax_of(stats, beta_of<A>(p.beta, n));
   softmax.empty = is_empty(p.pixels, stats.sum);
   return softmax;
 }

@@ -5,8 +5,10 @@
 #include "../cpu/expectation2d.h"
 #include "../cpu/pages.h"
 #include "../cpu/soft_argmax2d.h"
+#include "../cpu/volumes.h"
 #include "../cuda/expectation2d.h"
 #include "../cuda/soft_argmax2d.h"
+#include "../cuda/volumes.h"
 #include "stream.h"
 #include "tensors.h"
 
@@ -25,6 +27,8 @@ struct Cpu {
   static void run(const ForwardParams& p, const Tensor&) { cpu::soft_argmax2d_forward(p); }
   static void run(const BackwardParams& p, const Tensor&) { cpu::soft_argmax2d_backward(p); }
   static void run(const ExpectationSteps& steps, const Tensor&) { cpu::expectation(steps); }
+  static void run(const VolumeForwardParams& p, const Tensor&) { cpu::merge_slices(p); }
+  static void run(const VolumeBackwardParams& p, const Tensor&) { cpu::spread_gradients(p); }
 
   // Of memory that a kernel is to fill.
   static void prepare(const Tensor& dense) {
@@ -54,9 +58,12 @@ struct Cuda {
     if (error == 0 && steps.values) error = cuda::expectation_values(*steps.values, stream);
     return error;
   }
+  static int launch(const VolumeForwardParams& p, cuda::Stream stream) { return cuda::merge_slices(p, stream); }
+  static int launch(const VolumeBackwardParams& p, cuda::Stream stream) { return cuda::spread_gradients(p, stream); }
   static void prepare(const Tensor&) {}
   static void check(int error) {
-    STD_TORCH_CHECK(error == 0, "kpfused: a CUDA kernel could not be launched: ", cuda::error_string(error));
+    STD_TORCH_CHECK(error == 0, "kpfused: a CUDA kernel could not be launched: ", cuda::error_string(error),
+                    ". A kernel before it may be the cause: set CUDA_LAUNCH_BLOCKING=1 to see which");
   }
 };
 #endif

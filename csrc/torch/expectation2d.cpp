@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "backends.h"
+#include "schemas.h"
 #include "steps.h"
 
 namespace kpfused {
@@ -161,7 +162,6 @@ Pair window_backward(Tensor grad, Tensor heatmap, Tensor mass, Tensor stats, Ten
 
 }  // namespace
 
-#define KPFUSED_PIXELS "Tensor? mask=None, Tensor? valid_size=None, float? empty_value=None"
 #define KPFUSED_MAP_FORWARD(result)                                                                             \
   "(Tensor heatmap, Tensor? beta, float beta_value, int coordinates, " KPFUSED_PIXELS ") -> (Tensor " result \
   ", Tensor stats)"

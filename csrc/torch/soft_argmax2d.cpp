@@ -4,8 +4,9 @@
 #include <tuple>
 #include <utility>
 
-#include "arguments.h"
 #include "backends.h"
+#include "gradient.h"
+#include "schemas.h"
 
 namespace kpfused {
 namespace {
@@ -50,57 +51,6 @@ MomentTensors moments_forward(Tensor heatmap, std::optional<Tensor> beta, double
   return {mean, covariance, entropy, logsumexp, peak, peak_probability, stats};
 }
 
-// The upstream gradient (..., 2) as strides per map and per coordinate. The gradient of a sum is one expanded element;
-// it and contiguous tensors are read in place.
-Tensor readable_grad(Tensor grad, BackwardParams* p) {
-  bool expanded = true;
-  for (const int64_t stride : grad.strides()) expanded &= stride == 0;
-  if (!expanded && !grad.is_contiguous()) grad = torch::stable::contiguous(grad);
-  p->grad_coordinates = grad.const_data_ptr();
-  p->grad_stride_map = expanded ? 0 : 2;
-  p->grad_stride_xy = expanded ? 0 : 1;
-  return grad;
-}
-
-// One gradient: the heatmap as a kernel reads it, and what the kernel writes to. `result` is what the caller gets.
-struct Gradient {
-  Tensor heatmap, result, grad_heatmap, grad_beta;
-  Settings settings;
-  BackwardParams params;
-
-  Gradient(Tensor input, const Tensor& stats, Settings given, bool needs_grad_beta, bool with_moments)
-      : heatmap(std::move(input)), result(kpfused::empty_like(heatmap)), grad_heatmap(result),
-        settings(std::move(given)) {
-    STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-    const Layout layout = readable(heatmap, settings.mask, &grad_heatmap);
-    params = common_params<BackwardParams>(heatmap, layout, settings);
-    params.with_moments = with_moments;
-    check_of_maps(stats, with_moments ? kMomentStats : kStats, "stats");
-    params.stats = stats.const_data_ptr();
-    STD_TORCH_CHECK(stats.is_contiguous(), "stats must be what forward returned for this heatmap");
-    params.grad_view = layout.second;
-    params.grad_heatmap = grad_heatmap.mutable_data_ptr();
-    grad_beta = empty(heatmap, needs_grad_beta ? leading_sizes(heatmap) : std::vector<int64_t>{0},
-                      accumulator_of(params.dtype));
-    params.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
-  }
-
-  // `values` numbers of the accumulation dtype for every map.
-  void check_of_maps(const Tensor& tensor, int64_t values, const char* name) const {
-    check_device(tensor, heatmap, name);
-    STD_TORCH_CHECK(tensor.scalar_type() == accumulator_of(params.dtype) && tensor.numel() == params.view.maps() * values,
-                    name, " must have the shape and dtype of what forward returned for this heatmap");
-  }
-
-  template <class Backend>
-  std::tuple<Tensor, Tensor> run() {
-    Backend::prepare(grad_heatmap);
-    kpfused::run<Backend>(params, heatmap);
-    if (grad_heatmap.get() != result.get()) torch::stable::copy_(result, grad_heatmap);
-    return {result, grad_beta};
-  }
-};
-
 template <class Backend>
 std::tuple<Tensor, Tensor> backward(Tensor grad_coordinates, Tensor heatmap, Tensor stats, std::optional<Tensor> beta,
                                     double beta_value, int64_t coordinates, bool needs_grad_beta,
@@ -133,9 +83,7 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
     gradient.check_of_maps(*grad_mean, 2, "grad_mean");
     grad_mean = readable_grad(*grad_mean, &p);
   }
-  check_device(peak, heatmap, "peak");
-  STD_TORCH_CHECK(peak.scalar_type() == ScalarType::Long && peak.is_contiguous() && peak.numel() == p.view.maps() * 2,
-                  "peak must be what forward returned for this heatmap");
+  gradient.check_peaks(peak);
   p.moments = {dense(grad_covariance, 4, "grad_covariance"), dense(grad_entropy, 1, "grad_entropy"),
                dense(grad_logsumexp, 1, "grad_logsumexp"),
                dense(grad_peak_probability, 1, "grad_peak_probability"),
@@ -148,23 +96,10 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
 // Each kernel goes by two names. The one users and compilers see has an autograd formula (kpfused/autograd.py); the one
 // with an underscore has none, so that the eager path, which brings its own autograd.Function, passes no Python between
 // the dispatcher and the kernel.
-// Arguments of every forward and of every backward, behind those of its own.
-#define KPFUSED_SETTINGS "Tensor? beta, float beta_value, int coordinates"
-#define KPFUSED_PIXELS "Tensor? mask=None, Tensor? valid_size=None, float? empty_value=None"
-#define KPFUSED_FORWARD(returns) \
-  "(Tensor heatmap, " KPFUSED_SETTINGS ", " KPFUSED_PIXELS ") -> (" returns ")"
-#define KPFUSED_BACKWARD(gradients, kept)                                                                          \
-  "(" gradients ", Tensor heatmap, " kept ", " KPFUSED_SETTINGS ", bool needs_grad_beta, " KPFUSED_PIXELS ") -> " \
-  "(Tensor grad_heatmap, Tensor grad_beta)"
-
 #define KPFUSED_SOFT_ARGMAX2D KPFUSED_FORWARD("Tensor coordinates, Tensor stats")
 #define KPFUSED_SOFT_ARGMAX2D_BACKWARD KPFUSED_BACKWARD("Tensor grad_coordinates", "Tensor stats")
-#define KPFUSED_MOMENTS2D                                                                                       \
-  KPFUSED_FORWARD("Tensor mean, Tensor covariance, Tensor entropy, Tensor logsumexp, Tensor peak, " \
-                  "Tensor peak_probability, Tensor stats")
-#define KPFUSED_MOMENTS2D_BACKWARD                                                                                   \
-  KPFUSED_BACKWARD("Tensor? grad_mean, Tensor? grad_covariance, Tensor? grad_entropy, Tensor? grad_logsumexp, " \
-                   "Tensor? grad_peak_probability", "Tensor stats, Tensor peak")
+#define KPFUSED_MOMENTS2D KPFUSED_FORWARD(KPFUSED_MOMENTS ", Tensor stats")
+#define KPFUSED_MOMENTS2D_BACKWARD KPFUSED_BACKWARD(KPFUSED_MOMENT_GRADIENTS, "Tensor stats, Tensor peak")
 
 STABLE_TORCH_LIBRARY(kpfused, m) {
   m.def("soft_argmax2d" KPFUSED_SOFT_ARGMAX2D);

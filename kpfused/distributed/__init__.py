@@ -20,9 +20,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from kpfused.distributed import maps, moments
-from kpfused.distributed.share import MOMENT_STATS, STATS, prepare, prepare_values, together, with_whole_depth
+from kpfused.distributed.share import MOMENT_STATS, STATS, prepare, prepare_values, together
+from kpfused.distributed.volumes import spatial_moments3d
 
-__all__ = ["prepare", "prepare_values", "together", "with_whole_depth"]
+__all__ = ["prepare", "prepare_values", "spatial_moments3d", "together"]
 
 
 def _register(name: str, rule: Callable[..., Any]) -> None:

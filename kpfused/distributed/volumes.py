@@ -1,22 +1,51 @@
 # SPDX-License-Identifier: MIT
-r"""Volumes as stacks of slices: each slice is a map, and what its map leaves is merged along the depth.
+r"""Volumes, sharded or not, as stacks of slices: what the slices' maps leave is merged along the depth, in torch.
 
-A slice leaves its moments and the weight of all its pixels, relative to the volume's peak. With slices :math:`d` of
-weight :math:`\pi_d`, mean :math:`\mu_d`, covariance :math:`C_d` and entropy :math:`S_d`, the volume has mean
-:math:`\sum \pi_d \mu_d`, covariance :math:`\sum \pi_d (C_d + (\mu_d - \mu)(\mu_d - \mu)^T)` and entropy
-:math:`\sum \pi_d (S_d - \log \pi_d)`. All tensors here hold a few numbers a slice.
+As csrc/volumes.h has it for whole volumes, which see. All tensors here hold a few numbers a slice; of slices that are
+sharded over depth, they are gathered.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from kpfused.reference import filled
+from kpfused import ops, reference
+from kpfused.distributed.share import together, with_whole_depth
+from kpfused.kernels import MOMENTS2D, beta_of_volumes
 from kpfused.results import SpatialMoments
 
 
-def merge_slices(
+def spatial_moments3d(
+    heatmap: Tensor,
+    beta: Tensor | None,
+    beta_value: float,
+    setting: int,
+    mask: Tensor | None,
+    empty_value: float | None,
+) -> SpatialMoments:
+    """As the op of ``kernels.MOMENTS3D``, where one of the tensors is a ``DTensor``."""
+    coordinates = max(setting, ~setting)
+    # Slices in which nothing weighs are finite, whatever becomes of their volume.
+    *fields, stats = ops.call(MOMENTS2D, heatmap, beta, beta_value, coordinates, mask, None, 0.0)
+    if setting < 0:
+        depth = heatmap.dim() - 4
+        *fields, stats = (f.transpose(depth, depth + 1) for f in (*fields, stats))
+    slices, stats = with_whole_depth(SpatialMoments(*fields), stats)
+    units = reference.COORDINATES[coordinates]
+    z = reference.coordinate_axis(stats.shape[-2], units, dtype=stats.dtype, device=stats.device)
+    stats, z = together(stats, z)
+    number: Tensor | float = beta_value
+    if beta is not None:
+        stats, number = together(stats, beta_of_volumes(beta, setting).unsqueeze(-1))
+    if mask is not None and empty_value is None:
+        empty_value = math.nan
+    return _merge_slices(slices, stats, number, z, empty_value)
+
+
+def _merge_slices(
     slices: SpatialMoments, stats: Tensor, beta: Tensor | float, z: Tensor, empty_value: float | None
 ) -> SpatialMoments:
     """Moments of volumes from those of their slices ``(..., D)``.
@@ -49,7 +78,7 @@ def merge_slices(
     )
     if empty_value is not None:
         empty = (stats[..., 1] == 0).all(-1)
-        real = tuple(filled(field, empty, empty_value) for field in real)
+        real = tuple(reference.filled(field, empty, empty_value) for field in real)
     mean, covariance, entropy, logsumexp, chance = real
     return SpatialMoments(mean, covariance, entropy, logsumexp, torch.cat((peak, index), -1), chance)
 
