@@ -24,7 +24,7 @@ except ImportError as error:
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'"(.+)"', (ROOT / "kpfused/version.py").read_text())[1]
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 
 

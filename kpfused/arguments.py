@@ -48,7 +48,9 @@ def counting(
             for n in valid_size
         )
         height, width = dtensor.together(height, width)
-        size = torch.stack((height + 0 * width, width + 0 * height), -1)
+        if height.shape != width.shape:  # where they are alike, a stack is all that is launched
+            height, width = height + 0 * width, width + 0 * height
+        size = torch.stack((height, width), -1)
         if height.dim() or width.dim():
             size = kernels.foldable(size, heatmap.shape[:-2], trailing=1).contiguous()
     return mask, size, empty_value

@@ -7,13 +7,11 @@
 
 namespace kpfused::cuda {
 
-inline bool multiple_of_vector(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
-
-// Whether whole vectors along rows, or along channels, are aligned in every map of a view.
-inline bool vectors_aligned(const MapView& v, int size, bool channels) {
-  const auto whole = [size](int64_t stride) { return stride * size % kVectorBytes == 0; };
-  return whole(v.stride_y) && (v.outer == 1 || whole(v.stride_outer)) &&
-         (channels ? whole(v.stride_x) : v.inner == 1 || whole(v.stride_inner));
+// Whether vectors of `bytes` along rows, or along channels, are aligned in every map of a view that begins at p.
+inline bool vectors_aligned(const void* p, const MapView& v, int size, int bytes, bool channels) {
+  const auto whole = [=](int64_t stride) { return stride * size % bytes == 0; };
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0 && whole(v.stride_y) &&
+         (v.outer == 1 || whole(v.stride_outer)) && (channels ? whole(v.stride_x) : v.inner == 1 || whole(v.stride_inner));
 }
 
 // Whether the kernels of moments take it: they also know masks, for which the others have no registers to spare.
@@ -27,20 +25,23 @@ PlanKey plan_key(const Params& p, bool aligned) {
   return {p.dtype, p.view.height, p.view.width, p.view.stride_x == 1 ? 0 : p.view.inner, aligned, takes_moments(p)};
 }
 
+// Bytes of the widest load that its kernels have.
+template <class Params>
+int vector_bytes(const Params& p) {
+  const int size = element_size(p.dtype);
+  return widest(size, p.view.stride_x != 1, takes_moments(p)) * size;
+}
+
 inline Plan plan_of(const ForwardParams& p) {
-  const bool channels = p.view.stride_x != 1;
-  return choose_plan(plan_key(p,
-                              multiple_of_vector(p.heatmap) &&
-                                  vectors_aligned(p.view, element_size(p.dtype), channels)));
+  const int size = element_size(p.dtype);
+  return choose_plan(plan_key(p, vectors_aligned(p.heatmap, p.view, size, vector_bytes(p), p.view.stride_x != 1)));
 }
 
 inline Plan plan_of(const BackwardParams& p) {
   const bool channels = p.view.stride_x != 1;
-  const int size = element_size(p.dtype);
-  return choose_plan(plan_key(p,
-                              multiple_of_vector(p.heatmap) && multiple_of_vector(p.grad_heatmap) &&
-                                  vectors_aligned(p.view, size, channels) &&
-                                  vectors_aligned(p.grad_view, size, channels)));
+  const int size = element_size(p.dtype), bytes = vector_bytes(p);
+  return choose_plan(plan_key(p, vectors_aligned(p.heatmap, p.view, size, bytes, channels) &&
+                                     vectors_aligned(p.grad_heatmap, p.grad_view, size, bytes, channels)));
 }
 
 // What no grid can hold becomes the most that an unsigned holds, which the launch refuses.

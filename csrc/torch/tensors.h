@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "../layout.h"
@@ -33,15 +35,25 @@ inline ScalarType accumulator_of(Dtype dtype) {
   return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+inline int64_t elements(const int64_t* sizes, int64_t dims) {
+  int64_t count = 1;
+  for (int64_t d = 0; d < dims; ++d) count *= sizes[d];
+  return count;
+}
+
 // An uninitialised tensor on the device of `like`. Through the C shim: stable::new_empty and stable::empty_like go through
 // the dispatcher with boxed arguments, which costs a multiple of the allocation.
 inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      like.get_device_index(), &handle));
+      like.get_device_index(), &handle);
+  // The shim keeps torch's own error to itself. In these words, training loops look for what they can recover from.
+  STD_TORCH_CHECK(error == 0, device_type == aoti_torch_device_type_cpu() ? "DefaultCPUAllocator: can't allocate memory"
+                                                                         : "CUDA out of memory",
+                  ". kpfused asked for a tensor of ", elements(sizes, dims), " elements");
   return Tensor(handle);
 }
 
@@ -51,9 +63,24 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
   return empty_strided(like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
+// Whether a tensor's elements fill one stretch of memory, in whatever order of dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
 inline Tensor empty_like(const Tensor& tensor) {
-  // Other strides may have to be made dense, in the order that they have.
-  if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
+  // Other strides have to be made dense, in the order that they have.
+  if (!tensor.is_contiguous() && !is_dense(tensor)) return torch::stable::empty_like(tensor);
   return empty_strided(tensor, tensor.sizes().data(), tensor.strides().data(), tensor.dim(), tensor.scalar_type());
 }
 
