@@ -25,8 +25,8 @@ RESULT = ROOT / "benchmarks/results/resources.md"
 
 # Per multiprocessor: 65536 registers, given out in units of 256 a warp; threads; shared memory in bytes.
 REGISTERS = 65536
-THREADS = {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
-SHARED = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}
+THREADS = {"75": 1024, "80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
+SHARED = {"75": 64, "80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}
 
 # Instructions an element that 4.3 TB/s leave to 132 multiprocessors of 128 lanes at 1.75 GHz: bytes an element over
 # bandwidth, times lanes. Forward reads an element, backward reads and writes it.

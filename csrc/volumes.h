@@ -136,16 +136,17 @@ KPFUSED_HD void write_volume(const VolumeForwardParams& p, int64_t v, const Volu
   p.fields.peak[3 * v + 2] = at;
 }
 
-// The gradients with respect to slice n's fields. One in which nothing weighs has none, whatever its volume.
+// The gradients with respect to slice n's fields. One in which nothing weighs has none, whatever its volume; of the others,
+// those that weigh nothing beside the rest have one only where the volume is no number.
 template <class A, class Exp2>
 KPFUSED_HD void write_slice_gradients(const VolumeBackwardParams& p, int64_t n, A beta, Exp2 exp2) {
   const VolumeParams& volume = p.volume;
   const int64_t row = n / volume.view.inner, d = row % volume.view.depth;
   const int64_t v = row / volume.view.depth * volume.view.inner + n % volume.view.inner;
   const VolumeStats<A> whole = static_cast<const VolumeStats<A>*>(p.stats)[v];
-  const Slice<A> s = slice_of(static_cast<const MomentStats<A>*>(volume.slice_stats)[n],
-                              depth_centred<A>(volume.view, d), whole.peak, sharpness(beta).scale, exp2);
-  const bool weighs = s.weight != A(0);
+  const MomentStats<A> own = static_cast<const MomentStats<A>*>(volume.slice_stats)[n];
+  const Slice<A> s = slice_of(own, depth_centred<A>(volume.view, d), whole.peak, sharpness(beta).scale, exp2);
+  const bool weighs = s.weight != A(0) || (own.sum != A(0) && whole.sum != whole.sum);
   const A share = weighs ? s.weight / whole.sum : A(0);
   const auto write = [&](void* to, int64_t i, A value) { static_cast<A*>(to)[i] = weighs ? value : A(0); };
   const auto upstream = [](const void* from, int64_t i) { return from ? static_cast<const A*>(from)[i] : A(0); };

@@ -37,8 +37,9 @@ def test_every_kernel_is_in(arch: str) -> None:
     # Expectations, four kernels a type: E, and the gradients of the map and of values, shared and not.
     expectations = [k for k in all_kernels(arch) if re.match("expectation_|values_gradient", k.short)]
     assert len(expectations) == 4 * 4
-    # And the merges, for both accumulators: states of means, of moments, dbeta, and parts of expectations.
-    assert len(all_kernels(arch)) == len(streaming(arch)) + len(expectations) + 2 * 4
+    # And the merges, for both accumulators: states of means, of moments, dbeta, and parts of expectations; and of
+    # slices, in both directions.
+    assert len(all_kernels(arch)) == len(streaming(arch)) + len(expectations) + 2 * 6
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -98,6 +98,7 @@ def expected_kernels() -> set[str]:
     for dtype in ("float", "double"):
         names.add(f"add_parts<A> by launch_add_parts<{dtype}>")
         names |= {f"{kernel} by launch_merge<{dtype}>" for kernel in ("merge_states<Moments<A>>", "add_grad_beta<A>")}
+        names |= {f"merge_volumes<{dtype}> by merge_slices", f"slice_gradients<{dtype}> by spread_gradients"}
     return names
 
 

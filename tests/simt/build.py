@@ -96,7 +96,7 @@ def build(kind: str, csrc: Path = CSRC, only: Sequence[str] | None = None, jobs:
     """The harness around the kernels in ``csrc``; or around the sources ``only`` of it and the project's own others."""
     flags = KINDS[kind]
     host = [*EMULATOR, *sorted((SIMT / "harness").glob("*.cpp"))]
-    public = ["params.h", "layout.h", "units.h", "cuda/soft_argmax2d.h", "cuda/expectation2d.h"]
+    public = ["params.h", "layout.h", "units.h", "cuda/soft_argmax2d.h", "cuda/expectation2d.h", "cuda/volumes.h"]
     host_reads = [*headers(SIMT, SIMT / "harness"), *(CSRC / name for name in public)]
     kernels = sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in {".cu", ".cpp"})
 

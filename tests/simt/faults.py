@@ -51,6 +51,7 @@ SIZED = "moments/float32/1x5x48x40/border/beta-number/dense/moments/mask+size"
 TIES = "moments/float32/1x5x96x72/ties"
 MOMENT_SOURCES = ("moments_float32.cu",)
 EXPECTATION_SOURCES = ("expectation2d.cu",)
+VOLUME_SOURCES = ("volumes.cu",)
 EXPECTATION = "expectation/float32/2x3x17x31"
 SHARED_VALUES = "expectation-shared/float32"
 
@@ -522,5 +523,56 @@ FAULTS = (
         report="read outside the maps: heatmap",
         cases="expectation-kinds/float32/2x5x24x20/peaked/beta-number/dense/moments/window",
         sources=EXPECTATION_SOURCES,
+    ),
+    # Volumes.
+    Fault(
+        name="warp_without_a_volume",
+        file="cuda/volumes.cu",
+        old="  if (v >= p.volume.view.volumes) return;  // a whole warp\n",
+        new="",
+        kind="asan",
+        report=MEMORY,
+        cases="volumes float32 3,1,5",
+        sources=VOLUME_SOURCES,
+    ),
+    Fault(
+        name="slice_behind_the_last",
+        file="cuda/volumes.cu",
+        old="if (n < p.volume.view.slices())",
+        new="if (n <= p.volume.view.slices())",
+        kind="asan",
+        report=MEMORY,
+        cases="volumes float32 3,1,5",
+        sources=VOLUME_SOURCES,
+    ),
+    Fault(
+        name="volume_written_by_every_lane",
+        file="cuda/volumes.cu",
+        old="if (lanes.lane == 0) write_volume",
+        new="write_volume",
+        kind="access",
+        report="written twice",
+        cases="volumes float32 3,1,5",
+        sources=VOLUME_SOURCES,
+    ),
+    Fault(
+        name="slices_beyond_the_first_warp_left_out",
+        file="volumes.h",
+        old="  VolumeSums<A> sums{};\n  for (int64_t d = team.first(); d < p.view.depth; d += team.step()) {",
+        new="  VolumeSums<A> sums{};\n  for (int64_t d = team.first(); d < p.view.depth; d += p.view.depth) {",
+        kind="access",
+        report="FAILED volumes.*mean",
+        cases="volumes float32 3,1,70",
+        sources=VOLUME_SOURCES,
+    ),
+    Fault(
+        name="slice_of_the_peak_from_another_lane",
+        file="cuda/volumes.cu",
+        old="return butterfly(place, kWarp, Higher{});",
+        new="return butterfly(place, kWarp / 2, Higher{});",
+        kind="access",
+        report="FAILED volumes",
+        cases="volumes float32 3,1,32",
+        sources=VOLUME_SOURCES,
     ),
 )

@@ -14,6 +14,7 @@
 #include "expectation.h"
 #include "places.h"
 #include "run.h"
+#include "volumes.h"
 
 #if defined(KPFUSED_SIMT_ASAN)
 #include <sanitizer/common_interface_defs.h>
@@ -93,6 +94,8 @@ std::vector<Test> all_tests() {
     add(c, c.name(), [c](const auto& orders, uint64_t seed) { return harness::run_case(c, orders, seed); });
   for (const harness::ExpectationCase& c : harness::expectation_cases())
     add(c.maps, c.name(), [c](const auto& orders, uint64_t seed) { return harness::run_expectation(c, orders, seed); });
+  for (const harness::VolumeCase& c : harness::volume_cases())
+    tests.push_back({"volumes", c.name(), simt::kOrders, [c](const auto& orders, uint64_t) { return harness::run_volume(c, orders); }});
   tests.push_back({"places", "places", 1, [](const auto&, uint64_t) { return harness::run_places(); }});
   return tests;
 }
