@@ -193,6 +193,7 @@ def comparisons(device: str, tiny: bool) -> Iterator[Comparison]:
     yield from expectations(device, shrink)
     for function, composition, shape in [
         (kpfused.soft_argmax1d, expectation1d, (256, 17, 384)),
+        (kpfused.soft_argmax3d, expectation3d, (2, 17, 16, 16, 16)),
         (kpfused.soft_argmax3d, expectation3d, (32, 18, 64, 64, 64)),
     ]:
         shape = (2, 3, *(16 for _ in shape[2:])) if tiny else shape

@@ -117,7 +117,14 @@ def functions(shape: tuple[int, ...]) -> dict[str, Callable[..., Tensor]]:
         found = api.spatial_moments2d(h, mask=pixels.to(h.device))
         return torch.cat((found.mean, found.covariance.flatten(-2), found.entropy[..., None]), -1)
 
+    def moments_of_volumes(api: Any, h: Tensor, **settings: Any) -> Tensor:
+        """With the keypoints for depth."""
+        found = api.spatial_moments3d(h, **settings)
+        return torch.cat((found.mean, found.covariance.flatten(-2), found.entropy[..., None]), -1)
+
     return {
+        "volumes": moments_of_volumes,
+        "volumes, mask": lambda api, h: moments_of_volumes(api, h, mask=mask.to(h.device)),
         "spatial_softmax2d": lambda api, h: api.spatial_softmax2d(h, 1.5),
         "spatial_softmax2d, mask": lambda api, h: api.spatial_softmax2d(h, mask=mask.to(h.device)),
         "spatial_expectation2d": lambda api, h, v: api.spatial_expectation2d(h, v, 1.5),
