@@ -158,7 +158,7 @@ class VolumeRun {
     return f;
   }
 
-  // Of the volume, as the documentation of merge_slices has it. `at`: the slice that has the peak.
+  // Of the volume, as the head of csrc/volumes.h has it. `at`: the slice that has the peak.
   static Fields merged(const std::vector<Fields>& slices, size_t at) {
     Real all = 0;
     for (const Fields& s : slices) all += std::exp(s[13]);
