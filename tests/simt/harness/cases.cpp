@@ -407,6 +407,15 @@ void add_moments(std::vector<Case>& cases) {
       }
     }
   }
+  // Whole pairs of channels, but no whole vectors of 16 bytes: as aligned as the loads of moments have to be.
+  for (const Counts counts : {Counts::all, Counts::own}) {
+    Case c = maps("moments", 3, 18, {5, 7});
+    c.channels_last = true;
+    c.counts = counts;
+    c.moments = true;
+    c.orders = 1;
+    add(cases, c);
+  }
   // What scales with beta lies below the smallest float32 here; dbeta does not.
   for (const bool channels_last : {false, true}) {
     for (const Betas betas : {Betas::zero, Betas::tiny}) {

@@ -234,7 +234,7 @@ class ExpectationRun {
     workspace.watch("workspace", Use::workspace);
     std::vector<const char*> outputs{kNames[1]};
     if (with_grad_beta) outputs.push_back(kNames[2]);
-    finish(kpfused::cuda::expectation_heatmap(p, nullptr), outputs, 1);
+    finish(kpfused::cuda::expectation_heatmap(p, nullptr), outputs, c_.is_probability ? 0 : 1);
   }
 
   void values_gradient() {
