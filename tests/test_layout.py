@@ -85,3 +85,11 @@ def test_beyond_32_bits_on_cuda(
     assert torch.Size(shape).numel() > 1 << 31
     check(torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout).normal_())
     torch.cuda.empty_cache()
+
+
+def test_out_of_memory_is_told_in_the_words_that_training_loops_look_for(device: str) -> None:
+    """Results of more bytes than there are addresses, of maps that share one pixel."""
+    heatmap = torch.zeros(1, 1, device=device).expand(1 << 23, 1 << 22, 1, 1)
+    words = "DefaultCPUAllocator: can't allocate memory" if device == "cpu" else r"CUDA out of memory\."
+    with pytest.raises(RuntimeError, match=words):
+        kpfused.soft_argmax2d(heatmap)
