@@ -49,6 +49,14 @@ KPFUSED_HD Box window_of(const Values& values, const MapView& view, const Stats<
           between(0, y + radius + 1, view.height)};
 }
 
+// The most that sums over a map's parts can be: of the mass of a window 1, which their rounding may exceed, or what empty
+// maps give; of all else there is no such bound.
+template <class A>
+KPFUSED_HD A most_of(const Values& values, const PixelView& pixels) {
+  if (values.kind != ValueKind::window) return A(INFINITY);
+  return pixels.fills_empty && pixels.empty_value > 1 ? static_cast<A>(pixels.empty_value) : A(1);
+}
+
 // Results and stats of map n. Without moments, what soft_argmax2d gives.
 template <class A, class W>
 KPFUSED_HD void write_fields(const ForwardParams& p, int64_t n, const Moments<W>& state, W beta) {

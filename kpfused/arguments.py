@@ -34,6 +34,7 @@ def counting(
     """Which pixels count, as an op takes it: nothing where all do."""
     if mask is None and valid_size is None and empty_value is None:
         return ()
+    checks.check_empty_value(empty_value)
     if mask is not None:
         checks.check_mask(mask, heatmap)
         mask = mask.expand(heatmap.shape)

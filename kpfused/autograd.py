@@ -85,12 +85,12 @@ def _backward_of(kernel: Kernel, op: Any, launch: Any = None) -> Callable[..., t
                 gradients = use(*grads, *saved, *settings, of_beta)
             else:
                 gradients = use(*grads, *saved[:own], *settings[:2], of_beta, *saved[own:], *settings[4:])
-        return gradients[0], _sum_to(gradients[1], saved[own - 1].shape) if of_beta else None, *of_settings
+        return gradients[0], sum_to(gradients[1], saved[own - 1].shape) if of_beta else None, *of_settings
 
     return backward
 
 
-def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+def sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     """``sum_to_size``; surplus dimensions by a sum, as its view is more than a DTensor with a sharded 1 can do."""
     surplus = tuple(range(tensor.dim() - len(shape)))
     return (tensor.sum(surplus) if surplus else tensor).sum_to_size(shape)

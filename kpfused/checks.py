@@ -18,29 +18,28 @@ _MOST_BETA, _LEAST_TEMPERATURE = 1e30, 1e-30
 _INDEX = {name: index for index, name in enumerate(COORDINATES)}
 
 
-def check_heatmap(heatmap: Tensor, dims: str = "HW") -> None:
+def check_heatmap(heatmap: Tensor, dims: str = "HW", name: str = "heatmap") -> None:
     """Accepts floating-point ``(..., H, W)``, or what else ``dims`` names, with at least one pixel."""
     if not isinstance(heatmap, Tensor):
-        raise TypeError(f"heatmap must be a torch.Tensor; got {type(heatmap).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(heatmap).__name__}")
     if heatmap.dtype not in _DTYPES:
-        raise TypeError(f"heatmap must be float32, float64, float16 or bfloat16; got {heatmap.dtype}")
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {heatmap.dtype}")
     if heatmap.layout is not torch.strided:
-        raise TypeError(f"heatmap must be a strided tensor; got layout {heatmap.layout}")
+        raise TypeError(f"{name} must be a strided tensor; got layout {heatmap.layout}")
     shape = heatmap.shape  # made anew at every access
     if len(shape) < len(dims):
         count = ("one dimension", "two dimensions", "three dimensions")[len(dims) - 1]
-        raise ValueError(f"heatmap must have at least {count} (..., {', '.join(dims)}); got shape {tuple(shape)}")
+        raise ValueError(f"{name} must have at least {count} (..., {', '.join(dims)}); got shape {tuple(shape)}")
     if 0 in shape[-len(dims) :]:
-        wanted = " and ".join(f"{name} >= 1" for name in dims)
-        raise ValueError(f"heatmap must have {wanted}; got shape {tuple(shape)}")
+        wanted = " and ".join(f"{dim} >= 1" for dim in dims)
+        raise ValueError(f"{name} must have {wanted}; got shape {tuple(shape)}")
 
 
 def check_depth(heatmap: Tensor, depth: int) -> None:
     """Accepts ``(..., K * D, H, W)`` for a depth D."""
     check_heatmap(heatmap, "CHW")
-    if isinstance(depth, bool) or not isinstance(depth, int):
-        raise TypeError(f"depth must be a number; got {type(depth).__name__}")
-    if depth < 1 or heatmap.shape[-3] % depth:
+    check_positive("depth", depth)
+    if heatmap.shape[-3] % depth:
         raise ValueError(f"depth must divide the {heatmap.shape[-3]} channels of heatmap; got {depth}")
 
 
@@ -87,12 +86,18 @@ def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float 
         raise ValueError(f"give beta or temperature, not both; got beta={beta!r} and temperature={temperature!r}")
 
 
-def check_num_keypoints(num_keypoints: int) -> None:
+def check_positive(name: str, count: int) -> None:
     """Accepts a count of at least one."""
-    if isinstance(num_keypoints, bool) or not isinstance(num_keypoints, int):
-        raise TypeError(f"num_keypoints must be an int; got {type(num_keypoints).__name__}")
-    if num_keypoints < 1:
-        raise ValueError(f"num_keypoints must be at least 1; got {num_keypoints}")
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int; got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1; got {count}")
+
+
+def check_empty_value(empty_value: float | None) -> None:
+    """Accepts a number, NaN and infinities among them, or None."""
+    if isinstance(empty_value, bool) or not isinstance(empty_value, (int, float, numbers.Real, type(None))):
+        raise TypeError(f"empty_value must be a number or None; got {type(empty_value).__name__}")
 
 
 def check_window(size: int, around: str) -> None:
@@ -139,8 +144,12 @@ def check_valid_size(valid_size: tuple[Tensor | int, Tensor | int], heatmap: Ten
             if size.dtype not in _INTEGERS:
                 raise TypeError(f"{name} must be an integer tensor; got {size.dtype}")
             check_broadcast(name, size, heatmap)
-        elif isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be a number or a torch.Tensor; got {type(size).__name__}")
+        elif isinstance(
+            size, torch.SymInt
+        ):  # of a size that an exported program leaves open; kernels clamp it to the map
+            continue
+        elif isinstance(size, bool) or not isinstance(size, numbers.Integral):
+            raise TypeError(f"{name} must be an integer or a torch.Tensor; got {type(size).__name__}")
         elif not 0 <= size <= most:
             raise ValueError(f"{name} must be from 0 to {most}; got {size}")
 

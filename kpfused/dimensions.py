@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kpfused import checks, kernels, ops
-from kpfused.arguments import checked
+from kpfused.arguments import checked, counting
 from kpfused.functional import soft_argmax2d, spatial_moments2d
 from kpfused.results import SpatialMoments
 
@@ -129,7 +129,4 @@ def spatial_moments3d(
     _, tensor, number, index = checked(heatmap, beta, temperature, coordinates, "DHW")
     if tensor is not None:
         tensor = kernels.foldable(tensor.unsqueeze(-1), heatmap.shape[:-2]).contiguous()
-    if mask is not None:
-        checks.check_mask(mask, heatmap)
-        mask = mask.expand(heatmap.shape)
-    return ops.spatial_moments3d(heatmap, tensor, number, index, mask, empty_value)
+    return ops.spatial_moments3d(heatmap, tensor, number, index, *counting(heatmap, mask, None, empty_value))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kpfused import dtensor, fake, kernels, ops, reference
+from kpfused.autograd import sum_to
 
 _FORWARD = torch.ops.kpfused.spatial_expectation2d.default
 _BACKWARD = torch.ops.kpfused.spatial_expectation2d_backward.default
@@ -38,7 +39,7 @@ def spatial_expectation2d(
         values = dtensor.prepare_distributed_values(heatmap, values)
         result: Tensor = _FORWARD(heatmap, values, beta, beta_value, *pixels)[0]
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (heatmap, values, beta)):
-        result = _Eager.apply(*settings)  # type: ignore[no-untyped-call]
+        result = SpatialExpectation2d.apply(*settings)  # type: ignore[no-untyped-call]
     else:
         result = _EAGER_FORWARD(*settings)[0]
     return result
@@ -87,7 +88,7 @@ def _input_gradients(op: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | N
         gradients = _composed_gradients(grad, heatmap, values, beta, *settings)
     else:
         gradients = op(grad, heatmap, values, expectation, stats, beta, ctx.beta_value, *needs, *settings[1:])
-    of_beta = gradients[2].sum_to_size(beta.shape) if needs[2] else None
+    of_beta = sum_to(gradients[2], beta.shape) if needs[2] else None
     return (gradients[0] if needs[0] else None, gradients[1] if needs[1] else None, of_beta, *ctx.rest)
 
 
@@ -104,7 +105,7 @@ def _composed_gradients(
     return gradients
 
 
-class _Eager(torch.autograd.Function):
+class SpatialExpectation2d(torch.autograd.Function):
     """As in ``kpfused.autograd``: one result costs half of what two do."""
 
     @staticmethod

@@ -78,8 +78,12 @@ def soft_argmax2d(
         return ops.soft_argmax2d(*arguments, *pixels)
     if mask is not None or valid_size is not None:
         raise ValueError("debias=True takes all pixels of the map for background; give no mask and no valid_size")
-    moments = ops.spatial_moments2d(*arguments, *pixels)
-    return _debiased(moments.mean, moments.logsumexp, heatmap.shape[-2:], coordinates)
+    # Empty maps are finite while their background is taken away.
+    moments = ops.spatial_moments2d(*arguments, *(() if empty_value is None else (None, None, 0.0)))
+    result = _debiased(moments.mean, moments.logsumexp, heatmap.shape[-2:], coordinates)
+    if empty_value is not None:
+        result = result.masked_fill((moments.peak_probability == 0)[..., None], empty_value)
+    return result
 
 
 def _debiased(mean: Tensor, logsumexp: Tensor, size: torch.Size, coordinates: str) -> Tensor:
@@ -199,7 +203,8 @@ def spatial_expectation2d(
 
     .. math:: P = \operatorname{softmax}(\beta h), \qquad E_c = \sum_{ij} P_{ij} \, V_{cij}
 
-    The softmax map is not stored, forward or backward.
+    The softmax map is not stored, forward or backward, but by function transforms (``torch.func``), which take the
+    composition.
 
     Args:
         heatmap: as in :func:`soft_argmax2d`.
@@ -258,7 +263,7 @@ def expectation2d(
         TypeError: as in :func:`soft_argmax2d`.
         ValueError: as in :func:`soft_argmax2d`.
     """
-    checks.check_heatmap(probabilities)
+    checks.check_heatmap(probabilities, name="probabilities")
     index = checks.coordinates_index(coordinates)
     return ops.expectation2d(probabilities, index, *counting(probabilities, mask, valid_size, None))
 

@@ -32,17 +32,27 @@ class _Layer(nn.Module):
         checks.check_beta_or_temperature(beta, temperature)
         checks.coordinates_index(coordinates)
         self.coordinates = coordinates
+        checks.check_empty_value(empty_value)
         self.empty_value = empty_value
         self.learnable = learnable
         self.beta: Tensor | float
         self.temperature: Tensor | float | None
         if learnable:
-            self.log_beta = nn.Parameter(_initial_log_beta(beta, temperature, num_keypoints))
+            self._start = _start_of(beta, temperature)
+            if num_keypoints is not None:
+                checks.check_positive("num_keypoints", num_keypoints)
+            self.log_beta = nn.Parameter(torch.empty(() if num_keypoints is None else (num_keypoints,)))
+            self.reset_parameters()
             return
         if num_keypoints is not None:
             raise ValueError("num_keypoints is for learnable=True; give a tensor beta for one per keypoint")
         self._keep("beta", beta)
         self._keep("temperature", temperature)
+
+    def reset_parameters(self) -> None:
+        """A learnt beta starts anew from the number that the layer was made with."""
+        if self.learnable:
+            nn.init.constant_(self.log_beta, math.log(self._start))
 
     def _keep(self, name: str, value: Tensor | float | None) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -54,7 +64,9 @@ class _Layer(nn.Module):
         """The keywords of the layer's function."""
         settings: dict[str, Any] = {"coordinates": self.coordinates, "empty_value": self.empty_value}
         if self.learnable:
-            return {"beta": self.log_beta.exp(), **settings}
+            # In float32 at least: a layer in half precision would be half a percent off, and overflow at 65504.
+            wide = torch.promote_types(self.log_beta.dtype, torch.float32)
+            return {"beta": self.log_beta.to(wide).exp(), **settings}
         return {"beta": self.beta, "temperature": self.temperature, **settings}
 
     def extra_repr(self) -> str:
@@ -122,6 +134,8 @@ class SoftArgmax3d(_Layer):
 
     def __init__(self, beta: Tensor | float = 1.0, *, depth: int | None = None, **settings: Any) -> None:
         super().__init__(beta, **settings)
+        if depth is not None:
+            checks.check_positive("depth", depth)
         self.depth = depth
 
     def extra_repr(self) -> str:
@@ -148,12 +162,11 @@ class SpatialMoments2d(_Layer):
         return spatial_moments2d(heatmap, mask=mask, valid_size=valid_size, **self._settings())
 
 
-def _initial_log_beta(beta: Tensor | float, temperature: Tensor | float | None, num_keypoints: int | None) -> Tensor:
+def _start_of(beta: Tensor | float, temperature: Tensor | float | None) -> float:
+    """What a learnt beta starts from."""
     if isinstance(beta, Tensor) or isinstance(temperature, Tensor):
         raise TypeError("learnable=True starts from a number; pass an nn.Parameter as beta to train your own tensor")
     start = beta if temperature is None else 1.0 / temperature
     if start <= 0:
         raise ValueError(f"learnable=True keeps beta positive; got a start of {start}")
-    if num_keypoints is not None:
-        checks.check_num_keypoints(num_keypoints)
-    return torch.full(() if num_keypoints is None else (num_keypoints,), math.log(start))
+    return start

@@ -81,8 +81,9 @@ def spatial_moments3d(
     beta: Tensor | None,
     beta_value: float,
     coordinates: int,
-    mask: Tensor | None,
-    empty_value: float | None,
+    mask: Tensor | None = None,
+    valid_size: None = None,
+    empty_value: float | None = None,
 ) -> SpatialMoments:
     """Moments of volumes ``(..., D, H, W)``, slice by slice; beta broadcasts against ``(..., D)``."""
     # The dimension before depth goes behind it where it lies so in memory, as in channels_last_3d.
@@ -92,7 +93,7 @@ def spatial_moments3d(
         beta = None if beta is None else _swapped(beta, heatmap.shape[:-2])
     if is_distributed(heatmap, beta, mask):
         return sharding_rules().spatial_moments3d(heatmap, beta, beta_value, coordinates, mask, empty_value)  # type: ignore[no-any-return]
-    pixels = () if mask is None and empty_value is None else (mask, None, empty_value)
+    pixels = () if mask is None and empty_value is None else (mask, valid_size, empty_value)
     return SpatialMoments(*call(MOMENTS3D, heatmap, beta, beta_value, coordinates, *pixels)[:_FIELDS])
 
 

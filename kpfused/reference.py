@@ -192,7 +192,7 @@ def _moments(
 def _second_moment(p: Tensor, offsets: list[Tensor], i: int, j: int) -> Tensor:
     """Sum of ``p`` times the offsets along axes ``i`` and ``j``, where axis 0 is x, the last dimension."""
     for axis in (i, j):
-        shape = [-1 if d == axis else 1 for d in reversed(range(len(offsets)))]
+        shape = [offsets[d].shape[-1] if d == axis else 1 for d in reversed(range(len(offsets)))]
         p = p * offsets[axis].reshape(*offsets[axis].shape[:-1], *shape)
     return p.flatten(-len(offsets)).sum(-1)
 

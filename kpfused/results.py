@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class SpatialMoments(NamedTuple):
@@ -23,3 +24,7 @@ class SpatialMoments(NamedTuple):
     """``(..., 2)``, int64, (x, y): pixel of the maximum, the first in row order where several are equal."""
     peak_probability: Tensor
     """``(...)``: probability of that pixel."""
+
+
+# By a name, so that exported programs that return it can be saved.
+_pytree._register_namedtuple(SpatialMoments, serialized_type_name="kpfused.SpatialMoments")

@@ -78,3 +78,16 @@ def test_not_with_a_mask(device: str) -> None:
         kpfused.soft_argmax2d(heatmap, debias=True, mask=heatmap == 0)
     with pytest.raises(ValueError, match="debias=True takes all pixels"):
         kpfused.soft_argmax2d(heatmap, debias=True, valid_size=(2, 3))
+
+
+def test_empty_maps_have_the_empty_value(device: str) -> None:
+    """It is no coordinate to take a background away from; other maps keep their bits."""
+    heatmap = peak_on_zero().float().to(device).expand(3, -1, -1).clone()
+    heatmap[1] = -torch.inf
+    leaf = heatmap.requires_grad_()
+    points = kpfused.soft_argmax2d(leaf, empty_value=-1.0, debias=True)
+    assert points[1].tolist() == [-1.0, -1.0]
+    assert torch.equal(points[::2], kpfused.soft_argmax2d(heatmap[::2], debias=True))
+    (gradient,) = torch.autograd.grad(points.sum(), leaf)
+    assert (gradient[1] == 0).all()
+    assert not gradient.isnan().any()

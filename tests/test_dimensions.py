@@ -191,7 +191,7 @@ def test_bad_shapes(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]
 def test_bad_depth() -> None:
     with pytest.raises(ValueError, match="depth must divide the 6 channels of heatmap; got 4"):
         kpfused.soft_argmax3d(torch.zeros(2, 6, 3, 3), depth=4)
-    with pytest.raises(TypeError, match="depth must be a number; got float"):
+    with pytest.raises(TypeError, match="depth must be an int; got float"):
         kpfused.soft_argmax3d(torch.zeros(2, 6, 3, 3), depth=2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"beta must broadcast against the leading dimensions \(2, 3\)"):
         kpfused.soft_argmax3d(torch.zeros(2, 3, 4, 5, 6), torch.ones(4))

@@ -190,3 +190,32 @@ def test_export_of_masks_and_moments(tmp_path: Path, device: str) -> None:
         inputs = tuple(i.to(device) for i in masked_inputs(shape))
         for a, b in zip(loaded(*inputs), module(*inputs), strict=True):
             assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
+
+
+class Sized(nn.Module):
+    """A valid size from the sizes that a program leaves open, and results by name."""
+
+    def forward(self, heatmap: Tensor) -> kpfused.SpatialMoments:
+        height, width = heatmap.shape[-2:]
+        return kpfused.spatial_moments2d(heatmap, valid_size=(height - 1, width // 2))
+
+
+def test_export_of_a_size_from_sizes(tmp_path: Path, device: str) -> None:
+    torch.export.save(exported(Sized(), torch.randn(2, 3, 16, 12, device=device)), tmp_path / "sized.pt2")
+    loaded = torch.export.load(tmp_path / "sized.pt2").module()
+    for size in SIZES:
+        image = torch.randn(size, device=device)
+        got = loaded(image)
+        assert isinstance(got, kpfused.SpatialMoments)
+        assert all(map(torch.equal, got, Sized()(image)))
+
+
+@needs_onnx
+def test_onnx_of_a_size_from_sizes() -> None:
+    module = Sized()
+    session = onnxruntime.InferenceSession(onnx_model(module).SerializeToString(), providers=["CPUExecutionProvider"])
+    for size in SIZES:
+        image = torch.randn(size)
+        got = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+        for a, b in zip(got, module(image), strict=True):
+            torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-4)

@@ -95,3 +95,27 @@ def test_learnable_beta_learns() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert (module.log_beta.exp() > 0.5).all()
+
+
+def test_learnable_beta_in_half_precision() -> None:
+    """Beta itself is no half: of 65504 and more there would be none."""
+    heatmap = torch.tensor([[0.0, 1e-5], [0.0, 0.0]])
+    point = kpfused.SoftArgmax2d(1e5, learnable=True).half()(heatmap)
+    torch.testing.assert_close(point, kpfused.soft_argmax2d(heatmap, 1e5), rtol=0, atol=1e-2)
+
+
+def test_learnable_beta_starts_anew() -> None:
+    """As after a layer made on the meta device was given memory."""
+    with torch.device("meta"):
+        module = kpfused.SoftArgmax2d(3.0, learnable=True, num_keypoints=2)
+    module.to_empty(device="cpu").reset_parameters()
+    torch.testing.assert_close(module.log_beta.exp(), torch.tensor([3.0, 3.0]))
+
+
+def test_settings_are_checked_where_they_are_given() -> None:
+    with pytest.raises(TypeError, match="empty_value must be a number or None; got str"):
+        kpfused.SoftArgmax2d(empty_value="a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="depth must be an int; got float"):
+        kpfused.SoftArgmax3d(depth=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="depth must be at least 1; got 0"):
+        kpfused.SoftArgmax3d(depth=0)

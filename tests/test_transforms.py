@@ -242,3 +242,19 @@ def test_tensors_that_outlive_a_transform(device: str) -> None:
     kpfused.soft_argmax2d(kept[0], kept[0].mean()).sum().backward()
     expected = torch.autograd.grad(kpfused.soft_argmax2d(leaf, leaf.mean()).sum(), leaf)[0]
     torch.testing.assert_close(leaf.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: kpfused.spatial_moments2d(h).covariance,
+        lambda h: kpfused.window_mass(h, 3),
+        lambda h: kpfused.soft_argmax2d(h, debias=True),
+        kpfused.soft_argmax3d,
+    ],
+    ids=["moments", "window", "debias", "volumes"],
+)
+def test_no_maps_by_the_composition(device: str, function: Callable[[Tensor], Tensor]) -> None:
+    none = torch.zeros(0, 3, 6, 7, device=device)
+    result, tangent = torch.func.jvp(function, (none,), (none,))
+    assert result.shape == tangent.shape == function(none).shape

@@ -199,3 +199,17 @@ def test_exported(device: str) -> None:
     program = torch.export.export(Confidence(), (maps((2, 3, 9, 11)).to(device),), dynamic_shapes=(dims,))
     heatmap = maps((3, 3, 12, 17)).to(device)
     torch.testing.assert_close(program.module()(heatmap), kpfused.window_mass(heatmap, 5))
+
+
+@pytest.mark.parametrize("shape", [(16, 17, 24, 32), (64, 17, 7, 9), (8, 1, 600, 600)], ids=str)
+def test_a_mass_is_at_most_one(device: str, shape: tuple[int, ...]) -> None:
+    """Which rounding would exceed in places, and losses that take its logarithm refuse."""
+    heatmap = torch.randn(shape, device=device)
+    for layout in cases.LAYOUTS.values():
+        for sharpness in (1.0, 100.0):
+            mass = kpfused.window_mass(layout(heatmap * sharpness), 9999)
+            assert (mass <= 1).all()
+            torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-5)
+    # Not so what empty maps give.
+    heatmap[0] = -torch.inf
+    assert (kpfused.window_mass(heatmap, 3, empty_value=2.0)[0] == 2).all()

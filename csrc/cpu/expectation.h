@@ -70,6 +70,7 @@ template <class T>
 void window_mass(const ExpectationParams& params) {
   using A = Acc<T>;
   const SoftmaxParams& softmax = params.softmax;
+  const A most = most_of<A>(params.values, softmax.pixels);
   parallel_for(softmax.view.maps(), 64, [&](int64_t begin, int64_t end) {
     SoftmaxTiles<T> tiles(softmax);
     for (int64_t n = begin; n < end; ++n) {
@@ -84,7 +85,7 @@ void window_mass(const ExpectationParams& params) {
         mass += sum_of(tiles.p(0), whole_vectors<A>(count));
       }
       // A map of NaN has no mass, even where nothing of it counts within the window.
-      static_cast<A*>(params.expectation)[n] = is_finite(tiles.map(0).inverse) ? mass : A(NAN);
+      static_cast<A*>(params.expectation)[n] = is_finite(tiles.map(0).inverse) ? mass > most ? most : mass : A(NAN);
       fill_empty<A>(params, n);
     }
   });

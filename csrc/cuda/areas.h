@@ -95,6 +95,7 @@ struct PartialSums {
   const A* partial;
   A* sums;
   int64_t count, parts;
+  A most;  // that a sum can be
 };
 
 template <class A>
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) add_parts(PartialSums<A> of)
   A sum = 0;
   for (int64_t i = lane; i < of.parts; i += kWarp) sum += of.partial[n * of.parts + i];
   sum = reduce_lanes(sum, kWarp, Add{});
-  if (lane == 0) of.sums[n] = sum;
+  if (lane == 0) of.sums[n] = sum > of.most ? of.most : sum;
 }
 
 }  // namespace kpfused::cuda

@@ -70,11 +70,12 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   // Zero, or NaN of a map of NaN, which has no mass even where nothing of it counts within the window.
   const A nothing = softmax.inverse - softmax.inverse;
   // The parts of an empty map add up to its value.
-  const A value = static_cast<A>(area.part == 0 ? of.pixels.empty_value : 0);
+  const A value = static_cast<A>(area.part == 0 ? of.pixels.empty_value : 0), most = most_of<A>(p.values, of.pixels);
 #pragma unroll
   for (int j = 0; j < C; ++j) {
     if (j >= some) continue;
-    to[(n * channels + channel + j) * plan.parts() + area.part] = softmax.empty ? value : sum.at[j] + nothing;
+    const A all = softmax.empty ? value : sum.at[j] + nothing;
+    to[(n * channels + channel + j) * plan.parts() + area.part] = all > most ? most : all;
   }
 }
 

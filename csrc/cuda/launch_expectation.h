@@ -35,8 +35,8 @@ inline dim3 expectation_grid(const Plan& plan, const MapView& maps, int64_t pass
 }
 
 template <class A>
-void launch_add_parts(const void* workspace, void* sums, int64_t count, int64_t parts, Stream stream) {
-  const PartialSums<A> of{static_cast<const A*>(workspace), static_cast<A*>(sums), count, parts};
+void launch_add_parts(const void* workspace, void* sums, int64_t count, int64_t parts, A most, Stream stream) {
+  const PartialSums<A> of{static_cast<const A*>(workspace), static_cast<A*>(sums), count, parts, most};
   KPFUSED_LAUNCH((add_parts<A>), grid_of(count, kMergeThreads / kWarp), kMergeThreads, 0, stream, of);
 }
 
@@ -50,7 +50,8 @@ int expectation_step(const ExpectationParams& p, Stream stream) {
   const Launch<ExpectationParams> launch{p, plan};
   KPFUSED_LAUNCH((expectation_sums<T>), grid, plan.threads, shared, stream, launch);
   if (plan.parts() > 1) {
-    launch_add_parts<A>(p.workspace, p.expectation, p.softmax.view.maps() * channels, plan.parts(), stream);
+    launch_add_parts<A>(p.workspace, p.expectation, p.softmax.view.maps() * channels, plan.parts(),
+                        most_of<A>(p.values, p.softmax.pixels), stream);
   }
   return static_cast<int>(cudaGetLastError());
 }
@@ -64,7 +65,7 @@ int expectation_step(const ExpectationHeatmapParams& p, Stream stream) {
   KPFUSED_LAUNCH((expectation_gradient<T>), expectation_grid(plan, p.softmax.view, 1), plan.threads, shared, stream,
                  launch);
   if (p.grad_beta && plan.parts() > 1) {
-    launch_add_parts<A>(p.workspace, p.grad_beta, p.softmax.view.maps(), plan.parts(), stream);
+    launch_add_parts<A>(p.workspace, p.grad_beta, p.softmax.view.maps(), plan.parts(), A(INFINITY), stream);
   }
   return static_cast<int>(cudaGetLastError());
 }

@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> window_forward(Tensor heatmap, std::optional<
   const auto [stats, peak] = steps.add_moments();
   const Tensor mass = steps.add_expectation(window_of(window, heatmap, stats, peak));
   steps.run();
-  return {torch::stable::squeeze(mass, -1), stats, peak};
+  return {mass, stats, peak};
 }
 
 // With stats and a pixel that are known: of a larger map of which this is a part, for one, which may lie beside it.
@@ -142,7 +142,7 @@ Tensor window_mass_at(Tensor heatmap, Tensor stats, Tensor pixel, std::optional<
   steps.use_stats(stats, kMomentStats);
   const Tensor mass = steps.add_expectation(window_of(window, heatmap, stats, pixel));
   steps.run();
-  return torch::stable::squeeze(mass, -1);
+  return mass;
 }
 
 template <class Backend>

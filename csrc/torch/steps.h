@@ -87,7 +87,9 @@ class Steps {
     ExpectationParams& p = expectation_;
     set_common(p, layout);
     p.values = values_of(readable, layout);
-    Tensor result = empty(input_, leading_sizes(input_, {p.values.view.channels}), accumulator_of(p.softmax.dtype));
+    Tensor result = empty(input_, of.kind == ValueKind::window ? leading_sizes(input_)
+                                                               : leading_sizes(input_, {p.values.view.channels}),
+                          accumulator_of(p.softmax.dtype));
     p.expectation = result.mutable_data_ptr();
     p.workspace = workspace(p);
     if (p.values.view.channels > 0) steps_.expectation = &p;

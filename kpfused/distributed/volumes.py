@@ -68,13 +68,16 @@ def _merge_slices(
     covariance = (weight[..., None, None] * (within + between)).sum(-3)
     surprise = slices.entropy - log_weight.masked_fill(weight == 0, 0)
     index = stats[..., 0].argmax(-1, keepdim=True)
-    peak = slices.peak.gather(-2, index[..., None].expand(*index.shape, 2))[..., 0, :]
+    # Not gathered: on a mesh of two dimensions, DTensor loses its way where a rank has a single volume.
+    index, depths = together(index, torch.arange(stats.shape[-2], device=stats.device))
+    elsewhere = index != depths
+    peak = slices.peak.masked_fill(elsewhere[..., None], 0).sum(-2)
     real: tuple[Tensor, ...] = (
         mean,
         covariance,
         (weight * surprise).sum(-1),
         torch.logsumexp(relative, -1) + top,
-        (weight * slices.peak_probability).gather(-1, index)[..., 0],
+        (weight * slices.peak_probability).masked_fill(elsewhere, 0).sum(-1),
     )
     if empty_value is not None:
         empty = (stats[..., 1] == 0).all(-1)

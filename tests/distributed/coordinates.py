@@ -161,6 +161,9 @@ def rows_and_volumes(world: World) -> None:
         volume, mask = maps(world, 2, 3, 4, 6, 5, dtype=torch.float64), (torch.rand(3, 4, 6, 5) < 0.6).to(world.device)
         for settings in ({}, {"mask": mask}):
             assert_same(kpfused.spatial_moments3d, volume, beta, mesh, placements, **settings)
+    for dim in (1, 2, 3):  # a rank has a single volume, or a part of it
+        volume = maps(world, 1, 2, 5, 7, dtype=torch.float64)
+        assert_same(kpfused.spatial_moments3d, volume, 2.0, two, [Shard(0), Shard(dim)], empty_value=-1.0)
     merged = 2 * 3 * -(-3 // world.size) * (2 + 4 + 1 + 1 + 2 + 1 + 8) * 4
     with Sent() as sent:
         kpfused.soft_argmax3d(shard(maps(world, 2, 3, 3, 6, 5), one, [Shard(2)])).sum().backward()

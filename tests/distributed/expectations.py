@@ -75,6 +75,12 @@ def parts_of_degenerate_maps(world: World) -> None:
         ),
     ):
         assert_same(function, heatmap, 2.0, world.mesh(), [H])
+    one = maps(world, 4, 1, 8, 6, dtype=torch.float64)  # sharded along a dimension of one, to which beta broadcasts
+    for function in (
+        kpfused.soft_argmax2d,
+        lambda h, b: kpfused.spatial_expectation2d(h, torch.ones(8, 6, device=world.device).to(h.dtype)[None], b),
+    ):
+        assert_same(function, one, torch.ones(1, device=world.device, dtype=torch.float64), world.mesh(), [KEYPOINT])
     for dtype in (torch.float16, torch.bfloat16):
         for layout in ("contiguous", "channels_last"):
             halves = cases.LAYOUTS[layout](maps(world, 2, 3, 8, 6, dtype=dtype))
