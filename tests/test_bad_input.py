@@ -136,8 +136,3 @@ def test_empty_value(value: Any) -> None:
     fails(TypeError, f"empty_value must be a number or None; got {type(value).__name__}", MAP, empty_value=value)
     with pytest.raises(TypeError, match="empty_value must be a number or None"):
         kpfused.soft_argmax3d(MAP, empty_value=value)
-
-
-def test_a_map_goes_by_the_name_of_the_argument() -> None:
-    with pytest.raises(TypeError, match=r"probabilities must be float32, .*; got torch\.int64"):
-        kpfused.expectation2d(MAP.long())

@@ -195,7 +195,7 @@ def test_nothing_of_map_size_is_kept(device: str) -> None:
             lambda: kpfused.spatial_expectation2d(MAP, MAP.to("meta")),
         ),
         (ValueError, "coordinates must be one of", lambda: kpfused.expectation2d(MAP, coordinates="x")),
-        (TypeError, "heatmap must be float32", lambda: kpfused.expectation2d(MAP.long())),
+        (TypeError, "probabilities must be float32", lambda: kpfused.expectation2d(MAP.long())),
         (TypeError, "heatmap must be float32", lambda: kpfused.spatial_softmax2d(MAP.long())),
         (ValueError, "give beta or temperature", lambda: kpfused.spatial_softmax2d(MAP, 2.0, temperature=1.0)),
     ],

@@ -132,4 +132,10 @@ KPFUSED_INLINE void copy_pixels(const T* from, int64_t from_y, int64_t from_x, T
   }
 }
 
+// Work items: (map, part), or (outer, part, block of channels) with channels in the lanes.
+KPFUSED_INLINE int64_t count_items(const MapView& view) {
+  const int64_t parts = part_tiling(view).count();
+  return parts * (is_channels_last(view) ? view.outer * channel_blocks(view.inner).count : view.maps());
+}
+
 }  // namespace kpfused::cpu::KPFUSED_ISA

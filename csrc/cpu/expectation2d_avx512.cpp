@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+// The kernels of expectations with AVX-512.
+#if defined(__x86_64__)
+#include "isa_avx512.h"
+
+#include "expectation_kernels.h"
+
+#include "isa_end.h"
+#endif
