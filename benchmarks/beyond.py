@@ -321,7 +321,11 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
     """Rows, one after the other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    case = ""
     for each in until_failure(comparisons(device, tiny)):
+        if each.case != case:  # what the last one leaves behind may be large
+            gc.collect()
+        case = each.case
         try:
             stats = medians(each, rounds, device)
         except Exception as failure:
@@ -334,7 +338,6 @@ def measure(device: str, rounds: int, tiny: bool) -> Iterator[dict[str, Any]]:
         beside = f", {stats['reading']:.2f}x to read" if each.reading else ""
         print(f"{each.question:58} {each.case:28} {took:12,.0f} us {stats['ratio']:8.2f}x{beside}", flush=True)
         yield row(f"{each.question}[{each.case}]", each.question, stats, kind="beyond", **extra)
-        gc.collect()
     torch.set_num_threads(before)
     shape = (2, 3, 16, 16, 16) if tiny else (32, 18, 64, 64, 64)
     h = torch.randn(shape, device=device)
