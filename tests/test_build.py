@@ -40,7 +40,7 @@ def fake_nvcc(folder: Path, *architectures: str) -> Path:
 
 
 def test_default_architectures_are_those_nvcc_knows(script: dict[str, Any], tmp_path: Path) -> None:
-    nvcc = fake_nvcc(tmp_path, "75", "80", "86", "90")
+    nvcc = fake_nvcc(tmp_path, "72", "80", "86", "90")
     flags, listed = script["gencode"](nvcc)
     assert listed == "8.0;8.6;9.0+PTX"
     assert flags == [
@@ -53,7 +53,7 @@ def test_default_architectures_are_those_nvcc_knows(script: dict[str, Any], tmp_
 
 def test_an_nvcc_without_a_default_architecture(script: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"knows none of .* set TORCH_CUDA_ARCH_LIST"):
-        script["gencode"](fake_nvcc(tmp_path, "70", "75"))
+        script["gencode"](fake_nvcc(tmp_path, "70", "72"))
 
 
 def test_architecture_list_is_honoured(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
