@@ -181,7 +181,7 @@ MAP = torch.zeros(2, 3, 4, 5)
         ),
         (ValueError, "mask must be on the device of heatmap, cpu; got meta", {"mask": (MAP > 0).to("meta")}),
         (TypeError, r"valid_size must be \(height, width\); got 3", {"valid_size": 3}),
-        (TypeError, "height of valid_size must be a number or a torch.Tensor; got float", {"valid_size": (1.0, 2)}),
+        (TypeError, "height of valid_size must be an integer or a torch.Tensor; got float", {"valid_size": (1.0, 2)}),
         (
             TypeError,
             "width of valid_size must be an integer tensor; got torch.float32",

@@ -8,8 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,31 +74,55 @@ def run(binary: Path, capability: str) -> str:
 
 
 CAPABILITIES = ["baseline", "avx2", "avx512"]
+HERE = CAPABILITIES[: CAPABILITIES.index(_C.build_info()["cpu_capability"]) + 1]
+WIDE = "vectors as wide as those of AVX-512"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES[: CAPABILITIES.index(_C.build_info()["cpu_capability"]) + 1])
-def test_kernels_under_sanitizers(capability: str) -> None:
-    run(program(), capability)
-
-
-@pytest.mark.skipif(_C.build_info()["cpu_capability"] == "baseline", reason="needs AVX2")
-def test_vectors_as_wide_as_avx512() -> None:
+def run_wide() -> str:
     """The arithmetic of 64-byte vectors, on instructions that more machines have."""
-    run(program("-DKPFUSED_CPU_VECTOR_BYTES=64", of="avx2"), "avx2")
+    return run(program("-DKPFUSED_CPU_VECTOR_BYTES=64", of="avx2"), "avx2")
 
 
-def test_an_overrun_is_caught(tmp_path: Path) -> None:
-    """One element beyond the end of every map, planted in a copy of the kernels: the checks must not pass."""
-    copy = tmp_path / "csrc"
-    shutil.copytree(build.CSRC, copy)
-    path, intact = copy / "cpu/backward_rows.h", "v[j] = load(h + at + j * L)"
-    text = path.read_text()
-    assert text.count(intact) == 1
-    path.write_text(text.replace(intact, intact.replace("j * L", "j * L + 1")))
-    source, planted = copy / "cpu/soft_argmax2d_baseline.cpp", tmp_path / "planted"
-    objects = compile_all([kernel for kernel in KERNELS if kernel.name != source.name])
-    subprocess.run([*LINK, *KERNEL_FLAGS, source, *objects, "-o", planted], check=True)
-    environment = {**os.environ, "KPFUSED_CPU_CAPABILITY": "baseline"}
-    done = subprocess.run([planted], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode != 0
-    assert "ERROR: AddressSanitizer" in done.stderr
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[str, Future[str]]]:
+    """Each program runs on one core: all are under way while the first is looked at."""
+    binary = program()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = {capability: pool.submit(run, binary, capability) for capability in HERE}
+        if "avx2" in HERE:
+            runs[WIDE] = pool.submit(run_wide)
+        runs["overrun"] = pool.submit(run_overrun)
+        yield runs
+
+
+@pytest.mark.parametrize("capability", HERE)
+def test_kernels_under_sanitizers(capability: str, outcomes: dict[str, Future[str]]) -> None:
+    outcomes[capability].result()
+
+
+@pytest.mark.skipif("avx2" not in HERE, reason="needs AVX2")
+def test_vectors_as_wide_as_avx512(outcomes: dict[str, Future[str]]) -> None:
+    outcomes[WIDE].result()
+
+
+def run_overrun() -> str:
+    """What AddressSanitizer says of one element beyond the end of every map, planted in a copy of the kernels."""
+    with tempfile.TemporaryDirectory(prefix="kpfused-native-") as folder:
+        copy = Path(folder) / "csrc"
+        shutil.copytree(build.CSRC, copy)
+        path, intact = copy / "cpu/backward_rows.h", "v[j] = load(h + at + j * L)"
+        text = path.read_text()
+        assert text.count(intact) == 1
+        path.write_text(text.replace(intact, intact.replace("j * L", "j * L + 1")))
+        source, planted = copy / "cpu/soft_argmax2d_baseline.cpp", Path(folder) / "planted"
+        objects = compile_all([kernel for kernel in KERNELS if kernel.name != source.name])
+        subprocess.run([*LINK, *KERNEL_FLAGS, source, *objects, "-o", planted], check=True)
+        environment = {**os.environ, "KPFUSED_CPU_CAPABILITY": "baseline"}
+        done = subprocess.run([planted], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode != 0
+        return done.stderr
+
+
+def test_an_overrun_is_caught(outcomes: dict[str, Future[str]]) -> None:
+    """The checks must not pass."""
+    assert "ERROR: AddressSanitizer" in outcomes["overrun"].result()

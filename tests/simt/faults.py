@@ -207,7 +207,7 @@ FAULTS = (
     Fault(
         name="vectors_from_misaligned_addresses",
         file="cuda/launch.h",
-        old="reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0",
+        old="reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0",
         new="p != nullptr",
         kind="asan",
         report="runtime error: .*misaligned address",
