@@ -2,6 +2,7 @@
 // The gradient of one heatmap through its mean or its moments, from tensors to the parameters of a kernel.
 #pragma once
 
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -46,9 +47,21 @@ struct Gradient {
 
   // `values` numbers of the accumulation dtype for every map.
   void check_of_maps(const Tensor& tensor, int64_t values, const char* name) const {
+    check_numbers(tensor, params.view.maps() * values, name);
+  }
+  // `count` in all.
+  void check_numbers(const Tensor& tensor, int64_t count, const char* name) const {
     check_device(tensor, heatmap, name);
-    STD_TORCH_CHECK(tensor.scalar_type() == accumulator_of(params.dtype) && tensor.numel() == params.view.maps() * values,
-                    name, " must have the shape and dtype of what forward returned for this heatmap");
+    STD_TORCH_CHECK(tensor.scalar_type() == accumulator_of(params.dtype) && tensor.numel() == count, name,
+                    " must have the shape and dtype of what forward returned for this heatmap");
+  }
+
+  // The numbers of a tensor that may be absent, dense: where it is not, a copy takes its place.
+  const void* dense(std::optional<Tensor>& tensor, int64_t count, const char* name) const {
+    if (!tensor) return nullptr;
+    check_numbers(*tensor, count, name);
+    tensor = torch::stable::contiguous(*tensor);
+    return tensor->const_data_ptr();
   }
 
   // The pixel of every map's peak.

@@ -73,11 +73,8 @@ std::tuple<Tensor, Tensor> moments_backward(std::optional<Tensor> grad_mean, std
   Gradient gradient(heatmap, stats, {beta, beta_value, coordinates, mask, valid_size, empty_value}, needs_grad_beta,
                     true);
   BackwardParams& p = gradient.params;
-  const auto dense = [&](std::optional<Tensor>& grad, int64_t values, const char* name) -> const void* {
-    if (!grad) return nullptr;
-    gradient.check_of_maps(*grad, values, name);
-    grad = torch::stable::contiguous(*grad);
-    return grad->const_data_ptr();
+  const auto dense = [&](std::optional<Tensor>& grad, int64_t values, const char* name) {
+    return gradient.dense(grad, p.view.maps() * values, name);
   };
   if (grad_mean) {
     gradient.check_of_maps(*grad_mean, 2, "grad_mean");

@@ -114,13 +114,8 @@ std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_mean, std::option
   const Settings settings = of_slices({beta, beta_value, setting, mask, valid_size, empty_value}, volumes);
   Gradient gradient(heatmap, slice_stats, settings, needs_grad_beta, true);
   BackwardParams& p = gradient.params;
-  const auto dense = [&](std::optional<Tensor>& tensor, int64_t values, const char* name) -> const void* {
-    if (!tensor) return nullptr;
-    check_device(*tensor, heatmap, name);
-    STD_TORCH_CHECK(tensor->scalar_type() == accumulator_of(p.dtype) && tensor->numel() == volumes.view.volumes * values,
-                    name, " must have the shape and dtype of what forward returned for this heatmap");
-    tensor = torch::stable::contiguous(*tensor);
-    return tensor->const_data_ptr();
+  const auto dense = [&](std::optional<Tensor>& tensor, int64_t values, const char* name) {
+    return gradient.dense(tensor, volumes.view.volumes * values, name);
   };
   std::optional<Tensor> saved = stats;
   gradient.check_peaks(slice_peaks);
