@@ -10,19 +10,33 @@ from torch import Tensor
 
 from kpfused import checks, dtensor, kernels
 
+Settings = tuple[Any, ...]
+"""What an op takes behind heatmap and beta: beta where it is a number, a number of the op's own, such as the index of
+the coordinates, and, unless all pixels count, mask or None (bool, of the heatmap's shape), valid size or None
+(contiguous int64 ``(..., 2)``, height and width, broadcast against the leading dimensions), and empty value or None.
+One tuple, passed on as it is: each of its items would cost at every function on the way."""
+
 
 def checked(
-    heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, coordinates: str, dims: str = "HW"
-) -> tuple[Tensor, Tensor | None, float, int]:
-    """The arguments of an op: heatmap, beta as a tensor or None, beta as a number, index of the units."""
+    heatmap: Tensor,
+    beta: Tensor | float,
+    temperature: Tensor | float | None,
+    setting: int,
+    mask: Tensor | None,
+    valid_size: tuple[Tensor | int, Tensor | int] | None,
+    empty_value: float | None,
+    dims: str = "HW",
+) -> tuple[Tensor | None, Settings]:
+    """What goes to an op beside the heatmap: beta, where it is a tensor, in the accumulator dtype, contiguous and to be
+    broadcast against the leading dimensions; and all else."""
     checks.check_heatmap(heatmap, dims)
     checks.check_beta_or_temperature(beta, temperature)
-    index = checks.coordinates_index(coordinates)
-    if temperature is None and not isinstance(beta, Tensor):
-        return heatmap, None, float(beta), index
-    if temperature is not None and not isinstance(temperature, Tensor):
-        return heatmap, None, 1.0 / float(temperature), index
-    return heatmap, _beta_tensor(heatmap, beta, temperature, len(dims)), 0.0, index
+    tensor, number = None, beta
+    if type(beta) is not float or temperature is not None:  # else nothing is left to look at, which takes time as well
+        tensor, number = _sharpness(heatmap, beta, temperature, len(dims))
+    if mask is None and valid_size is None and empty_value is None:
+        return tensor, (number, setting)
+    return tensor, (number, setting, *counting(heatmap, mask, valid_size, empty_value))
 
 
 def counting(
@@ -57,12 +71,16 @@ def counting(
     return mask, size, empty_value
 
 
-def _beta_tensor(heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, dims: int) -> Tensor:
-    """beta as the kernels read it: the accumulator dtype, contiguous, broadcast along one run of dimensions."""
-    name, tensor = ("beta", beta) if temperature is None else ("temperature", temperature)
-    assert isinstance(tensor, Tensor)
-    checks.check_broadcast(name, tensor, heatmap, dims)
-    tensor = tensor.to(kernels.accumulator_dtype(heatmap.dtype))
+def _sharpness(
+    heatmap: Tensor, beta: Tensor | float, temperature: Tensor | float | None, dims: int
+) -> tuple[Tensor | None, float]:
+    """beta as the kernels read it: a number, or a contiguous tensor in the accumulator dtype that broadcasts along one
+    run of dimensions."""
+    name, given = ("beta", beta) if temperature is None else ("temperature", temperature)
+    if not isinstance(given, Tensor):
+        return None, float(given) if temperature is None else 1.0 / float(given)
+    checks.check_broadcast(name, given, heatmap, dims)
+    tensor = given.to(kernels.accumulator_dtype(heatmap.dtype))
     if temperature is not None:
         tensor = tensor.reciprocal()
-    return kernels.foldable(tensor, heatmap.shape[:-dims]).contiguous()
+    return kernels.foldable(tensor, heatmap.shape[:-dims]).contiguous(), 0.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from kpfused.arguments import Settings
 from kpfused.dtensor import refuse_distributed
 from kpfused.kernels import Kernel
 
@@ -23,9 +24,7 @@ def _eager(kernel: Kernel) -> Any:
     """
     launch, keep, has_one_result = kernel.launch_forward, kernel.keep, kernel.has_one_result
 
-    def forward(
-        ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: tuple[Any, ...]
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> Tensor | tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
         ctx.settings = settings if len(settings) == 2 else _without_tensors(settings)
         ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
@@ -35,16 +34,43 @@ def _eager(kernel: Kernel) -> Any:
         ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
         return output
 
+    backward = _backward_of(kernel, kernel.backward, kernel.launch_backward)
+    if has_one_result and kernel.kept == (1,):
+        forward, backward = _plain(kernel, forward, backward)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(_backward_of(kernel, kernel.backward))}
     # What users read of a tensor's grad_fn, followed by Backward.
     name = "".join(map(str.capitalize, kernel.name.split("_")))
     function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda own: own.update(methods))
     # What the engine calls: it is torch's to look for backward, which compilers trace, and takes as long as a kernel.
     if hasattr(function, "_backward_cls"):
-        function._backward_cls.apply = _backward_of(kernel, kernel.backward, kernel.launch_backward)
+        function._backward_cls.apply = backward
     # Without what Function.apply does first, which is to look for setup_context, and whether any argument at all
     # outlived a transform.
     return super(torch.autograd.Function, function).apply
+
+
+def _plain(kernel: Kernel, forward: Callable[..., Any], backward: Callable[..., Any]) -> tuple[Any, Any]:
+    """Both directions of one result and its stats, spelt out for what most calls are, in which all pixels count: to
+    go through tuples of any length takes a thirtieth of the time of a call and its gradient."""
+    launch, launch_backward, is_grad_enabled = kernel.launch_forward, kernel.launch_backward, torch.is_grad_enabled
+
+    def plain_forward(ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> Any:
+        if len(settings) > 2:
+            return forward(ctx, heatmap, beta, settings)
+        number, setting = ctx.settings = settings
+        result, stats = launch(heatmap, beta, number, setting)
+        ctx.save_for_backward(heatmap, stats, beta)
+        return result
+
+    def plain_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if len(ctx.settings) > 2 or is_grad_enabled() or forward_ad._current_level >= 0:
+            result: tuple[Tensor | None, ...] = backward(ctx, grad)
+            return result
+        (heatmap, stats, beta), (number, setting) = ctx.saved_tensors, ctx.settings
+        of_heatmap, of_beta = launch_backward(grad, heatmap, stats, beta, number, setting, ctx.needs_input_grad[1])
+        return of_heatmap, None if of_beta is None else sum_to(of_beta, beta.shape), None
+
+    return plain_forward, plain_backward
 
 
 def _keep(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -55,7 +81,7 @@ def _keep(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *settings[2:4])
 
 
-def _without_tensors(settings: Sequence[Any]) -> tuple[Any, ...]:
+def _without_tensors(settings: Sequence[Any]) -> Settings:
     """Mask and valid size are saved: what is kept beside them would be kept from hooks that send them elsewhere."""
     return *settings[:2], *[None] * len(settings[2:4]), *settings[4:]
 
@@ -66,25 +92,24 @@ def _backward_of(kernel: Kernel, op: Any, launch: Any = None) -> Callable[..., t
     ``launch`` is the op where nothing is to be differentiated once more, and no compiler looks on.
     """
     differentiable, own = kernel.differentiable, 2 + len(kernel.kept)  # heatmap, what is kept, beta; then the pixels
+    is_grad_enabled = torch.is_grad_enabled
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if len(grads) > 1:
             grads = tuple([grads[i] for i in differentiable])
-        settings = ctx.settings
-        of_settings = [None] * len(settings)
         if grads[0] is None and all(grad is None for grad in grads):
-            return None, None, *of_settings
-        saved = ctx.saved_tensors
-        of_beta = ctx.needs_input_grad[1]
+            return (None,) * len(ctx.needs_input_grad)
+        settings, saved, of_beta = ctx.settings, ctx.saved_tensors, ctx.needs_input_grad[1]
         if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
             sources = (saved[0], saved[own - 1])
             gradients = _composed_gradients(kernel, grads, *sources, *settings[:2], *saved[own:], *settings[4:])
         else:
-            use = op if launch is None or torch.is_grad_enabled() else launch
+            use = op if launch is None or is_grad_enabled() else launch
             if len(saved) == own:  # all pixels count; slices that leave nothing out cost as much as those that do
                 gradients = use(*grads, *saved, *settings, of_beta)
             else:
                 gradients = use(*grads, *saved[:own], *settings[:2], of_beta, *saved[own:], *settings[4:])
+        of_settings = [None] * len(settings)  # of the eager path's one argument, too many, which is not minded
         return gradients[0], sum_to(gradients[1], saved[own - 1].shape) if of_beta else None, *of_settings
 
     return backward
@@ -113,9 +138,7 @@ def _composed_gradients(
 
 def _keep_second(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
-    beta, ctx.beta_value, ctx.setting, needs_grad_beta, *pixels = rest[len(kernel.kept) :]
-    if not needs_grad_beta:
-        ctx.mark_non_differentiable(output[1])
+    beta, ctx.beta_value, ctx.setting, _, *pixels = rest[len(kernel.kept) :]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(heatmap, beta, *grads, *pixels[:2])
     ctx.empty_value = pixels[2:]

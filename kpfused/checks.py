@@ -12,6 +12,7 @@ from torch import Tensor
 from kpfused.reference import COORDINATES
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_STRIDED = torch.strided
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # beta times log2 e, and times what backward has of gradients and pixels, is a float32 in the kernels.
 _MOST_BETA, _LEAST_TEMPERATURE = 1e30, 1e-30
@@ -24,15 +25,16 @@ def check_heatmap(heatmap: Tensor, dims: str = "HW", name: str = "heatmap") -> N
         raise TypeError(f"{name} must be a torch.Tensor; got {type(heatmap).__name__}")
     if heatmap.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16; got {heatmap.dtype}")
-    if heatmap.layout is not torch.strided:
+    if heatmap.layout is not _STRIDED:
         raise TypeError(f"{name} must be a strided tensor; got layout {heatmap.layout}")
     shape = heatmap.shape  # made anew at every access
     if len(shape) < len(dims):
         count = ("one dimension", "two dimensions", "three dimensions")[len(dims) - 1]
         raise ValueError(f"{name} must have at least {count} (..., {', '.join(dims)}); got shape {tuple(shape)}")
-    if 0 in shape[-len(dims) :]:
-        wanted = " and ".join(f"{dim} >= 1" for dim in dims)
-        raise ValueError(f"{name} must have {wanted}; got shape {tuple(shape)}")
+    for dim in range(-len(dims), 0):  # a slice would be one more shape to make
+        if shape[dim] == 0:
+            wanted = " and ".join(f"{dim} >= 1" for dim in dims)
+            raise ValueError(f"{name} must have {wanted}; got shape {tuple(shape)}")
 
 
 def check_depth(heatmap: Tensor, depth: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kpfused import checks, kernels, ops
-from kpfused.arguments import checked, counting
+from kpfused.arguments import checked
 from kpfused.functional import soft_argmax2d, spatial_moments2d
 from kpfused.results import SpatialMoments
 
@@ -126,7 +126,8 @@ def spatial_moments3d(
     if depth is not None:
         checks.check_depth(heatmap, depth)
         heatmap = heatmap.reshape(*heatmap.shape[:-3], -1, depth, *heatmap.shape[-2:])
-    _, tensor, number, index = checked(heatmap, beta, temperature, coordinates, "DHW")
-    if tensor is not None:
-        tensor = kernels.foldable(tensor.unsqueeze(-1), heatmap.shape[:-2]).contiguous()
-    return ops.spatial_moments3d(heatmap, tensor, number, index, *counting(heatmap, mask, None, empty_value))
+    index = checks.coordinates_index(coordinates)
+    sharpness, settings = checked(heatmap, beta, temperature, index, mask, None, empty_value, "DHW")
+    if sharpness is not None:
+        sharpness = kernels.foldable(sharpness.unsqueeze(-1), heatmap.shape[:-2]).contiguous()
+    return ops.spatial_moments3d(heatmap, sharpness, settings)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kpfused import dtensor, fake, kernels, ops, reference
+from kpfused.arguments import Settings
 from kpfused.autograd import sum_to
 
 _FORWARD = torch.ops.kpfused.spatial_expectation2d.default
@@ -25,23 +26,22 @@ _EAGER_BACKWARD = torch.ops.kpfused._spatial_expectation2d_backward.default
 _STATS = 4  # kStats of csrc/params.h
 
 
-def spatial_expectation2d(
-    heatmap: Tensor, values: Tensor, beta: Tensor | None, beta_value: float, *pixels: Any
-) -> Tensor:
-    """Expectation of ``values``, of checked arguments: beta and pixels as ``kpfused.ops.soft_argmax2d`` takes them."""
-    if ops.takes_composition(heatmap) or torch._C._are_functorch_transforms_active():
+def spatial_expectation2d(heatmap: Tensor, values: Tensor, beta: Tensor | None, settings: Settings) -> Tensor:
+    """Expectation of ``values``, of checked arguments: as ``kpfused.arguments.checked`` has them."""
+    beta_value, _, *pixels = settings  # with values, there are no units to choose
+    if ops.takes_composition(heatmap) or ops.transforms_active():
         return _compose(heatmap, values, beta, beta_value, *pixels)
     values = _foldable(values, heatmap.shape[:-2])
-    settings = (heatmap, values, beta, beta_value, *pixels)
-    plain = ops.is_plain(heatmap, beta, (values, *pixels[:2])) and ops.is_plain(values, None, pixels)
-    if torch.compiler.is_compiling() or not plain:
+    inputs = (heatmap, values, beta, beta_value, *pixels)
+    is_traced = ops.is_compiling() or ops.is_tracing()
+    if is_traced or type(values) not in ops.PLAIN or not ops.is_plain(heatmap, beta, settings):
         heatmap, beta, *pixels = dtensor.prepare_distributed(heatmap, beta, *pixels)
         values = dtensor.prepare_distributed_values(heatmap, values)
         result: Tensor = _FORWARD(heatmap, values, beta, beta_value, *pixels)[0]
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (heatmap, values, beta)):
-        result = SpatialExpectation2d.apply(*settings)  # type: ignore[no-untyped-call]
+        result = SpatialExpectation2d.apply(*inputs)  # type: ignore[no-untyped-call]
     else:
-        result = _EAGER_FORWARD(*settings)[0]
+        result = _EAGER_FORWARD(*inputs)[0]
     return result
 
 
@@ -130,7 +130,6 @@ def _keep_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     mask, valid_size, ctx.empty_value = (*pixels, None, None, None)[:3]
     ctx.rest = (None,) * (4 + len(pixels))
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*[g for g, needed in zip(output, ctx.needs, strict=True) if not needed])
     ctx.save_for_backward(grad, heatmap, values, beta, mask, valid_size)
 
 
@@ -174,13 +173,12 @@ def _fake_backward(
     needs_grad_values: bool,
     needs_grad_beta: bool,
     *pixels: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     fake.check_op(heatmap, beta)
-    none = heatmap.new_empty((0,), dtype=kernels.accumulator_dtype(heatmap.dtype))
     return (
-        torch.empty_like(heatmap) if needs_grad_heatmap or needs_grad_beta else none,
-        torch.empty_like(values) if needs_grad_values else none.clone(),
-        stats.new_empty(heatmap.shape[:-2]) if needs_grad_beta else none.clone(),
+        torch.empty_like(heatmap) if needs_grad_heatmap or needs_grad_beta else None,
+        torch.empty_like(values) if needs_grad_values else None,
+        stats.new_empty(heatmap.shape[:-2]) if needs_grad_beta else None,
     )
 
 

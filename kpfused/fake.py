@@ -48,7 +48,7 @@ def _fake_forward(
     )
 
 
-def _fake_backward(kernel: Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(kernel: Kernel, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
     beta, _, setting, needs_grad_beta, *_ = rest[len(kernel.kept) :]
     _check_call(kernel, heatmap, beta, setting)
@@ -61,7 +61,7 @@ def _fake_backward(kernel: Kernel, *inputs: Any) -> tuple[Tensor, Tensor]:
         like = kernel.dtype_of(i, heatmap), kernel.shape_of(i, heatmap, setting)
         fits = grad is None or (grad.dtype == like[0] and grad.shape == like[1])
         _require(fits, "gradients must have the shapes and dtype of the results")
-    return torch.empty_like(heatmap), heatmap.new_empty(leading if needs_grad_beta else (0,), dtype=dtype)
+    return torch.empty_like(heatmap), heatmap.new_empty(leading, dtype=dtype) if needs_grad_beta else None
 
 
 def register(kernel: Kernel) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kpfused import checks, expectation, ops, reference
 from kpfused.arguments import checked, counting
+from kpfused.kernels import EXPECTATION2D, SOFT_ARGMAX2D, SOFTMAX2D, WINDOW_MASS2D
 from kpfused.results import SpatialMoments
 
 
@@ -72,14 +73,15 @@ def soft_argmax2d(
             within 1e-30 of zero as temperature, a tensor that does not broadcast or lies on another device, a valid
             size beyond the map, debias with a mask or a valid size, or unknown coordinates.
     """
-    arguments = checked(heatmap, beta, temperature, coordinates)
-    pixels = counting(heatmap, mask, valid_size, empty_value)
+    index = checks.coordinates_index(coordinates)
+    sharpness, settings = checked(heatmap, beta, temperature, index, mask, valid_size, empty_value)
     if not debias:
-        return ops.soft_argmax2d(*arguments, *pixels)
+        return ops.call(SOFT_ARGMAX2D, heatmap, sharpness, settings)[0]
     if mask is not None or valid_size is not None:
         raise ValueError("debias=True takes all pixels of the map for background; give no mask and no valid_size")
-    # Empty maps are finite while their background is taken away.
-    moments = ops.spatial_moments2d(*arguments, *(() if empty_value is None else (None, None, 0.0)))
+    if empty_value is not None:  # empty maps are finite while their background is taken away
+        settings = (*settings[:4], 0.0)
+    moments = ops.spatial_moments2d(heatmap, sharpness, settings)
     result = _debiased(moments.mean, moments.logsumexp, heatmap.shape[-2:], coordinates)
     if empty_value is not None:
         result = result.masked_fill((moments.peak_probability == 0)[..., None], empty_value)
@@ -148,8 +150,9 @@ def spatial_moments2d(
         TypeError: as in :func:`soft_argmax2d`.
         ValueError: as in :func:`soft_argmax2d`.
     """
-    arguments = checked(heatmap, beta, temperature, coordinates)
-    return ops.spatial_moments2d(*arguments, *counting(heatmap, mask, valid_size, empty_value))
+    index = checks.coordinates_index(coordinates)
+    sharpness, settings = checked(heatmap, beta, temperature, index, mask, valid_size, empty_value)
+    return ops.spatial_moments2d(heatmap, sharpness, settings)
 
 
 def spatial_softmax2d(
@@ -185,8 +188,8 @@ def spatial_softmax2d(
         TypeError: as in :func:`soft_argmax2d`.
         ValueError: as in :func:`soft_argmax2d`.
     """
-    _, tensor, number, _ = checked(heatmap, beta, temperature, "pixel")
-    return ops.spatial_softmax2d(heatmap, tensor, number, *counting(heatmap, mask, valid_size, empty_value))
+    sharpness, settings = checked(heatmap, beta, temperature, 0, mask, valid_size, empty_value)
+    return ops.call(SOFTMAX2D, heatmap, sharpness, settings)[0]
 
 
 def spatial_expectation2d(
@@ -228,10 +231,9 @@ def spatial_expectation2d(
         TypeError: as in :func:`soft_argmax2d`, or values of another dtype than the heatmap.
         ValueError: as in :func:`soft_argmax2d`, or values of a shape that does not fit.
     """
-    _, tensor, number, _ = checked(heatmap, beta, temperature, "pixel")
+    sharpness, settings = checked(heatmap, beta, temperature, 0, mask, valid_size, empty_value)
     checks.check_values(values, heatmap)
-    pixels = counting(heatmap, mask, valid_size, empty_value)
-    return expectation.spatial_expectation2d(heatmap, values, tensor, number, *pixels)
+    return expectation.spatial_expectation2d(heatmap, values, sharpness, settings)
 
 
 def expectation2d(
@@ -264,8 +266,8 @@ def expectation2d(
         ValueError: as in :func:`soft_argmax2d`.
     """
     checks.check_heatmap(probabilities, name="probabilities")
-    index = checks.coordinates_index(coordinates)
-    return ops.expectation2d(probabilities, index, *counting(probabilities, mask, valid_size, None))
+    settings = (1.0, checks.coordinates_index(coordinates), *counting(probabilities, mask, valid_size, None))
+    return ops.call(EXPECTATION2D, probabilities, None, settings)[0]
 
 
 def window_mass(
@@ -305,5 +307,6 @@ def window_mass(
         ValueError: as in :func:`soft_argmax2d`, a size that is not odd and positive, or an unknown ``around``.
     """
     checks.check_window(size, around)
-    _, tensor, number, _ = checked(heatmap, beta, temperature, "pixel")
-    return ops.window_mass(heatmap, size, around, tensor, number, *counting(heatmap, mask, valid_size, empty_value))
+    window = -size if around == "peak" else size
+    sharpness, settings = checked(heatmap, beta, temperature, window, mask, valid_size, empty_value)
+    return ops.call(WINDOW_MASS2D, heatmap, sharpness, settings)[0]

@@ -46,7 +46,8 @@ class Kernel:
     ``forward(heatmap, beta, beta_value, setting, mask, valid_size, empty_value)`` returns its results and, behind them,
     what else backward keeps, such as the stats. ``setting`` is a number of the op's own: which coordinates, for most.
     ``backward(*grads, heatmap, *kept, beta, beta_value, setting, needs_grad_beta, mask, valid_size, empty_value)``
-    takes a gradient for every differentiable result and returns those of heatmap and beta, one beta for every map.
+    takes a gradient for every differentiable result and returns those of heatmap and, if needed, beta, one for every
+    map.
     Arguments from mask on may be left out.
 
     Each goes by two names. The one that users and compilers see has an autograd formula; the one with an underscore has

@@ -219,3 +219,49 @@ def test_onnx_of_a_size_from_sizes() -> None:
         got = session.run(None, {session.get_inputs()[0].name: image.numpy()})
         for a, b in zip(got, module(image), strict=True):
             torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_torchscript(device: str, tmp_path: Path, with_grad: bool) -> None:
+    """torch.jit.trace, which most call with gradients on: a program of the ops that users see, for any batch and size,
+    through which gradients pass."""
+    module = nn.Sequential(network(), nn.Identity()).to(device)
+    with torch.set_grad_enabled(with_grad):
+        traced = torch.jit.trace(module, torch.randn(2, 3, 16, 12, device=device))
+    assert "kpfused::soft_argmax2d" in str(traced.inlined_graph)
+    traced.save(tmp_path / "pose.pt")
+    loaded = torch.jit.load(tmp_path / "pose.pt")
+    for size in SIZES:
+        image = torch.randn(size, device=device)
+        assert torch.equal(loaded(image), module(image))
+        gradients = [torch.autograd.grad(m(image).square().sum(), list(m.parameters())) for m in (loaded, module)]
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+class Others(nn.Module):
+    """The other ops, with a mask: the softmax map, expectations, the mass of a window, rows and volumes."""
+
+    def forward(self, heatmap: Tensor, mask: Tensor, size: Tensor) -> list[Tensor]:
+        p = kpfused.spatial_softmax2d(heatmap, mask=mask)
+        return [
+            p,
+            kpfused.expectation2d(p),
+            kpfused.spatial_expectation2d(heatmap, heatmap.unsqueeze(1), mask=mask),
+            kpfused.window_mass(heatmap, 5, mask=mask),
+            kpfused.soft_argmax1d(heatmap),
+            kpfused.soft_argmax3d(heatmap, depth=3),
+        ]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("module", [Masked(), Others()])
+def test_torchscript_of_all_ops(device: str, module: nn.Module) -> None:
+    inputs = tuple(i.to(device) for i in masked_inputs((2, 3, 16, 12)))
+    inputs[0].requires_grad_()
+    traced = torch.jit.trace(module, inputs)
+    assert "kpfused::_" not in str(traced.inlined_graph)
+    for shape in SIZES:
+        inputs = tuple(i.to(device) for i in masked_inputs(shape))
+        for a, b in zip(traced(*inputs), module(*inputs), strict=True):
+            assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))

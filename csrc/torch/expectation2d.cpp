@@ -42,8 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> expectation_backward(
   steps.check_of_maps(grad, channels, "grad");
   grad = torch::stable::contiguous(grad);
   expectation = torch::stable::contiguous(expectation);
-  const auto none = [&] { return empty(heatmap, {0}, accumulator_of(dtype_of(heatmap))); };
-  std::tuple<Tensor, Tensor, Tensor> result{none(), none(), none()};
+  std::tuple<Tensor, Tensor, Tensor> result;
   if (needs_grad_heatmap || needs_grad_beta) {
     std::tie(std::get<0>(result), std::get<2>(result)) =
         steps.add_heatmap_gradient(of(values), &expectation, &grad, needs_grad_beta);

@@ -40,9 +40,10 @@ struct Gradient {
     STD_TORCH_CHECK(stats.is_contiguous(), "stats must be what forward returned for this heatmap");
     params.grad_view = layout.second;
     params.grad_heatmap = grad_heatmap.mutable_data_ptr();
-    grad_beta = empty(heatmap, needs_grad_beta ? leading_sizes(heatmap) : std::vector<int64_t>{0},
-                      accumulator_of(params.dtype));
-    params.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
+    if (needs_grad_beta) {
+      grad_beta = empty(heatmap, leading_sizes(heatmap), accumulator_of(params.dtype));
+      params.grad_beta = grad_beta.mutable_data_ptr();
+    }
   }
 
   // `values` numbers of the accumulation dtype for every map.

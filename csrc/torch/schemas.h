@@ -2,7 +2,8 @@
 // What the schemas of ops share.
 #pragma once
 
-// Arguments of every forward and of every backward, behind those of its own.
+// Arguments of every forward and of every backward, behind those of its own. A gradient that is not needed is returned
+// undefined, None to Python, as those of torch's own convolution_backward are: a tensor of nothing takes as long as one.
 #define KPFUSED_SETTINGS "Tensor? beta, float beta_value, int coordinates"
 #define KPFUSED_PIXELS "Tensor? mask=None, Tensor? valid_size=None, float? empty_value=None"
 #define KPFUSED_FORWARD(returns) "(Tensor heatmap, " KPFUSED_SETTINGS ", " KPFUSED_PIXELS ") -> (" returns ")"

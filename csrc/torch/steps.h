@@ -109,12 +109,14 @@ class Steps {
     p.grad = grad ? grad->const_data_ptr() : nullptr;
     p.grad_heatmap = target_->mutable_data_ptr();
     p.grad_view = layout.second;
-    Tensor grad_beta = empty(input_, needs_grad_beta ? leading_sizes(input_) : std::vector<int64_t>{0},
-                             accumulator_of(p.softmax.dtype));
-    p.grad_beta = needs_grad_beta ? grad_beta.mutable_data_ptr() : nullptr;
+    Tensor grad_beta;
+    if (needs_grad_beta) {
+      grad_beta = empty(input_, leading_sizes(input_), accumulator_of(p.softmax.dtype));
+      p.grad_beta = grad_beta.mutable_data_ptr();
+    }
     if (p.values.view.channels == 0) {
       torch::stable::zero_(*result_);
-      torch::stable::zero_(grad_beta);
+      if (needs_grad_beta) torch::stable::zero_(grad_beta);
       target_.reset();
       return {*result_, grad_beta};
     }

@@ -57,10 +57,12 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
   return Tensor(handle);
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * (sizes[d] > 0 ? sizes[d] : 1);
-  return empty_strided(like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  const size_t dims = sizes.size();
+  sizes.resize(2 * dims, 1);  // behind them, strides: memory of their own takes as long as that of the tensor
+  int64_t* const strides = sizes.data() + dims;
+  for (size_t d = dims; d-- > 1;) strides[d - 1] = strides[d] * (sizes[d] > 0 ? sizes[d] : 1);
+  return empty_strided(like, sizes.data(), strides, static_cast<int64_t>(dims), dtype);
 }
 
 // Whether a tensor's elements fill one stretch of memory, in whatever order of dimensions.
@@ -87,7 +89,9 @@ inline Tensor empty_like(const Tensor& tensor) {
 // The sizes of the leading dimensions of (..., H, W), followed by `last`.
 inline std::vector<int64_t> leading_sizes(const Tensor& heatmap, std::initializer_list<int64_t> last = {}) {
   const auto sizes = heatmap.sizes();
-  std::vector<int64_t> result(sizes.begin(), sizes.end() - 2);
+  std::vector<int64_t> result;
+  result.reserve(2 * (sizes.size() - 2 + last.size()));  // with room for what `empty` puts behind
+  result.assign(sizes.begin(), sizes.end() - 2);
   result.insert(result.end(), last);
   return result;
 }

@@ -56,7 +56,7 @@ def map_backward(
     kept: int,
     spread: Callable[..., Any],
     **named_pixels: Any,
-) -> tuple[DTensor, DTensor]:
+) -> tuple[DTensor, DTensor | None]:
     """``kept``: how many results of forward follow the heatmap."""
     share = Share(heatmap)
     own = tuple(share.take(tensor) for tensor in rest[:kept])
@@ -67,7 +67,7 @@ def map_backward(
         return kernel_gradients(op, share, (own_grad,), own, settings)
     # Also on ranks without pixels, which may have to take part in merging.
     grad_heatmap, grad_beta = spread(op, share, own_grad, *own, *settings)
-    return share.wrap_heatmap(grad_heatmap), share.wrap_grad_beta(grad_beta, settings[3])
+    return share.wrap_heatmap(grad_heatmap), share.wrap_grad_beta(grad_beta)
 
 
 def _expectation(
@@ -140,7 +140,7 @@ def spread_softmax_backward(
     setting: int,
     needs_grad_beta: bool,
     *pixels: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """That of the expectation of the upstream gradient, if that were no function of the heatmap."""
     values = _as_values(grad)
     _, mean = _expectation(share, values, beta, beta_value, pixels)
@@ -189,7 +189,7 @@ def spread_coordinates_backward(
     coordinates: int,
     needs_grad_beta: bool,
     *pixels: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Coordinates times the upstream gradient: nothing to read, so that torch writes it as fast as a kernel."""
     heatmap, along = share.local, []
     for dim, (scale, offset) in zip((-1, -2), share.units(coordinates), strict=True):
@@ -201,7 +201,7 @@ def spread_coordinates_backward(
         mask, valid_size, _ = pixels
         counts = reference.counting(heatmap, mask, None if valid_size is None else valid_size.unbind(-1))
         gradient = gradient if counts is None else gradient.masked_fill_(~counts, 0)
-    return gradient, share.of_maps(0)
+    return gradient, None
 
 
 def _window_pixel(share: Share, window: int, stats: Tensor, peak: Tensor) -> Tensor:
@@ -244,11 +244,11 @@ def spread_window_backward(
     window: int,
     needs_grad_beta: bool,
     *pixels: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     if not share.has_pixels:
         return no_gradients(share, needs_grad_beta)
     settings = (beta, beta_value, -abs(window), needs_grad_beta, *pixels)
-    gradients: tuple[Tensor, Tensor] = op(
+    gradients: tuple[Tensor, Tensor | None] = op(
         grad, share.local, mass, stats, _window_pixel(share, window, stats, peak), *settings
     )
     return gradients
@@ -285,7 +285,7 @@ def expectation_backward(
     beta_value: float,
     *rest: Any,
     **named_pixels: Any,
-) -> tuple[DTensor, DTensor, DTensor]:
+) -> tuple[DTensor | None, ...]:
     share, own_values = Share(heatmap), values.to_local()
     needs_grad_heatmap, needs_grad_values, needs_grad_beta, *pixels = rest
     needs_grad_heatmap |= needs_grad_beta
@@ -303,9 +303,7 @@ def expectation_backward(
         for own, maps in zip(values.placements, share.placements, strict=True)
     ]
     return (
-        share.wrap_heatmap(gradients[0]) if needs_grad_heatmap else share.wrap_nothing(),
-        from_local(gradients[1], share, of_values, values.shape, values.stride())
-        if needs_grad_values
-        else share.wrap_nothing(),
-        share.wrap_grad_beta(gradients[2], needs_grad_beta),
+        share.wrap_heatmap(gradients[0]) if needs_grad_heatmap else None,
+        from_local(gradients[1], share, of_values, values.shape, values.stride()) if needs_grad_values else None,
+        share.wrap_grad_beta(gradients[2]),
     )

@@ -195,7 +195,7 @@ def backward(
     needs_grad_beta: bool,
     *pixels: Any,
     **named_pixels: Any,
-) -> tuple[DTensor, DTensor]:
+) -> tuple[DTensor, DTensor | None]:
     share = Share(heatmap)
     grad, own_stats = share.take(grad_coordinates), share.take(stats)
     if share.spread:
@@ -228,7 +228,7 @@ def moments_backward(
     needs_grad_beta: bool,
     *pixels: Any,
     **named_pixels: Any,
-) -> tuple[DTensor, DTensor]:
+) -> tuple[DTensor, DTensor | None]:
     share = Share(heatmap)
     grads = (grad_mean, grad_covariance, grad_entropy, grad_logsumexp, grad_peak_probability)
     mean, covariance, entropy, logsumexp, chance = (None if g is None else share.take(g) for g in grads)
@@ -266,15 +266,14 @@ def kernel_gradients(
     grads: tuple[Tensor | None, ...],
     kept: tuple[Tensor, ...],
     settings: tuple[Any, ...],
-) -> tuple[DTensor, DTensor]:
-    needs_grad_beta = settings[3]
+) -> tuple[DTensor, DTensor | None]:
     if share.has_pixels:
         grad_heatmap, grad_beta = op(*grads, share.local, *kept, *settings)
     else:
-        grad_heatmap, grad_beta = no_gradients(share, needs_grad_beta)
-    return share.wrap_heatmap(grad_heatmap), share.wrap_grad_beta(grad_beta, needs_grad_beta)
+        grad_heatmap, grad_beta = no_gradients(share, needs_grad_beta=settings[3])
+    return share.wrap_heatmap(grad_heatmap), share.wrap_grad_beta(grad_beta)
 
 
-def no_gradients(share: Share, needs_grad_beta: bool) -> tuple[Tensor, Tensor]:
+def no_gradients(share: Share, needs_grad_beta: bool) -> tuple[Tensor, Tensor | None]:
     """Of a rank without pixels: of the heatmap nothing, of beta zero."""
-    return torch.empty_like(share.local), share.of_maps(*(() if needs_grad_beta else (0,)))
+    return torch.empty_like(share.local), share.of_maps() if needs_grad_beta else None

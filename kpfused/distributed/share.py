@@ -184,13 +184,9 @@ class Share:
         strides = tuple(itertools.accumulate(reversed(shape), operator.mul, initial=1))[-2::-1]
         return from_local(local, self, placements, shape, strides)
 
-    def wrap_nothing(self) -> DTensor:
-        """A tensor without elements, for a gradient that nobody asked for."""
-        return self.wrap(self.local.new_empty((0,), dtype=self.dtype), [Replicate()] * self.mesh.ndim, (0,))
-
-    def wrap_grad_beta(self, local: Tensor, is_needed: bool) -> DTensor:
+    def wrap_grad_beta(self, local: Tensor | None) -> DTensor | None:
         """Of every map, of which ranks that have pixels of it each have a part."""
-        return self.wrap(local, self.beside(Partial()), self.leading) if is_needed else self.wrap_nothing()
+        return None if local is None else self.wrap(local, self.beside(Partial()), self.leading)
 
     def wrap_result(self, local: Tensor) -> DTensor:
         """What belongs to the maps."""

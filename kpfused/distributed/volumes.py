@@ -23,13 +23,14 @@ def spatial_moments3d(
     beta: Tensor | None,
     beta_value: float,
     setting: int,
-    mask: Tensor | None,
-    empty_value: float | None,
+    mask: Tensor | None = None,
+    _: None = None,
+    empty_value: float | None = None,
 ) -> SpatialMoments:
     """As the op of ``kernels.MOMENTS3D``, where one of the tensors is a ``DTensor``."""
     coordinates = max(setting, ~setting)
     # Slices in which nothing weighs are finite, whatever becomes of their volume.
-    *fields, stats = ops.call(MOMENTS2D, heatmap, beta, beta_value, coordinates, mask, None, 0.0)
+    *fields, stats = ops.call(MOMENTS2D, heatmap, beta, (beta_value, coordinates, mask, None, 0.0))
     if setting < 0:
         depth = heatmap.dim() - 4
         *fields, stats = (f.transpose(depth, depth + 1) for f in (*fields, stats))
