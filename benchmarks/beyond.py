@@ -231,6 +231,7 @@ def masks(device: str, shrink: Shrink) -> Iterator[Comparison]:
             for name, function, inputs in [
                 ("spatial_moments2d", kpfused.spatial_moments2d, [h]),
                 ("spatial_softmax2d", kpfused.spatial_softmax2d, [h]),
+                ("expectation2d", kpfused.expectation2d, [h]),
                 (
                     "spatial_expectation2d",
                     lambda h, v, **k: kpfused.spatial_expectation2d(h, v.unsqueeze(2), **k),
@@ -240,6 +241,11 @@ def masks(device: str, shrink: Shrink) -> Iterator[Comparison]:
                 question = f"{name}, mask (B, K, H, W) over all pixels"  # in the order of the heatmap
                 masked = partial(function, mask=mask)
                 yield from both_ways(question, case.label, masked, function, inputs, True, reading_of(mask))
+                if shape[-1] == 64:
+                    question = f"{name}, valid_size of 3/4 each way over all pixels"
+                    size = tuple(torch.full((case.shape[0], 1), n * 3 // 4, device=device) for n in case.shape[-2:])
+                    sized = partial(function, valid_size=size)
+                    yield from both_ways(question, case.label, sized, function, inputs, True)
 
 
 def expectations(device: str, shrink: Shrink) -> Iterator[Comparison]:

@@ -258,7 +258,7 @@ KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, 
   const int64_t valid = row < counting.rows ? at_most(at_least(counting.cols - col, 0), n) : 0;
   const uint8_t* mask = counting.mask ? counting.mask + row * counting.stride_y + col * counting.stride_x : nullptr;
   if (!mask) {
-    if (from != to) __builtin_memcpy(to, from, valid * sizeof(T));
+    if (from != to) copy_row(from, to, valid);
   } else if (counting.stride_x == 1) {
     select<true>(mask, from, to, valid, otherwise, [](const auto&, int) {});
   } else {
@@ -270,7 +270,7 @@ KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, 
       select<true>(bytes, from + first, to + first, count, otherwise, [](const auto&, int) {});
     }
   }
-  for (int64_t i = valid; i < n; ++i) to[i] = otherwise;
+  fill_row(to + valid, n - valid, otherwise);
 }
 
 // Likewise for rows; those of `to` are dense.

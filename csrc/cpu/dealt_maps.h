@@ -28,10 +28,10 @@ class DealtMaps : public LaneRuns<T> {
   DealtMaps(const ExpectationSteps& steps, const SoftmaxParams& softmax)
       : Base(steps, softmax, groups_of(steps, softmax)), channels_(channels_of(steps)), deal_(channels_) {
     const int64_t lanes = most_lanes(steps, softmax), maps = this->run_ * lanes + L;
-    p_.reset(new A[size_t(maps)]());
-    sums_.reset(new A[size_t(2 * whole_vectors<A>(lanes * channels_))]);
-    if (steps.heatmap && steps.heatmap->grad_beta) below_.reset(new A[size_t(maps)]());
-    if (steps.heatmap) products_.reset(new A[size_t(maps * channels_)]());
+    p_ = make_zero_lines<A>(maps);
+    sums_ = make_lines<A>(2 * whole_vectors<A>(lanes * channels_));
+    if (steps.heatmap && steps.heatmap->grad_beta) below_ = make_zero_lines<A>(maps);
+    if (steps.heatmap) products_ = make_zero_lines<A>(maps * channels_);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -239,8 +239,8 @@ class DealtMaps : public LaneRuns<T> {
   const int64_t channels_;
   Deal<A> deal_;
   // Of the run at hand: P, how far the keys lie below the peak, and values times their upstream gradients.
-  std::unique_ptr<A[]> p_, below_, products_;
-  std::unique_ptr<A[]> sums_;  // of all runs and of one; or the upstream gradients of the lanes
+  Lines<A> p_, below_, products_;
+  Lines<A> sums_;  // of all runs and of one; or the upstream gradients of the lanes
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -329,7 +329,7 @@ struct ExpectationValuesKernel {
     const int64_t outer = value / own.inner, inner = value - outer * own.inner;
     const int64_t size = channels() * kTile<A>;
     alignas(64) A few[2 * kTileChannels * kTile<A>];
-    const std::unique_ptr<A[]> many(channels() > kTileChannels ? new A[size_t(2 * size)] : nullptr);
+    const Lines<A> many = channels() > kTileChannels ? make_lines<A>(2 * size) : nullptr;
     A *const sums = many ? many.get() : few, *const of_run = sums + size;
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>);

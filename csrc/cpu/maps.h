@@ -218,11 +218,20 @@ KPFUSED_INLINE void copy_row(const T* from, T* to, int64_t n) {
   move(n - kElements);
 }
 template <class T>
-KPFUSED_INLINE void clear_row(T* to, int64_t n) {
+KPFUSED_INLINE void fill_row(T* to, int64_t n, T value) {
   constexpr int64_t kElements = kVectorBytes / int64_t(sizeof(T));
-  if (n < kElements) return void(__builtin_memset(to, 0, size_t(n) * sizeof(T)));
-  for (int64_t i = 0; i + kElements <= n; i += kElements) __builtin_memset(to + i, 0, kVectorBytes);
-  __builtin_memset(to + n - kElements, 0, kVectorBytes);
+  if (n < kElements) {
+    for (int64_t i = 0; i < n; ++i) to[i] = value;
+    return;
+  }
+  T vector[kElements];
+  for (int64_t i = 0; i < kElements; ++i) vector[i] = value;
+  for (int64_t i = 0; i + kElements <= n; i += kElements) __builtin_memcpy(to + i, vector, sizeof(vector));
+  __builtin_memcpy(to + n - kElements, vector, sizeof(vector));
+}
+template <class T>
+KPFUSED_INLINE void clear_row(T* to, int64_t n) {
+  fill_row(to, n, T{});
 }
 
 template <class T>

@@ -2,9 +2,8 @@
 // Tiles of P and of values: runs of the accumulation dtype that stay in the nearest cache, whatever the layouts are.
 #pragma once
 
-#include <memory>
-
 #include "lanes.h"
+#include "lines.h"
 #include "planes.h"
 #include "products.h"
 #include "sums_rows.h"
@@ -167,7 +166,7 @@ class SoftmaxTiles {
     kept_ = 0;
     ahead_ = kReadAhead;
     room_ = keep && can_keep(count) ? pixels() : 0;
-    if (room_ && !memory_) memory_.reset(new A[kKept<A> + kTileMaps * L]);
+    if (room_ && !memory_) memory_ = make_lines<A>(kKept<A> + kTileMaps * L);
     const T* const heatmap = static_cast<const T*>(params_.heatmap);
     planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
     for (int m = 0; m < count; ++m) {
@@ -224,7 +223,7 @@ class SoftmaxTiles {
   const A* p_[kTileMaps];
   alignas(64) T buffer_[kTileMaps][kTile<A>];
   alignas(64) A tile_[kTileMaps][kTile<A>];
-  std::unique_ptr<A[]> memory_;
+  Lines<A> memory_;
 };
 
 // Whether in each pixel the channels of one map come after those of the map before, side by side.
@@ -254,10 +253,12 @@ class ValueTiles {
   ValueTiles(const Values& values, const SoftmaxParams& softmax)
       : values_(values), softmax_(softmax), shared_(share_values(values, softmax)) {}
 
-  // Whether maps side by side have the same values, and the same of them count.
+  // Whether maps side by side have the same values; of those in memory, which may be NaN where they do not count, if the same
+  // ones count.
   static bool share_values(const Values& values, const SoftmaxParams& softmax) {
-    return softmax.view.inner > 1 && values.view.stride_inner == 0 && values.kind != ValueKind::window &&
-           counts_of(softmax.pixels, softmax.view) != Counts::by_lanes;
+    if (softmax.view.inner == 1 || values.kind == ValueKind::window) return false;
+    return values.kind == ValueKind::coordinates ||
+           (values.view.stride_inner == 0 && counts_of(softmax.pixels, softmax.view) != Counts::by_lanes);
   }
 
   bool shared() const { return shared_; }

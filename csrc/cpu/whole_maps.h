@@ -44,7 +44,7 @@ class WholeMaps {
       : steps_(steps),
         softmax_(softmax),
         all_(softmax.view.height * softmax.view.width),
-        p_(new A[size_t(whole_vectors<A>(all_))]) {}
+        p_(make_lines<A>(whole_vectors<A>(all_))) {}
 
   void run(int64_t begin, int64_t end) {
     MapWalk walk(softmax_.view, begin);
@@ -131,7 +131,7 @@ class WholeMaps {
   const T* within_size(const T* p, A fill, int64_t buffer) {
     const int64_t width = softmax_.view.width;
     if (cols_ == width) return p;
-    if (!buffers_) buffers_.reset(new T[size_t((1 + kCopiedChannels) * all_)]);
+    if (!buffers_) buffers_ = make_lines<T>((1 + kCopiedChannels) * all_);
     T* const to = buffers_.get() + buffer * all_;
     for (int64_t i = 0; i < pixels_; i += width) {
       prefetch_run(p + i, cols_, kReadAhead);
@@ -363,7 +363,7 @@ class WholeMaps {
   const SoftmaxParams& softmax_;
   const int64_t all_;       // pixels of a map
   int64_t cols_, pixels_;   // those of a row that count, and of all rows with such
-  std::unique_ptr<A[]> p_;  // of the map at hand
+  Lines<A> p_;  // of the map at hand
   A beta_;
   int64_t channels_ = 0;
   Falloff<A> of_;
@@ -375,7 +375,7 @@ class WholeMaps {
   uint8_t last_mask_[L] = {};
   std::unique_ptr<uint8_t[]> bytes_;  // of a mask that is no run
   const uint8_t* copied_ = nullptr;
-  std::unique_ptr<T[]> buffers_;  // of a narrower valid size: the heatmap, and channels of values
+  Lines<T> buffers_;  // of a narrower valid size: the heatmap, and channels of values
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA
