@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from kpfused import checks, dtensor, kernels
-
-Settings = tuple[Any, ...]
-"""What an op takes behind heatmap and beta: beta where it is a number, a number of the op's own, such as the index of
-the coordinates, and, unless all pixels count, mask or None (bool, of the heatmap's shape), valid size or None
-(contiguous int64 ``(..., 2)``, height and width, broadcast against the leading dimensions), and empty value or None.
-One tuple, passed on as it is: each of its items would cost at every function on the way."""
+from kpfused.kernels import Settings
 
 
 def checked(

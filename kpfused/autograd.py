@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kpfused.arguments import Settings
 from kpfused.dtensor import refuse_distributed
-from kpfused.kernels import Kernel
+from kpfused.kernels import Kernel, Settings
 
 
 def _eager(kernel: Kernel) -> Any:
@@ -51,7 +50,7 @@ def _eager(kernel: Kernel) -> Any:
 
 def _plain(kernel: Kernel, forward: Callable[..., Any], backward: Callable[..., Any]) -> tuple[Any, Any]:
     """Both directions of one result and its stats, spelt out for what most calls are, in which all pixels count: to
-    go through tuples of any length takes a thirtieth of the time of a call and its gradient."""
+    go through tuples of any length takes time that ``benchmarks.host_time`` shows."""
     launch, launch_backward, is_grad_enabled = kernel.launch_forward, kernel.launch_backward, torch.is_grad_enabled
 
     def plain_forward(ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> Any:
@@ -109,7 +108,7 @@ def _backward_of(kernel: Kernel, op: Any, launch: Any = None) -> Callable[..., t
                 gradients = use(*grads, *saved, *settings, of_beta)
             else:
                 gradients = use(*grads, *saved[:own], *settings[:2], of_beta, *saved[own:], *settings[4:])
-        of_settings = [None] * len(settings)  # of the eager path's one argument, too many, which is not minded
+        of_settings = (None,) * (len(ctx.needs_input_grad) - 2)
         return gradients[0], sum_to(gradients[1], saved[own - 1].shape) if of_beta else None, *of_settings
 
     return backward

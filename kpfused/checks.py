@@ -31,8 +31,8 @@ def check_heatmap(heatmap: Tensor, dims: str = "HW", name: str = "heatmap") -> N
     if len(shape) < len(dims):
         count = ("one dimension", "two dimensions", "three dimensions")[len(dims) - 1]
         raise ValueError(f"{name} must have at least {count} (..., {', '.join(dims)}); got shape {tuple(shape)}")
-    for dim in range(-len(dims), 0):  # a slice would be one more shape to make
-        if shape[dim] == 0:
+    for i in range(-len(dims), 0):  # a slice would be one more shape to make
+        if shape[i] == 0:
             wanted = " and ".join(f"{dim} >= 1" for dim in dims)
             raise ValueError(f"{name} must have {wanted}; got shape {tuple(shape)}")
 

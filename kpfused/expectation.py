@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kpfused import dtensor, fake, kernels, ops, reference
-from kpfused.arguments import Settings
 from kpfused.autograd import sum_to
 
 _FORWARD = torch.ops.kpfused.spatial_expectation2d.default
@@ -26,7 +25,7 @@ _EAGER_BACKWARD = torch.ops.kpfused._spatial_expectation2d_backward.default
 _STATS = 4  # kStats of csrc/params.h
 
 
-def spatial_expectation2d(heatmap: Tensor, values: Tensor, beta: Tensor | None, settings: Settings) -> Tensor:
+def spatial_expectation2d(heatmap: Tensor, values: Tensor, beta: Tensor | None, settings: kernels.Settings) -> Tensor:
     """Expectation of ``values``, of checked arguments: as ``kpfused.arguments.checked`` has them."""
     beta_value, _, *pixels = settings  # with values, there are no units to choose
     if ops.takes_composition(heatmap) or ops.transforms_active():
@@ -38,7 +37,7 @@ def spatial_expectation2d(heatmap: Tensor, values: Tensor, beta: Tensor | None, 
         heatmap, beta, *pixels = dtensor.prepare_distributed(heatmap, beta, *pixels)
         values = dtensor.prepare_distributed_values(heatmap, values)
         result: Tensor = _FORWARD(heatmap, values, beta, beta_value, *pixels)[0]
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (heatmap, values, beta)):
+    elif ops.is_grad_enabled() and any(t is not None and t.requires_grad for t in (heatmap, values, beta)):
         result = SpatialExpectation2d.apply(*inputs)  # type: ignore[no-untyped-call]
     else:
         result = _EAGER_FORWARD(*inputs)[0]
@@ -125,8 +124,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
 
 
 def _keep_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, heatmap, values, _, _, beta, ctx.beta_value, *rest = inputs
-    ctx.needs, pixels = rest[:3], rest[3:]
+    grad, heatmap, values, _, _, beta, ctx.beta_value, _, _, _, *pixels = inputs
     mask, valid_size, ctx.empty_value = (*pixels, None, None, None)[:3]
     ctx.rest = (None,) * (4 + len(pixels))
     ctx.set_materialize_grads(False)
@@ -143,7 +141,7 @@ def _second_gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None
         return _composed_gradients(grad, heatmap, values, beta, ctx.beta_value, *pixels, ctx.empty_value)
 
     gradients, pull = torch.func.vjp(first, grad, *sources)  # type: ignore[misc]
-    used = [u if needed else None for u, needed in zip(upstream, ctx.needs, strict=True)][: len(gradients)]
+    used = upstream[: len(gradients)]
     second = pull(tuple(torch.zeros_like(g) if u is None else u for g, u in zip(gradients, used, strict=True)))
     return (*second[:3], None, None, None if beta is None else second[3], *ctx.rest)
 

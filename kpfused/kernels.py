@@ -23,6 +23,12 @@ HAS_CUDA = bool(_C.build_info()["cuda"])
 _PEAK = SpatialMoments._fields.index("peak")
 _STATS, _MOMENT_STATS, _VOLUME_STATS = 4, 8, 13  # kStats, kMomentStats and kVolumeStats of csrc/params.h
 
+Settings = tuple[Any, ...]
+"""What an op takes behind heatmap and beta: beta where it is a number, a number of the op's own, such as the index of
+the coordinates, and, unless all pixels count, mask or None (bool, of the heatmap's shape), valid size or None
+(contiguous int64 ``(..., 2)``, height and width, broadcast against the leading dimensions), and empty value or None.
+One tuple, passed on as it is: each of its items would cost at every function on the way."""
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of coordinates, stats and beta for maps of ``dtype``."""
@@ -47,8 +53,7 @@ class Kernel:
     what else backward keeps, such as the stats. ``setting`` is a number of the op's own: which coordinates, for most.
     ``backward(*grads, heatmap, *kept, beta, beta_value, setting, needs_grad_beta, mask, valid_size, empty_value)``
     takes a gradient for every differentiable result and returns those of heatmap and, if needed, beta, one for every
-    map.
-    Arguments from mask on may be left out.
+    map. Arguments from mask on may be left out.
 
     Each goes by two names. The one that users and compilers see has an autograd formula; the one with an underscore has
     none, so that the eager path, which brings its own, passes no Python between the dispatcher and the kernel.

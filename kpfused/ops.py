@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kpfused import autograd, fake, vmap
-from kpfused.arguments import Settings
 from kpfused.dtensor import is_distributed, prepare_distributed, sharding_rules
-from kpfused.kernels import HAS_CUDA, KERNELS, MOMENTS2D, MOMENTS3D, Kernel, foldable
+from kpfused.kernels import HAS_CUDA, KERNELS, MOMENTS2D, MOMENTS3D, Kernel, Settings, foldable
 from kpfused.results import SpatialMoments
 
 # By names of their own: each dot of the way to them is a look into a dictionary, at every call.
@@ -39,7 +38,7 @@ def spatial_moments3d(heatmap: Tensor, beta: Tensor | None, settings: Settings) 
         beta = None if beta is None else _swapped(beta, heatmap.shape[:-2])
         beta_value, coordinates, *pixels = settings
         if pixels and pixels[0] is not None:
-            pixels[0] = pixels[0].transpose(-3, -4)
+            pixels = [pixels[0].transpose(-3, -4), *pixels[1:]]
         settings = (beta_value, ~coordinates, *pixels)
     if is_distributed(heatmap, beta, *settings[2:3]):
         return sharding_rules().spatial_moments3d(heatmap, beta, *settings)  # type: ignore[no-any-return]
@@ -97,7 +96,7 @@ def is_plain(heatmap: Tensor, beta: Tensor | None, settings: Settings) -> bool:
     )
 
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})  # of a tensor that may be absent
 
 
 @functools.cache

@@ -55,6 +55,23 @@ def test_only_what_is_asked_for(device: str) -> None:
             torch.testing.assert_close(got, want)
 
 
+def test_second_derivatives_of_what_comes_along(device: str) -> None:
+    """The gradient of the heatmap comes with that of beta, and is differentiable even where it was not asked for."""
+    heatmap, values = cases.random((2, 3, 4, 5)).to(device), cases.random((2, 3, 2, 4, 5)).to(device)
+    heatmap.requires_grad_()
+    beta = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
+    ops = torch.ops.kpfused
+    mean, stats = (t.detach() for t in ops.spatial_expectation2d(heatmap, values, beta, 0.0))
+    grad = torch.randn_like(mean)
+    second = []
+    for needs in ((True, False, True), (False, False, True)):
+        first = ops.spatial_expectation2d_backward(grad, heatmap, values, mean, stats, beta, 0.0, *needs)
+        assert first[1] is None
+        second += torch.autograd.grad(first[0].square().sum(), heatmap)
+    assert second[0].abs().max() > 0
+    assert torch.equal(*second)
+
+
 def test_transforms(device: str) -> None:
     heatmap, values = cases.random((4, 3, 5, 6)).to(device), cases.random((4, 2, 5, 6)).to(device)
 

@@ -302,7 +302,7 @@ KPFUSED_INLINE A copy_counting_with_peak(const A* from, int64_t stride_y, int64_
   if (is_one_row(counting, stride_y, rows, cols, row, col)) valid = cols *= rows, rows = 1;
   for (int64_t r = 0; r < rows; ++r, from += stride_y, to += cols, mask += counting.stride_y) {
     select<false>(mask, from, to, valid, otherwise, seen);
-    for (int64_t i = valid; i < cols; ++i) to[i] = otherwise;
+    fill_row(to + valid, cols - valid, otherwise);
   }
   for (int j = 1; j < kSelected; ++j) peak[0] = maximum(peak[j], peak[0]);
   return reduce_max<A>(peak[0]);

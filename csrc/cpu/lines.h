@@ -16,12 +16,12 @@ struct FreeLines {
 template <class T>
 using Lines = std::unique_ptr<T[], FreeLines>;
 
-// Of elements that hold anything.
+// Uninitialised.
 template <class T>
 Lines<T> make_lines(int64_t count) {
   return Lines<T>(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kLine)));
 }
-// Or zero.
+// Zeros.
 template <class T>
 Lines<T> make_zero_lines(int64_t count) {
   Lines<T> lines = make_lines<T>(count);

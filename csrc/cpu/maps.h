@@ -203,8 +203,8 @@ KPFUSED_INLINE T as_element(Acc<T> value) {
   return lanes[0];
 }
 
-// n elements, or zeros, of which all bytes are. Calls of memcpy and memset take longer than a short row; the last vector
-// overlaps the one before it.
+// n elements, or n times one value. A call of memcpy takes longer than a short row; the last vector overlaps the one before
+// it.
 template <class T>
 KPFUSED_INLINE void copy_row(const T* from, T* to, int64_t n) {
   constexpr int64_t kElements = kVectorBytes / int64_t(sizeof(T));

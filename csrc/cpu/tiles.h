@@ -253,8 +253,8 @@ class ValueTiles {
   ValueTiles(const Values& values, const SoftmaxParams& softmax)
       : values_(values), softmax_(softmax), shared_(share_values(values, softmax)) {}
 
-  // Whether maps side by side have the same values; of those in memory, which may be NaN where they do not count, if the same
-  // ones count.
+  // Whether maps side by side have the same values. Those in memory may be NaN where they do not count, so that the same have
+  // to count.
   static bool share_values(const Values& values, const SoftmaxParams& softmax) {
     if (softmax.view.inner == 1 || values.kind == ValueKind::window) return false;
     return values.kind == ValueKind::coordinates ||

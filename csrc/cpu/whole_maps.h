@@ -136,9 +136,7 @@ class WholeMaps {
     for (int64_t i = 0; i < pixels_; i += width) {
       prefetch_run(p + i, cols_, kReadAhead);
       copy_row(p + i, to + i, cols_);
-      int64_t c = cols_;
-      for (; c + L <= width; c += L) store(to + i + c, splat(fill));
-      if (c < width) store_first(to + i + c, width - c, splat(fill));
+      fill_row(to + i + cols_, width - cols_, as_element<T>(fill));
     }
     return to;
   }
@@ -363,7 +361,7 @@ class WholeMaps {
   const SoftmaxParams& softmax_;
   const int64_t all_;       // pixels of a map
   int64_t cols_, pixels_;   // those of a row that count, and of all rows with such
-  Lines<A> p_;  // of the map at hand
+  Lines<A> p_;              // of the map at hand
   A beta_;
   int64_t channels_ = 0;
   Falloff<A> of_;

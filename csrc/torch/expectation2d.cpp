@@ -97,13 +97,17 @@ Pair coordinates_forward(Tensor heatmap, std::optional<Tensor> beta, double beta
 
 template <class Backend>
 Pair coordinates_backward(Tensor grad, Tensor heatmap, Tensor, std::optional<Tensor> beta, double beta_value,
-                          int64_t coordinates, bool, std::optional<Tensor> mask, std::optional<Tensor> valid_size,
-                          std::optional<double> empty_value) {
+                          int64_t coordinates, bool needs_grad_beta, std::optional<Tensor> mask,
+                          std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
   steps.check_of_maps(grad, 2, "grad");
   grad = torch::stable::contiguous(grad);
   Pair result = steps.add_heatmap_gradient(kOfCoordinates, nullptr, &grad, false);
   steps.run();
+  if (needs_grad_beta) {
+    Tensor& grad_beta = std::get<1>(result) = empty(heatmap, leading_sizes(heatmap), accumulator_of(dtype_of(heatmap)));
+    torch::stable::zero_(grad_beta);
+  }
   return result;
 }
 

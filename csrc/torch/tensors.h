@@ -86,14 +86,19 @@ inline Tensor empty_like(const Tensor& tensor) {
   return empty_strided(tensor, tensor.sizes().data(), tensor.strides().data(), tensor.dim(), tensor.scalar_type());
 }
 
+// Some sizes, followed by `last`, with room for what `empty` puts behind.
+inline std::vector<int64_t> sizes_before(const int64_t* sizes, size_t count, std::initializer_list<int64_t> last) {
+  std::vector<int64_t> result;
+  result.reserve(2 * (count + last.size()));
+  result.assign(sizes, sizes + count);
+  result.insert(result.end(), last);
+  return result;
+}
+
 // The sizes of the leading dimensions of (..., H, W), followed by `last`.
 inline std::vector<int64_t> leading_sizes(const Tensor& heatmap, std::initializer_list<int64_t> last = {}) {
   const auto sizes = heatmap.sizes();
-  std::vector<int64_t> result;
-  result.reserve(2 * (sizes.size() - 2 + last.size()));  // with room for what `empty` puts behind
-  result.assign(sizes.begin(), sizes.end() - 2);
-  result.insert(result.end(), last);
-  return result;
+  return sizes_before(sizes.data(), sizes.size() - 2, last);
 }
 
 }  // namespace kpfused

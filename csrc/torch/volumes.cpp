@@ -31,9 +31,7 @@ struct Volumes {
   }
 
   Tensor empty(const Tensor& heatmap, std::initializer_list<int64_t> last, ScalarType dtype) const {
-    std::vector<int64_t> all = sizes;
-    all.insert(all.end(), last);
-    return kpfused::empty(heatmap, all, dtype);
+    return kpfused::empty(heatmap, sizes_before(sizes.data(), sizes.size(), last), dtype);
   }
 
   template <class Params>

@@ -201,7 +201,7 @@ def spread_coordinates_backward(
         mask, valid_size, _ = pixels
         counts = reference.counting(heatmap, mask, None if valid_size is None else valid_size.unbind(-1))
         gradient = gradient if counts is None else gradient.masked_fill_(~counts, 0)
-    return gradient, None
+    return gradient, share.of_maps() if needs_grad_beta else None
 
 
 def _window_pixel(share: Share, window: int, stats: Tensor, peak: Tensor) -> Tensor:

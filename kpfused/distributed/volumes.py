@@ -24,7 +24,7 @@ def spatial_moments3d(
     beta_value: float,
     setting: int,
     mask: Tensor | None = None,
-    _: None = None,
+    valid_size: None = None,
     empty_value: float | None = None,
 ) -> SpatialMoments:
     """As the op of ``kernels.MOMENTS3D``, where one of the tensors is a ``DTensor``."""
