@@ -58,7 +58,11 @@ def test_opcheck(device: str, layout: str) -> None:
                 grad = torch.randn_like(mean).requires_grad_()
                 backward = (grad, heatmap, values, mean, stats, beta, 0.0, *needs, *pixels)
                 torch.library.opcheck(ops.spatial_expectation2d_backward.default, backward)
-        for op, index, number in ((ops.spatial_softmax2d, 0, beta), (ops.expectation2d, 2, beta)):
+        for op, index, number in (
+            (ops.spatial_softmax2d, 0, beta),
+            (ops.expectation2d, 2, None),
+            (ops.expectation2d, 2, beta),  # which means nothing there and has a gradient of zero
+        ):
             forward = (heatmap, number, 1.0, index, *pixels)
             torch.library.opcheck(op.default, forward)
             result, stats = (t.detach() for t in op(*forward))
