@@ -12,6 +12,12 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
+KPFUSED_INLINE const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
+  return steps.expectation ? steps.expectation->softmax
+         : steps.heatmap   ? steps.heatmap->softmax
+                           : steps.values->softmax;
+}
+
 // Maps that a work item takes at once: those that share cache lines or values.
 KPFUSED_INLINE int64_t maps_at_once(const MapView& view, bool share_values) {
   return is_channels_last(view) || share_values ? at_most(view.inner, kTileMaps) : 1;
@@ -178,13 +184,13 @@ struct ExpectationHeatmapKernel {
     const A* q[kTileMaps];
     for (int m = 0; m < count; ++m) {
       q[m] = tile[m];
-      if (!softmax.is_probability) mean[m] = mean_of(map + m);
+      mean[m] = mean_of(map + m);
     }
     T* const grad_heatmap = static_cast<T*>(params.grad_heatmap) + map_offset(to, map);
     const Planes<T> planes = {grad_heatmap, to.stride_inner, to.stride_y, to.stride_x, to.width};
     for (int64_t first = parts.begin(part); first < parts.begin(part + 1); first += kTile<A>) {
       const int64_t pixels = at_most(parts.begin(part + 1) - first, kTile<A>), whole = whole_vectors<A>(pixels);
-      if (!softmax.is_probability) tiles.load(first, pixels, params.grad_beta != nullptr);
+      tiles.load(first, pixels, params.grad_beta != nullptr);
       const auto add = [&](int begin, int maps, int64_t c, int some, const A* const* v) {
         const bool last = c + some == channels();
         for (int m = begin; m < begin + maps; ++m) add_channels(tiles, m, map + m, c, some, last, v, whole, mean[m], tile[m]);
@@ -227,7 +233,7 @@ struct ExpectationHeatmapKernel {
         weighted_sums<A>(v, some, factor, whole, [&](int64_t i) { return load_vector(q + i); }, finish);
       }
     };
-    if (!last || params.softmax.is_probability) {
+    if (!last) {
       sums([&](int64_t i, Vec<A> sum) { store_vector(q + i, sum); });
     } else {
       const A* const p = tiles.p(m);

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "coordinates.h"
 #include "dealt_maps.h"
 #include "expectation.h"
 #include "forward_rows.h"
@@ -14,12 +15,6 @@
 namespace kpfused::cpu::KPFUSED_ISA {
 
 void forward(const ForwardParams& params);  // kernels.h
-
-const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
-  return steps.expectation ? steps.expectation->softmax
-         : steps.heatmap   ? steps.heatmap->softmax
-                           : steps.values->softmax;
-}
 
 // Some steps of one op, for a block of maps and one part of their pixels; several steps where maps are one part each.
 template <class T>
@@ -83,13 +78,19 @@ void run_whole_maps(const ExpectationSteps& steps, int64_t channels) {
   });
 }
 
-// Maps: LaneMaps or DealtMaps. Work items as those of ForwardLanes.
+// Maps: one of those whose items are parts of maps, or of channels_last ones.
 template <class Maps>
-void run_lanes(const ExpectationSteps& steps) {
+void run_items(const ExpectationSteps& steps, int64_t items) {
   const SoftmaxParams& softmax = softmax_of(steps);
-  const int64_t items = count_items(softmax.view), elements = softmax.view.maps() * softmax.view.height * softmax.view.width;
+  const int64_t elements = softmax.view.maps() * softmax.view.height * softmax.view.width;
   parallel_for(items, at_least(kGrainElements / at_least(elements / items, 1), 1),
                [&](int64_t begin, int64_t end) { Maps(steps, softmax).run(begin, end); });
+}
+
+// LaneMaps and the like. Work items as those of ForwardLanes.
+template <class Maps>
+void run_lanes(const ExpectationSteps& steps) {
+  run_items<Maps>(steps, count_items(softmax_of(steps).view));
 }
 
 // All steps at once; or step after step, where maps are several parts or steps read different copies of them. Returns whether
@@ -138,6 +139,19 @@ void stats_of(const ForwardParams& params, const SoftmaxParams& softmax) {
   });
 }
 
+// Coordinates under maps that are probability maps.
+template <class T>
+void coordinates_of(const ExpectationSteps& steps) {
+  const MapView& view = softmax_of(steps).view;
+  const int64_t parts = part_tiling(view).count();
+  if (CoordinateLanes<T>::fit(steps)) {
+    run_lanes<CoordinateLanes<T>>(steps);
+  } else {
+    run_items<CoordinateRows<T>>(steps, view.maps() * parts);
+  }
+  if (steps.expectation && parts > 1) sum_expectations<Acc<T>>(*steps.expectation, parts);
+}
+
 // One map after the other where that can be: it is then still in a near cache when it is read again.
 template <class T>
 void expectation_of(const ExpectationSteps& steps) {
@@ -145,6 +159,7 @@ void expectation_of(const ExpectationSteps& steps) {
     if (steps.stats) forward(*steps.stats);
     return window_mass<T>(*steps.expectation);
   }
+  if (softmax_of(steps).is_probability) return coordinates_of<T>(steps);
   const MapView& view = softmax_of(steps).view;
   if (run_in_lanes<LaneMaps<T>>(steps) || run_in_lanes<DealtMaps<T>>(steps)) return;
   int64_t at_once = kTileMaps, channels = 1;

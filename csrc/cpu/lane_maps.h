@@ -42,26 +42,6 @@ class LaneMaps : public LaneRuns<T> {
   using Base::abreast_, Base::empty_, Base::empty_maps_, Base::lanes_, Base::parts_, Base::softmax_, Base::steps_, Base::view_;
   using Base::add_row, Base::clear_sums, Base::for_runs, Base::is_run, Base::pixels, Base::read, Base::sum_of, Base::to_p;
 
-  // Puts a value in place of what has been written of empty maps.
-  KPFUSED_INLINE void replace_empty(T* to, int64_t stride_x, int64_t groups, A value) const {
-    if (empty_maps_ == 0) return;
-    const T element = as_element<T>(value);
-    for (int64_t i = 0; i < groups * abreast_; ++i) {
-      for (int e = 0; e < empty_maps_; ++e) to[i * (stride_x / abreast_) + empty_[e]] = element;
-    }
-  }
-
-  // Of a result, what lies beyond what has been read.
-  void clear_beyond(const Item& at, const Pixels<T*>& to, A empty_value) const {
-    const int64_t groups = at.all.cols / abreast_, read = ceil_div(at.range.cols, abreast_);
-    const int64_t bytes = at.channels * abreast_ * int64_t(sizeof(T));
-    for (int64_t r = 0; r < at.all.rows; ++r) {
-      const int64_t done = r < at.range.rows ? read : 0;
-      for (int64_t c = done; c < groups; ++c) __builtin_memset(to.at(r, c), 0, size_t(bytes));
-      replace_empty(to.at(r, done), to.stride_x, groups - done, empty_value);
-    }
-  }
-
   void expect(const Item& at) {
     const ExpectationParams& params = *steps_.expectation;
     const auto heatmap = read(softmax_.heatmap, view_, at), values = read(params.values.data, params.values.view, at);
@@ -151,12 +131,12 @@ class LaneMaps : public LaneRuns<T> {
         },
         [&](int64_t groups, int64_t vectors) {
           if (kBeta) add_row(vectors);
-          if (kHeatmap) replace_empty(out, to.stride_x, groups, A(0));
-          if (kValues) replace_empty(out_values, to_values.stride_x, groups, in_empty<A>(*steps_.values));
+          if (kHeatmap) this->replace_empty(out, to.stride_x, groups, A(0));
+          if (kValues) this->replace_empty(out_values, to_values.stride_x, groups, in_empty<A>(*steps_.values));
         });
     if (softmax_.pixels.sizes) {
-      if (kHeatmap) clear_beyond(at, to, A(0));
-      if (kValues) clear_beyond(at, to_values, in_empty<A>(*steps_.values));
+      if (kHeatmap) this->clear_beyond(at, to, A(0));
+      if (kValues) this->clear_beyond(at, to_values, in_empty<A>(*steps_.values));
     }
     if (kBeta) this->write_beta(at);
   }

@@ -81,11 +81,13 @@ class LaneRuns {
   static bool follow(const ValueView& view) { return channels_follow(view); }
   static bool follow(const MapView& view) { return view.stride_inner == 1; }
 
-  // Calls see(softmax, view) for all that steps read and write beside the maps.
+  // Calls see(softmax, view) for all that steps read and write beside the maps; coordinates are not in memory.
   template <class F>
   static void for_views(const ExpectationSteps& steps, const F& see) {
-    if (steps.expectation) see(steps.expectation->softmax, steps.expectation->values.view);
-    if (steps.heatmap) see(steps.heatmap->softmax, steps.heatmap->values.view);
+    const auto see_values = [&](const auto* step) {
+      if (step && step->values.kind != ValueKind::coordinates) see(step->softmax, step->values.view);
+    };
+    see_values(steps.expectation), see_values(steps.heatmap);
     if (steps.heatmap) see(steps.heatmap->softmax, steps.heatmap->grad_view);
     if (steps.values) see(steps.values->softmax, steps.values->value_view);
   }
@@ -95,7 +97,7 @@ class LaneRuns {
   static bool are_lanes(const ExpectationSteps& steps) {
     bool are = !steps.values || !ExpectationValuesKernel<T>{*steps.values}.shares();
     for_views(steps, [&](const SoftmaxParams& softmax, const auto& view) {
-      are = are && is_channels_last(softmax.view) && !softmax.is_probability && follow(view) &&
+      are = are && is_channels_last(softmax.view) && follow(view) &&
             softmax.view.inner * abreast_of(steps, softmax.view) >= L;
     });
     return are;
@@ -150,7 +152,7 @@ class LaneRuns {
       const PixelRange all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
       const PixelRange valid = valid_of(softmax_.pixels, view_, all, outer * view_.inner + first);
       const Item at = {outer, first, channels, part, all, valid};
-      load_maps(at);
+      if (!softmax_.is_probability) load_maps(at);
       if (!softmax_.pixels.all()) {
         words_.emplace(softmax_.pixels, view_, abreast_words_, outer * view_.inner + first, channels, abreast_);
       }
@@ -245,13 +247,15 @@ class LaneRuns {
   }
 
   // Sums of lanes, of those abreast together: channel c's.
-  A sum_of(const Item& at, int64_t c) const {
+  template <class Of>
+  A sum_of(const Item& at, int64_t c, const Of* lanes, Vec<A> Of::* field) const {
     A sum = A(0);
     for (int64_t lane = c; lane < at.channels * abreast_; lane += at.channels) {
-      sum += lanes_[lane / L].sum[lane - group_begin<A>(lane / L, at.channels * abreast_)];
+      sum += (lanes[lane / L].*field)[lane - group_begin<A>(lane / L, at.channels * abreast_)];
     }
     return sum;
   }
+  A sum_of(const Item& at, int64_t c) const { return sum_of(at, c, lanes_, &Lane::sum); }
   void clear_sums() {
     for (Lane& lane : lanes_) lane.row = lane.sum = Vec<A>{};
   }
@@ -264,6 +268,26 @@ class LaneRuns {
   KPFUSED_INLINE static void to_p(const Lane& lane, Vec<A> (&v)[N]) {
     exp2<A, N>(v, lane.of.scale);
     for (int j = 0; j < N; ++j) v[j] *= lane.inverse;
+  }
+
+  // Puts a value in place of what has been written of empty maps.
+  KPFUSED_INLINE void replace_empty(T* to, int64_t stride_x, int64_t groups, A value) const {
+    if (empty_maps_ == 0) return;
+    const T element = as_element<T>(value);
+    for (int64_t i = 0; i < groups * abreast_; ++i) {
+      for (int e = 0; e < empty_maps_; ++e) to[i * (stride_x / abreast_) + empty_[e]] = element;
+    }
+  }
+
+  // Of a result, what lies beyond what has been read.
+  void clear_beyond(const Item& at, const Pixels<T*>& to, A empty_value) const {
+    const int64_t groups = at.all.cols / abreast_, read = ceil_div(at.range.cols, abreast_);
+    const int64_t bytes = at.channels * abreast_ * int64_t(sizeof(T));
+    for (int64_t r = 0; r < at.all.rows; ++r) {
+      const int64_t done = r < at.range.rows ? read : 0;
+      for (int64_t c = done; c < groups; ++c) __builtin_memset(to.at(r, c), 0, size_t(bytes));
+      replace_empty(to.at(r, done), to.stride_x, groups - done, empty_value);
+    }
   }
 
   // Calls write(of the heatmap, of beta, of values), constants, if steps ask for any of these gradients.
@@ -297,7 +321,7 @@ class LaneRuns {
   const AbreastWords<A> abreast_words_;
   std::optional<ForwardLanes<T, false>> stats_;
   std::optional<LaneWords<A>> words_;  // of the item at hand, where not all count
-  int empty_maps_;
+  int empty_maps_ = 0;
   uint8_t empty_[2 * kChannelBlock];  // their channels
   Lane lanes_[kGroups<A>];
 };

@@ -79,11 +79,8 @@ void soft_argmax2d_backward(const BackwardParams& params) {
   if (params.view.maps() > 0) kernels().backward(params);
 }
 
-// Of kernels that take pixels in row order and of those that take them as lanes of channels, whichever will run.
-int64_t parts_of(const MapView& view) {
-  const int64_t in_order = pixel_parts(view).count;
-  return is_channels_last(view) ? at_least(in_order, part_tiling(view).count()) : in_order;
-}
+// Of kernels that take pixels in row order and of those that take them otherwise, whichever will run.
+int64_t parts_of(const MapView& view) { return at_least(pixel_parts(view).count, part_tiling(view).count()); }
 
 int64_t expectation_workspace(const ExpectationParams& params) {
   const SoftmaxParams& p = params.softmax;

@@ -82,7 +82,7 @@ class SoftmaxTiles {
   // With `keep`, P of whole maps is kept from its first reading for the next, as far as there is room.
   void start(int64_t first_map, int count, bool keep = false) {
     place(first_map, count, keep);
-    for (int m = 0; m < count && !params_.is_probability; ++m) {
+    for (int m = 0; m < count; ++m) {
       const Stats<A> stats = stats_of<A>(params_, first_map + m);
       set_stats(m, sharpness(maps_[m].beta), stats.peak, stats.sum);
     }
@@ -173,7 +173,6 @@ class SoftmaxTiles {
       SoftmaxMap<A>& map = maps_[m];
       if (!params_.pixels.all()) map.counting = counting_of(params_.pixels, view, first_map + m);
       map.empty = false;
-      if (params_.is_probability) continue;
       map.beta = beta_of<A>(params_.beta, first_map + m);
       map.of.sign = sharpness(map.beta).sign;
     }
@@ -195,20 +194,16 @@ class SoftmaxTiles {
     const Counting* of_maps[kTileMaps];
     for (int m = 0; m < count_; ++m) {
       of_maps[m] = counting(m);
-      otherwise[m] = params_.is_probability || !of_maps[m] ? T{} : weightless<T>(maps_[m].of.sign);
+      otherwise[m] = !of_maps[m] ? T{} : weightless<T>(maps_[m].of.sign);
     }
     read_planes<T>(planes_, count_, first, count, of_maps, otherwise, buffer_[0], run_);
   }
 
   void load_map(const SoftmaxMap<A>& map, const Counting* counting, const T* run, int64_t first, int64_t count, A* p) const {
     const int64_t whole = whole_vectors<A>(count);
-    if (params_.is_probability) {
-      for (int64_t i = 0; i < whole; i += L) store_vector(p + i, kpfused::cpu::KPFUSED_ISA::load(run + i));
-    } else {
-      weights(run, whole, map.of, map.inverse, ahead_, p);
-      // A map of NaN has it even where nothing weighs.
-      if (counting && map.inverse != map.inverse) clear_uncounted(p, *counting, planes_.width, first, count);
-    }
+    weights(run, whole, map.of, map.inverse, ahead_, p);
+    // A map of NaN has it even where nothing weighs.
+    if (counting && map.inverse != map.inverse) clear_uncounted(p, *counting, planes_.width, first, count);
     for (int64_t i = count; i < whole; ++i) p[i] = A(0);
   }
 
@@ -256,9 +251,8 @@ class ValueTiles {
   // Whether maps side by side have the same values. Those in memory may be NaN where they do not count, so that the same have
   // to count.
   static bool share_values(const Values& values, const SoftmaxParams& softmax) {
-    if (softmax.view.inner == 1 || values.kind == ValueKind::window) return false;
-    return values.kind == ValueKind::coordinates ||
-           (values.view.stride_inner == 0 && counts_of(softmax.pixels, softmax.view) != Counts::by_lanes);
+    return softmax.view.inner > 1 && values.kind == ValueKind::tensor && values.view.stride_inner == 0 &&
+           counts_of(softmax.pixels, softmax.view) != Counts::by_lanes;
   }
 
   bool shared() const { return shared_; }
@@ -324,10 +318,9 @@ class ValueTiles {
   void load(int64_t n, int count, int64_t stride, int64_t channel, int64_t first, int64_t pixels) {
     const int64_t whole = whole_vectors<A>(pixels);
     for (int i = 0; i < count; ++i) run_[i] = buffer_[i];
-    if (values_.kind != ValueKind::tensor) {
+    if (values_.kind == ValueKind::window) {
       for (int i = 0; i < count; ++i) {
-        values_.kind == ValueKind::window ? window(n, first, pixels, buffer_[i])
-                                          : coordinates(channel + i, first, pixels, buffer_[i]);
+        window(n, first, pixels, buffer_[i]);
         for (int64_t k = pixels; k < whole; ++k) buffer_[i][k] = A(0);
       }
       return;
@@ -348,17 +341,6 @@ class ValueTiles {
         }
       }
     }
-  }
-
-  void coordinates(int64_t channel, int64_t first, int64_t count, A* to) const {
-    const Units& units = values_.units;
-    const MapView& maps = softmax_.view;
-    for_pieces(first, count, maps.width, [&](int64_t i, int64_t row, int64_t col, int64_t n) {
-      for (int64_t k = 0; k < n; ++k) {
-        to[i + k] = channel == 0 ? A(units.scale_x * centred<double>(col + k, maps.width) + units.offset_x)
-                                 : A(units.scale_y * centred<double>(row, maps.height) + units.offset_y);
-      }
-    });
   }
 
   void window(int64_t map, int64_t first, int64_t count, A* to) const {

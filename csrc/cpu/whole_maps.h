@@ -27,7 +27,7 @@ bool are_whole_maps(const ExpectationSteps& steps, const SoftmaxParams& softmax)
            view.channels <= (softmax.pixels.sizes ? kCopiedChannels : kTileChannels) &&
            (view.stride_channel != 1 || view.channels < kLanes<Acc<T>>) && !ValueTiles<T>::share_values(values, softmax);
   };
-  return run(softmax.view) && pixels <= kKept<Acc<T>> && !softmax.is_probability &&
+  return run(softmax.view) && pixels <= kKept<Acc<T>> &&
          (!steps.expectation || runs(steps.expectation->values)) &&
          (!steps.heatmap || (runs(steps.heatmap->values) && run(steps.heatmap->grad_view))) &&
          (!steps.values || run(steps.values->value_view));

@@ -316,6 +316,7 @@ void test_expectations() {
         for (Lie kind : {Lie::like_maps, Lie::rows}) run_expectation(c, -1.5, Counted::all, kind, 1);
         for (int64_t n : {2, 3, 7}) run_expectation(c, -1.5, n == 3 ? Counted::all : Counted::mask, Lie::image, n);
         for (int i = 0; i < 3; ++i) run_expectation(c, 1, kCounted[1 + turn++ % (kCountings - 1)], Lie::like_maps, 1);
+        for (int i = 0; i < 2; ++i) run_coordinates_and_window(c, kCounted[turn++ % kCountings], 2);
       }
     }
   }
@@ -324,6 +325,7 @@ void test_expectations() {
   for (Layout layout : {Layout::contiguous, Layout::channels_last}) {  // cut into parts
     for (Lie kind : kinds) run_expectation({Dtype::float32, layout, 1, 2, 260, 300}, 1, Counted::both, kind, 3);
     run_coordinates_and_window({Dtype::float32, layout, 1, 2, 260, 300}, Counted::all, 70);
+    run_coordinates_and_window({Dtype::float32, layout, 1, 2, 3, 4500}, Counted::mask, 70);  // longer than a table
   }
 }
 

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: MIT
+// Expected coordinates of maps that are probability maps already, E_c = sum of P_i X_ci, and their gradient, dP_i = sum of
+// g_c X_ci. There are no weights to work out: forward reads the maps, backward does not even do that.
+#pragma once
+
+#include "lane_runs.h"
+
+namespace kpfused::cpu::KPFUSED_ISA {
+
+// Where columns and rows are.
+template <class A>
+KPFUSED_INLINE A x_of(const Units& units, const MapView& view, int64_t col) {
+  return A(units.scale_x * centred<double>(col, view.width) + units.offset_x);
+}
+template <class A>
+KPFUSED_INLINE A y_of(const Units& units, const MapView& view, int64_t row) {
+  return A(units.scale_y * centred<double>(row, view.height) + units.offset_y);
+}
+
+KPFUSED_INLINE const Units& units_of(const ExpectationSteps& steps) {
+  return steps.expectation ? steps.expectation->values.units : steps.heatmap->values.units;
+}
+
+// Of part `part` of map n.
+template <class A>
+KPFUSED_INLINE void write_expected(const ExpectationParams& params, int64_t n, int64_t parts, int64_t part, A x, A y) {
+  A* const to = static_cast<A*>(parts > 1 ? params.workspace : params.expectation) + 2 * (n * parts + part);
+  to[0] = x, to[1] = y;
+}
+
+// Map by map, row after row, in one thread's range of (map, part). Rows whose pixels are not side by side go through a buffer;
+// narrow ones that follow each other are one row.
+template <class T>
+class CoordinateRows {
+ public:
+  using A = Acc<T>;
+  static constexpr int L = kLanes<A>;
+
+  CoordinateRows(const ExpectationSteps& steps, const SoftmaxParams& softmax)
+      : steps_(steps),
+        softmax_(softmax),
+        view_(softmax.view),
+        units_(units_of(steps)),
+        written_(steps.heatmap ? steps.heatmap->grad_view : view_),
+        parts_(part_tiling(view_)),
+        flat_(is_flat<A>(view_) && view_.height * view_.width <= kTable<A> && is_dense(view_) && is_dense(written_)) {}
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t parts = parts_.count();
+    MapWalk walk(view_, begin / parts);
+    Part at = {begin / parts, begin % parts, nullptr, nullptr, {}, {}};
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = at.index / parts_.x.count, j = at.index - i * parts_.x.count;
+      at.all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
+      at.counting = counting_of(softmax_.pixels, view_, at.map);
+      if (steps_.expectation) at.p = static_cast<const T*>(softmax_.heatmap) + walk.offset();
+      if (steps_.heatmap) at.out = static_cast<T*>(steps_.heatmap->grad_heatmap) + walk.offset(written_);
+      at.counting.mask ? run<true>(at) : run<false>(at);
+      if (++at.index == parts) at.index = 0, ++at.map, walk.advance();
+    }
+  }
+
+ private:
+  struct Part {
+    int64_t map, index;
+    const T* p;  // of the map, and of its gradient
+    T* out;
+    PixelRange all;
+    Counting counting;
+  };
+
+  static bool is_dense(const MapView& view) { return view.stride_x == 1 && (view.stride_y == view.width || view.height == 1); }
+
+  template <bool kMasked>
+  void run(Part& at) {
+    const Counting& c = at.counting;
+    const bool run_of_mask = !kMasked || (c.stride_x == 1 && (c.stride_y == view_.width || view_.height == 1));
+    if (flat_ && run_of_mask && c.rows == view_.height && c.cols == view_.width) {
+      at.all = {0, 1, 0, view_.height * view_.width}, at.counting.rows = 1, at.counting.cols = at.all.cols;
+      return run<kMasked, true>(at);
+    }
+    run<kMasked, false>(at);
+  }
+  template <bool kMasked, bool kFlat>
+  void run(const Part& at) {
+    if (steps_.expectation) expect<kMasked, kFlat>(at);
+    if (steps_.heatmap) write<kMasked, kFlat>(at);
+  }
+
+  // Calls block(first column, columns) for columns that go with a table of their coordinates.
+  template <bool kFlat, class Block>
+  KPFUSED_INLINE void for_blocks(const PixelRange& range, const Block& block) {
+    if (range.cols <= kTable<A>) {
+      set_columns<kFlat>(range.col, range.cols);
+      return block(range.col, range.cols);
+    }
+    const Cut blocks = cut(range.cols, kTable<A>, kRowMultiple);
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      set_columns<kFlat>(range.col + blocks.begin(b), blocks.size(b));
+      block(range.col + blocks.begin(b), blocks.size(b));
+    }
+  }
+  template <bool kFlat>
+  KPFUSED_INLINE void set_columns(int64_t col, int64_t count) {
+    if (kFlat == table_is_flat_ && col == table_col_ && count == table_count_) return;
+    for (int64_t i = 0; i < whole_vectors<A>(count); ++i) x_[i] = y_[i] = A(0);
+    for (int64_t i = 0, c = col, r = 0; i < count; ++i, ++c) {
+      if (kFlat && c == view_.width) c = 0, ++r;
+      x_[i] = x_of<A>(units_, view_, c);
+      if (kFlat) y_[i] = y_of<A>(units_, view_, r);
+    }
+    table_is_flat_ = kFlat, table_col_ = col, table_count_ = count;
+  }
+
+  // A row of n elements that are `stride` apart.
+  template <class E>
+  static KPFUSED_INLINE const E* side_by_side(const E* p, int64_t stride, int64_t n, E* buffer) {
+    if (stride == 1) return p;
+    for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
+    return buffer;
+  }
+  // Bytes of a mask.
+  KPFUSED_INLINE const uint8_t* mask_of(const Counting& counting, int64_t row, int64_t col, int64_t n) {
+    return side_by_side(counting.mask + row * counting.stride_y + col * counting.stride_x, counting.stride_x, n, mask_);
+  }
+
+  // Calls vector(i, j, whether fewer pixels than a vector are left) for a row, j of kBlock in turn: sums that follow on each
+  // other have to wait.
+  template <class Vector>
+  static KPFUSED_INLINE void for_vectors(int64_t n, const Vector& vector) {
+    int64_t i = 0;
+    for (; i + kBlock * L <= n; i += kBlock * L) {
+      for (int j = 0; j < kBlock; ++j) vector(i + j * L, j, std::false_type{});
+    }
+    for (int j = 0; j < kBlock && i < n; ++j, i += L) {
+      i + L <= n ? vector(i, j, std::false_type{}) : vector(i, j, std::true_type{});
+    }
+  }
+
+  // Zero in place of what does not count; with kSome, of the first `count` lanes.
+  template <bool kSome>
+  static KPFUSED_INLINE Vec<A> keep_counted(const uint8_t* mask, int64_t count, Vec<A> v) {
+    if (!kSome) return (Vec<A>)choose<A>(mask, (BitsVector<A>)v, BitsVector<A>{});
+    uint8_t some[16] = {};
+    static_assert(L <= int(sizeof(some)));
+#if KPFUSED_AVX512
+    _mm_storeu_si128((__m128i*)some, _mm_maskz_loadu_epi8(__mmask16((1u << count) - 1), mask));
+#else
+    for (int64_t i = 0; i < count; ++i) some[i] = mask[i];
+#endif
+    return keep_counted<false>(some, L, v);
+  }
+
+  template <bool kMasked, bool kFlat>
+  void expect(const Part& at) {
+    const Counting& counting = at.counting;
+    const int64_t end = at_most(at.all.row + at.all.rows, counting.rows);
+    Vec<A> x[kBlock] = {}, y[kBlock] = {};
+    for_blocks<kFlat>(at.all, [&](int64_t col, int64_t cols) __attribute__((always_inline)) {
+      const int64_t count = at_most(cols, counting.cols - col);
+      for (int64_t r = at.all.row; r < end && count > 0; ++r) {
+        const T* const p = side_by_side(at.p + r * view_.stride_y + col * view_.stride_x, view_.stride_x, count, row_);
+        const uint8_t* const mask = kMasked ? mask_of(counting, r, col, count) : nullptr;
+        Vec<A> of_row[kBlock] = {};
+        for_vectors(count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
+          Vec<A> v = some ? load_first(p + i, count - i, Vec<A>{}) : load(p + i);
+          if (kMasked) v = keep_counted<some>(mask + i, count - i, v);
+          prefetch(p + i, kReadAhead);
+          if (kMasked && j == 0) prefetch(mask + i, kReadAhead);
+          x[j] += v * load_vector(x_ + i);
+          kFlat ? y[j] += v * load_vector(y_ + i) : of_row[j] += v;
+        });
+        if (kFlat) return;
+        const Vec<A> of_y = splat(y_of<A>(units_, view_, r));
+        for (int j = 0; j < kBlock; ++j) y[j] += of_row[j] * of_y;
+      }
+    });
+    for (int j = 1; j < kBlock; ++j) x[0] += x[j], y[0] += y[j];
+    const Triple<A> sums = reduce<A>(x[0], y[0], Vec<A>{});
+    write_expected(*steps_.expectation, at.map, parts_.count(), at.index, sums.sum, sums.x);
+  }
+
+  template <bool kMasked, bool kFlat>
+  void write(const Part& at) {
+    const Counting& counting = at.counting;
+    const A g_x = upstream_of<A>(*steps_.heatmap, 2 * at.map), g_y = upstream_of<A>(*steps_.heatmap, 2 * at.map + 1);
+    const Vec<A> of_x = splat(g_x), of_y = splat(g_y);
+    for_blocks<kFlat>(at.all, [&](int64_t col, int64_t count) __attribute__((always_inline)) {
+      const int64_t most = at_least(at_most(count, counting.cols - col), 0);
+      for (int64_t r = at.all.row; r < at.all.row + at.all.rows; ++r) {
+        T* const out = at.out + r * written_.stride_y + col * written_.stride_x;
+        T* const to = written_.stride_x == 1 ? out : row_;
+        const int64_t valid = r < counting.rows ? most : 0;
+        const uint8_t* const mask = kMasked && valid > 0 ? mask_of(counting, r, col, valid) : nullptr;
+        const Vec<A> of_row = splat(kFlat ? A(0) : g_y * y_of<A>(units_, view_, r));
+        for_vectors(valid, [&](int64_t i, int, auto some) __attribute__((always_inline)) {
+          Vec<A> v = of_x * load_vector(x_ + i) + (kFlat ? of_y * load_vector(y_ + i) : of_row);
+          if (kMasked) v = keep_counted<some>(mask + i, valid - i, v);
+          prefetch_for_write(to + i, kWriteAhead);
+          some ? store_first(to + i, valid - i, v) : store(to + i, v);
+        });
+        if (valid < count) clear_row(to + valid, count - valid);
+        for (int64_t i = 0; to != out && i < count; ++i) out[i * written_.stride_x] = to[i];
+      }
+    });
+  }
+
+  const ExpectationSteps& steps_;
+  const SoftmaxParams& softmax_;
+  const MapView& view_;
+  const Units units_;
+  const MapView written_;
+  const Tiling parts_;
+  const bool flat_;
+  // Of pixels, by their columns, or of all of a flat map's.
+  bool table_is_flat_ = false;
+  int64_t table_col_ = 0, table_count_ = 0;
+  alignas(64) A x_[kTable<A>], y_[kTable<A>];
+  alignas(64) T row_[kTable<A>];
+  uint8_t mask_[kTable<A>];
+};
+
+// Where lanes are channels: pixel after pixel, as memory has them.
+template <class T>
+class CoordinateLanes : public LaneRuns<T> {
+  using Base = LaneRuns<T>;
+
+ public:
+  using typename Base::A;
+  using Base::L;
+
+  static bool fit(const ExpectationSteps& steps) {
+    const MapView& view = softmax_of(steps).view;
+    return is_channels_last(view) && view.inner * Base::abreast_of(steps, view) >= L && Base::are_lanes(steps);
+  }
+
+  CoordinateLanes(const ExpectationSteps& steps, const SoftmaxParams& softmax)
+      : Base(steps, softmax, softmax.view.width), units_(units_of(steps)), x_(make_lines<A>(softmax.view.width)) {
+    for (int64_t i = 0; i < view_.width; ++i) x_[i] = x_of<A>(units_, view_, i);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    this->for_items(begin, end, [&](const Item& at) {
+      if (steps_.expectation) expect(at);
+      if (steps_.heatmap) write(at);
+    });
+  }
+
+ private:
+  using typename Base::Item;
+  template <class P>
+  using Pixels = typename Base::template Pixels<P>;
+  using Base::abreast_, Base::parts_, Base::softmax_, Base::steps_, Base::view_;
+
+  // From the first pixel of a group to a lane's, in x.
+  template <class F>
+  void for_coordinates(const Item& at, const F& set) {
+    for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t pixel, int64_t c) {
+      lanes_[g].from_first[i] = A(units_.scale_x * double(pixel));
+      set(lanes_[g], i, at.outer * view_.inner + at.first + c);
+    });
+  }
+
+  void expect(const Item& at) {
+    for_coordinates(at, [](Lane& lane, int, int64_t) { lane.row = lane.x = lane.y = Vec<A>{}; });
+    const auto heatmap = this->read(softmax_.heatmap, view_, at);
+    const T* h = nullptr;
+    const A* x = nullptr;
+    Vec<A> y{};
+    this->for_runs(
+        at, false,
+        [&](int64_t r, int64_t c) {
+          h = heatmap.at(r, c), x = x_.get() + at.range.col + c * abreast_;
+          y = splat(y_of<A>(units_, view_, at.range.row + r));
+        },
+        [&](auto size, int64_t c, int64_t g, int64_t k, auto counted) __attribute__((always_inline)) {
+          constexpr int N = decltype(size)::value;
+          Lane& lane = lanes_[g];
+          Vec<A> row = lane.row, of_x = lane.x;
+          for (int j = 0; j < N; ++j) {
+            const T* const p = h + (c + j) * heatmap.stride_x + k;
+            const Vec<A> v = counted.keep(j, counted.load(p));
+            prefetch(p, kReadAhead);
+            row += v;
+            of_x += v * (lane.from_first + splat(x[(c + j) * abreast_]));
+          }
+          lane.row = row, lane.x = of_x;
+        },
+        [&](int64_t, int64_t vectors) {
+          for (int64_t g = 0; g < vectors; ++g) lanes_[g].y += lanes_[g].row * y, lanes_[g].row = Vec<A>{};
+        });
+    for (int64_t c = 0; c < at.channels; ++c) {
+      const auto sum = [&](Vec<A> Lane::* field) { return this->sum_of(at, c, lanes_, field); };
+      write_expected(*steps_.expectation, at.outer * view_.inner + at.first + c, parts_.count(), at.part, sum(&Lane::x),
+                     sum(&Lane::y));
+    }
+  }
+
+  void write(const Item& at) {
+    const ExpectationHeatmapParams& params = *steps_.heatmap;
+    for_coordinates(at, [&](Lane& lane, int i, int64_t n) {
+      lane.x[i] = upstream_of<A>(params, 2 * n), lane.y[i] = upstream_of<A>(params, 2 * n + 1);
+    });
+    const auto to = this->pixels(static_cast<T*>(params.grad_heatmap), params.grad_view, at);
+    const int64_t vectors = ceil_div(at.channels * abreast_, int64_t(L));
+    T* out = nullptr;
+    const A* x = nullptr;
+    this->for_runs(
+        at, false,
+        [&](int64_t r, int64_t c) {
+          out = to.at(r, c), x = x_.get() + at.range.col + c * abreast_;
+          const Vec<A> y = splat(y_of<A>(units_, view_, at.range.row + r));
+          for (int64_t g = 0; g < vectors; ++g) lanes_[g].row = lanes_[g].y * y;
+        },
+        [&](auto size, int64_t c, int64_t g, int64_t k, auto counted) __attribute__((always_inline)) {
+          const Lane& lane = lanes_[g];
+          for (int j = 0; j < decltype(size)::value; ++j) {
+            T* const pixel = out + (c + j) * to.stride_x + k;
+            prefetch_for_write(pixel, kWriteAhead);
+            store(pixel, counted.keep(j, lane.x * (lane.from_first + splat(x[(c + j) * abreast_])) + lane.row));
+          }
+        },
+        [](int64_t, int64_t) {});
+    if (softmax_.pixels.sizes) this->clear_beyond(at, to, A(0));
+  }
+
+  // Forward sums, backward what comes from upstream.
+  struct Lane {
+    Vec<A> from_first, row, x, y;
+  };
+
+  const Units units_;
+  const Lines<A> x_;  // of columns
+  Lane lanes_[kGroups<A>];
+};
+
+}  // namespace kpfused::cpu::KPFUSED_ISA
