@@ -109,13 +109,14 @@ struct ColumnList {
 // lanes count by themselves: a mask is read meanwhile.
 constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 
-// Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, kChunkBytes are read twice in a row: those
-// of a few vectors.
+// Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, `bytes` are read twice in a row: those of a
+// few vectors.
 template <class T>
-KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast = 1) {
+KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast,
+                                  int64_t bytes = kChunkBytes) {
   const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
   const int64_t abreast_bytes = counts == Counts::by_lanes ? kAbreastBytes / 4 * 3 : kAbreastBytes;
-  int64_t groups = (abreast == 1 ? kChunkBytes / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
+  int64_t groups = (abreast == 1 ? bytes / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
   if (counts == Counts::listed) groups = at_most(groups, kListed);
   if (counts == Counts::by_lanes) groups = at_most(groups, kChunkWords / ceil_div(lanes, kLanes<Acc<T>>));
   return tile(rows, cols, groups, 1);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Forward with moments where lanes are channels: the sums of moments_rows.h, every lane about the peak of its own map.
 //
-// Beside what sums_lanes.h spends on a vector: an addition, a multiplication and two multiply-adds; and a comparison and
-// two selections for eight of them, since the first reading keeps the segment of the peak, in which it is then found.
+// Beside what sums_lanes.h spends on a vector: two multiply-adds, and of few rows an addition and a multiplication; and a
+// comparison and two selections for eight of them, since the first reading keeps the segment of the peak, in which it is then
+// found.
 #pragma once
 
 #include "sums_lanes.h"
@@ -42,7 +43,7 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& 
     for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = none;
-      const auto pixel = [&](const T* p, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
+      const auto pixel = [&](const T* p, int64_t, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
         PixelWords<kCounts, A> words(of_pixel, group);
         for (int j = 0; j < N; ++j) top[j] = words.next(maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
       };
@@ -78,7 +79,7 @@ KPFUSED_INLINE Place<Acc<T>> find_in_segment(const LanesChunk<T>& chunk, const M
   const Vec<A> peak = lanes.peak[group];
   // How far it is to the peak could not be predicted: through all of the segment.
   Vec<A> left = splat(-kNowhere<A>);
-  const auto pixel = [&](const T* p, Vec<A> at, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
+  const auto pixel = [&](const T* p, int64_t, Vec<A> at, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
     const Vec<A> here = key(p, offset, flip) == peak ? -at : splat(-kNowhere<A>);
     left = PixelWords<kCounts, A>(of_pixel, group).next(maximum(here, left), left);
   };
@@ -133,62 +134,91 @@ void place_peaks(const LanesChunk<T>& chunk, int64_t group, int64_t count, Momen
   }
 }
 
-// The sums of a vector of lanes over all pixels of a chunk, about these pixels. The exponents of a pixel are split while the
-// pixel before is weighed, which gives a scheduler full of waiting instructions more to start than a second vector does.
-template <class T, Counts kCounts>
-void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& lanes) {
+// How far columns are from the pixels that the sums of a vector of lanes are about, and the squares. They are the same for all
+// rows: of a few rows at least they are worked out once.
+template <class A>
+struct Offsets {
+  static constexpr int64_t kMost = 64, kRows = 4;
+  Vec<A> x[kMost], xx[kMost];
+};
+
+// Pixels that are weighed at once.
+constexpr int kPixels = KPFUSED_AVX512 ? 4 : 2;
+
+// Adds the sums of a vector of lanes over columns [first, past) of a chunk, about these pixels.
+template <class T, Counts kCounts, bool kTabled>
+void add_moments(const LanesChunk<T>& chunk, int64_t g, int64_t first, int64_t past, const Falloff<Vec<Acc<T>>>& of,
+                 Moments<Acc<T>, Vec<Acc<T>>>& to) {
   using A = Acc<T>;
-  const int64_t offset = group_begin<A>(g, chunk.lanes);
-  const Falloff<Vec<A>> of = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
-  Moments<A, Vec<A>> sums = empty_moments<A, Vec<A>>();
-  sums.peak = of.peak, sums.at_x = lanes.chunk[g].at_x, sums.at_y = lanes.chunk[g].at_y;
-  Vec<A> y = splat(chunk.y0);
-  const int64_t of_row = chunk.cols * kLanes<A>;
+  constexpr bool kListed = kCounts == Counts::listed;  // rows have columns of their own
+  const int64_t offset = group_begin<A>(g, chunk.lanes), of_row = chunk.cols * kLanes<A>;
+  Moments<A, Vec<A>> sums = to;
+  const A step = A(chunk.abreast);
+  const Vec<A> x0 = splat(chunk.x0 + A(first) * step) - sums.at_x;
+  Offsets<A> offsets;
+  for (int64_t i = 0; kTabled && i < past - first; ++i) {
+    const Vec<A> dx = x0 + A(i) * step;
+    offsets.x[i] = dx, offsets.xx[i] = dx * dx;
+  }
   MaskWalk mask(chunk.words.ahead, g * chunk.rows * of_row, of_row);
-  for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
+  Vec<A> dy = splat(chunk.y0) - sums.at_y;
+  for (int64_t r = 0; r < chunk.rows; ++r, dy += A(1)) {
     // All of a row's share of the next mask at once: for the walk, pixel by pixel, the loop below has no register left.
-    if (kCounts == Counts::by_lanes && chunk.words.ahead.run > 0) {
+    if (kCounts == Counts::by_lanes && first == 0 && chunk.words.ahead.run > 0) {
       for (int64_t b = 0; b < of_row; b += 64) prefetch_at(mask.at(nullptr) + uintptr_t(b));
       mask.advance(1);
     }
-    Vec<A> row = {}, row_x = {}, row_xx = {};
-    struct Pixel {
-      Vec<A> x, d[1];
-      Exponents<A, 1> exponents;
-    } last;
-    const auto begin = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
-      last.x = x;
-      last.d[0] = PixelWords<kCounts, A>(of_pixel, g).next(distance(load(p + offset), of), of.lowest);
-      fetch_ahead<kCounts>(chunk, ahead, 0);
-      last.exponents = split<A, 1>(last.d, of.scale);
-    };
-    const auto end = [&](const Pixel& pixel) __attribute__((always_inline)) {
-      Vec<A> w[1];
-      join<A, 1>(pixel.exponents, w);
-      const Vec<A> dx = pixel.x - sums.at_x;
-      row += w[0];
-      row_x += w[0] * dx;
-      row_xx += w[0] * (dx * dx);
-      sums.distance += w[0] * pixel.d[0];
-    };
-    const auto next_pixel = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead)
-                                __attribute__((always_inline)) {
-      const Pixel before = last;
-      begin(p, x, of_pixel, ahead);
-      end(before);
-    };
-    const int64_t count = pixels_of_row<kCounts>(chunk, r);
+    const T* const p = chunk.p + r * chunk.stride_y + offset;
+    const LaneWord<A>* const words = kCounts == Counts::by_lanes ? chunk.words.at(r, 0) : nullptr;
     const Ahead ahead = ahead_of_row<1, kCounts>(chunk, g, r);
-    for_pixels<kCounts>(chunk, r, 0, at_most(count, 1), ahead, begin);
-    for_pixels<kCounts>(chunk, r, 1, count, ahead, next_pixel);
-    if (count > 0) end(last);
-    const Vec<A> dy = y - sums.at_y, weighed = row * dy;
+    const uint16_t* columns = nullptr;
+    if constexpr (kListed) columns = chunk.list->columns + chunk.list->begins[r], past = pixels_of_row<kCounts>(chunk, r);
+    Vec<A> row = {}, row_x = {}, row_xx = {}, dx = x0;
+    const auto pixels = [&](auto size, int64_t i) __attribute__((always_inline)) {
+      constexpr int N = decltype(size)::value;
+      Vec<A> d[N], w[N];
+      for (int j = 0; j < N; ++j) {
+        const int64_t col = kListed ? columns[i + j] : i + j;
+        PixelWords<kCounts, A> of_pixel(words + (i + j) * chunk.words.stride_x, g);
+        w[j] = d[j] = of_pixel.next(distance(load(p + col * chunk.stride_x), of), of.lowest);
+        fetch_ahead<kCounts>(chunk, ahead.at + (i + j) * ahead.step, 0);
+      }
+      exp2<A, N>(w, of.scale);
+      for (int j = 0; j < N; ++j) {
+        if (kListed) dx = x0 + A(columns[i + j]);
+        row += w[j];
+        row_x += w[j] * (kTabled ? offsets.x[i + j - first] : dx);
+        row_xx += w[j] * (kTabled ? offsets.xx[i + j - first] : dx * dx);
+        sums.distance += w[j] * d[j];
+        if (!kTabled) dx += step;
+      }
+    };
+    int64_t i = first;
+    for (; i + kPixels <= past; i += kPixels) pixels(Count<kPixels>{}, i);
+    for (; i < past; ++i) pixels(Count<1>{}, i);
+    const Vec<A> weighed = row * dy;
     sums.sum += row;
     sums.x += row_x;
     sums.y += weighed;
     sums.xx += row_xx;
     sums.xy += row_x * dy;
     sums.yy += weighed * dy;
+  }
+  to = sums;
+}
+
+template <class T, Counts kCounts>
+KPFUSED_INLINE void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLanes<Acc<T>>& lanes) {
+  using A = Acc<T>;
+  Moments<A, Vec<A>> sums = empty_moments<A, Vec<A>>();
+  sums.peak = lanes.peak[g], sums.at_x = lanes.chunk[g].at_x, sums.at_y = lanes.chunk[g].at_y;
+  const Falloff<Vec<A>> of = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
+  if (kCounts == Counts::listed || chunk.rows < Offsets<A>::kRows) {
+    add_moments<T, kCounts, false>(chunk, g, 0, chunk.cols, of, sums);
+  } else {
+    for (int64_t first = 0; first < chunk.cols; first += Offsets<A>::kMost) {
+      add_moments<T, kCounts, kCounts != Counts::listed>(chunk, g, first, at_most(first + Offsets<A>::kMost, chunk.cols), of, sums);
+    }
   }
   lanes.chunk[g] = sums;
 }
