@@ -209,8 +209,8 @@ struct Values {
   const int64_t* centre;  // [maps, 2], (x, y); null: the pixel nearest to the mean that stats have
 };
 
-// The spatial softmax P that three kernels are about. Each may be asked for a map that is a probability map already: its
-// pixels then are P, and beta, stats and empty maps mean nothing.
+// The spatial softmax P that three kernels are about. Of expectations of coordinates the heatmap is a probability map already:
+// its pixels then are P, and beta, stats and empty maps mean nothing.
 struct SoftmaxParams {
   Dtype dtype;  // of heatmap, values and their gradients
   const void* heatmap;

@@ -34,8 +34,18 @@ def test_probability_maps_are_taken_as_they_are(device: str) -> None:
     )
 
 
-# One row, narrow maps, rows that are no whole vectors, pixels abreast on channels_last, rows longer than a table, split maps.
-SHAPES = [(2, 3, 1, 9), (2, 5, 3, 3), (2, 9, 12, 17), (2, 9, 16, 32), (1, 3, 4, 4500), (1, 2, 300, 310)]
+# One row, narrow maps, rows that are no whole vectors, pixels abreast on channels_last, rows in several blocks; maps, and
+# rows, in several parts.
+SHAPES = [
+    (2, 3, 1, 9),
+    (2, 5, 3, 3),
+    (2, 9, 12, 17),
+    (2, 9, 16, 32),
+    (1, 3, 4, 4500),
+    (1, 2, 300, 310),
+    (1, 2, 4, 40000),
+    (1, 1, 2, 70001),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

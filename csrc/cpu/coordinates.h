@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Expected coordinates of maps that are probability maps already, E_c = sum of P_i X_ci, and their gradient, dP_i = sum of
-// g_c X_ci. There are no weights to work out: forward reads the maps, backward does not even do that.
+// g_c X_ci. There are no weights to work out: forward reads every element once, backward writes every element once and reads
+// none.
 #pragma once
 
 #include "lane_runs.h"
@@ -35,6 +36,7 @@ class CoordinateRows {
  public:
   using A = Acc<T>;
   static constexpr int L = kLanes<A>;
+  static constexpr int64_t kRows = 16;
 
   CoordinateRows(const ExpectationSteps& steps, const SoftmaxParams& softmax)
       : steps_(steps),
@@ -43,7 +45,13 @@ class CoordinateRows {
         units_(units_of(steps)),
         written_(steps.heatmap ? steps.heatmap->grad_view : view_),
         parts_(part_tiling(view_)),
-        flat_(is_flat<A>(view_) && view_.height * view_.width <= kTable<A> && is_dense(view_) && is_dense(written_)) {}
+        flat_(is_flat<A>(view_) && view_.height * view_.width <= kTable<A> && is_dense(view_) && is_dense(written_)),
+        x_(make_zero_lines<A>(whole_vectors<A>(view_.width))) {
+    const int64_t width = view_.width, pixels = flat_ ? view_.height * width : 0;
+    for (int64_t i = 0; i < width; ++i) x_[i] = x_of<A>(units_, view_, i);
+    for (int64_t i = 0; i < whole_vectors<A>(pixels); ++i) flat_x_[i] = flat_y_[i] = A(0);
+    for (int64_t i = 0; i < pixels; ++i) flat_x_[i] = x_[i % width], flat_y_[i] = y_of<A>(units_, view_, i / width);
+  }
 
   void run(int64_t begin, int64_t end) {
     const int64_t parts = parts_.count();
@@ -55,7 +63,7 @@ class CoordinateRows {
       at.counting = counting_of(softmax_.pixels, view_, at.map);
       if (steps_.expectation) at.p = static_cast<const T*>(softmax_.heatmap) + walk.offset();
       if (steps_.heatmap) at.out = static_cast<T*>(steps_.heatmap->grad_heatmap) + walk.offset(written_);
-      at.counting.mask ? run<true>(at) : run<false>(at);
+      at.counting.mask ? take<true>(at) : take<false>(at);
       if (++at.index == parts) at.index = 0, ++at.map, walk.advance();
     }
   }
@@ -72,44 +80,30 @@ class CoordinateRows {
   static bool is_dense(const MapView& view) { return view.stride_x == 1 && (view.stride_y == view.width || view.height == 1); }
 
   template <bool kMasked>
-  void run(Part& at) {
+  void take(Part& at) {
     const Counting& c = at.counting;
     const bool run_of_mask = !kMasked || (c.stride_x == 1 && (c.stride_y == view_.width || view_.height == 1));
     if (flat_ && run_of_mask && c.rows == view_.height && c.cols == view_.width) {
       at.all = {0, 1, 0, view_.height * view_.width}, at.counting.rows = 1, at.counting.cols = at.all.cols;
-      return run<kMasked, true>(at);
+      return take<kMasked, true>(at);
     }
-    run<kMasked, false>(at);
+    take<kMasked, false>(at);
   }
   template <bool kMasked, bool kFlat>
-  void run(const Part& at) {
+  void take(const Part& at) {
     if (steps_.expectation) expect<kMasked, kFlat>(at);
     if (steps_.heatmap) write<kMasked, kFlat>(at);
   }
 
-  // Calls block(first column, columns) for columns that go with a table of their coordinates.
+  // Calls block(first column, columns, where they are) for as many columns as stay in the nearest cache with that.
   template <bool kFlat, class Block>
   KPFUSED_INLINE void for_blocks(const PixelRange& range, const Block& block) {
-    if (range.cols <= kTable<A>) {
-      set_columns<kFlat>(range.col, range.cols);
-      return block(range.col, range.cols);
-    }
+    if (kFlat) return block(0, range.cols, flat_x_);
     const Cut blocks = cut(range.cols, kTable<A>, kRowMultiple);
     for (int64_t b = 0; b < blocks.count; ++b) {
-      set_columns<kFlat>(range.col + blocks.begin(b), blocks.size(b));
-      block(range.col + blocks.begin(b), blocks.size(b));
+      const int64_t col = range.col + blocks.begin(b);
+      block(col, blocks.size(b), x_.get() + col);
     }
-  }
-  template <bool kFlat>
-  KPFUSED_INLINE void set_columns(int64_t col, int64_t count) {
-    if (kFlat == table_is_flat_ && col == table_col_ && count == table_count_) return;
-    for (int64_t i = 0; i < whole_vectors<A>(count); ++i) x_[i] = y_[i] = A(0);
-    for (int64_t i = 0, c = col, r = 0; i < count; ++i, ++c) {
-      if (kFlat && c == view_.width) c = 0, ++r;
-      x_[i] = x_of<A>(units_, view_, c);
-      if (kFlat) y_[i] = y_of<A>(units_, view_, r);
-    }
-    table_is_flat_ = kFlat, table_col_ = col, table_count_ = count;
   }
 
   // A row of n elements that are `stride` apart.
@@ -155,28 +149,31 @@ class CoordinateRows {
   void expect(const Part& at) {
     const Counting& counting = at.counting;
     const int64_t end = at_most(at.all.row + at.all.rows, counting.rows);
-    Vec<A> x[kBlock] = {}, y[kBlock] = {};
-    for_blocks<kFlat>(at.all, [&](int64_t col, int64_t cols) __attribute__((always_inline)) {
+    Vec<A> sum_x = {}, sum_y = {};
+    for_blocks<kFlat>(at.all, [&](int64_t col, int64_t cols, const A* columns) __attribute__((always_inline)) {
       const int64_t count = at_most(cols, counting.cols - col);
-      for (int64_t r = at.all.row; r < end && count > 0; ++r) {
-        const T* const p = side_by_side(at.p + r * view_.stride_y + col * view_.stride_x, view_.stride_x, count, row_);
-        const uint8_t* const mask = kMasked ? mask_of(counting, r, col, count) : nullptr;
-        Vec<A> of_row[kBlock] = {};
-        for_vectors(count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
-          Vec<A> v = some ? load_first(p + i, count - i, Vec<A>{}) : load(p + i);
-          if (kMasked) v = keep_counted<some>(mask + i, count - i, v);
-          prefetch(p + i, kReadAhead);
-          if (kMasked && j == 0) prefetch(mask + i, kReadAhead);
-          x[j] += v * load_vector(x_ + i);
-          kFlat ? y[j] += v * load_vector(y_ + i) : of_row[j] += v;
-        });
-        if (kFlat) return;
-        const Vec<A> of_y = splat(y_of<A>(units_, view_, r));
-        for (int j = 0; j < kBlock; ++j) y[j] += of_row[j] * of_y;
+      for (int64_t first = at.all.row; first < end && count > 0; first += kRows) {
+        // Of some rows, before they are added to others: long sums lose digits.
+        Vec<A> x[kBlock] = {}, y[kBlock] = {};
+        for (int64_t r = first; r < at_most(first + kRows, end); ++r) {
+          const T* const p = side_by_side(at.p + r * view_.stride_y + col * view_.stride_x, view_.stride_x, count, row_);
+          const uint8_t* const mask = kMasked ? mask_of(counting, r, col, count) : nullptr;
+          Vec<A> of_row[kBlock] = {};
+          for_vectors(count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
+            Vec<A> v = some ? load_first(p + i, count - i, Vec<A>{}) : load(p + i);
+            if (kMasked) v = keep_counted<some>(mask + i, count - i, v);
+            prefetch(p + i, kReadAhead);
+            if (kMasked && j == 0) prefetch(mask + i, kReadAhead);
+            x[j] += v * load_vector(columns + i);
+            kFlat ? y[j] += v * load_vector(flat_y_ + i) : of_row[j] += v;
+          });
+          const Vec<A> of_y = splat(kFlat ? A(0) : y_of<A>(units_, view_, r));
+          for (int j = 0; j < kBlock && !kFlat; ++j) y[j] += of_row[j] * of_y;
+        }
+        for (int j = 0; j < kBlock; ++j) sum_x += x[j], sum_y += y[j];
       }
     });
-    for (int j = 1; j < kBlock; ++j) x[0] += x[j], y[0] += y[j];
-    const Triple<A> sums = reduce<A>(x[0], y[0], Vec<A>{});
+    const Triple<A> sums = reduce<A>(sum_x, sum_y, Vec<A>{});
     write_expected(*steps_.expectation, at.map, parts_.count(), at.index, sums.sum, sums.x);
   }
 
@@ -185,7 +182,7 @@ class CoordinateRows {
     const Counting& counting = at.counting;
     const A g_x = upstream_of<A>(*steps_.heatmap, 2 * at.map), g_y = upstream_of<A>(*steps_.heatmap, 2 * at.map + 1);
     const Vec<A> of_x = splat(g_x), of_y = splat(g_y);
-    for_blocks<kFlat>(at.all, [&](int64_t col, int64_t count) __attribute__((always_inline)) {
+    for_blocks<kFlat>(at.all, [&](int64_t col, int64_t count, const A* columns) __attribute__((always_inline)) {
       const int64_t most = at_least(at_most(count, counting.cols - col), 0);
       for (int64_t r = at.all.row; r < at.all.row + at.all.rows; ++r) {
         T* const out = at.out + r * written_.stride_y + col * written_.stride_x;
@@ -194,7 +191,7 @@ class CoordinateRows {
         const uint8_t* const mask = kMasked && valid > 0 ? mask_of(counting, r, col, valid) : nullptr;
         const Vec<A> of_row = splat(kFlat ? A(0) : g_y * y_of<A>(units_, view_, r));
         for_vectors(valid, [&](int64_t i, int, auto some) __attribute__((always_inline)) {
-          Vec<A> v = of_x * load_vector(x_ + i) + (kFlat ? of_y * load_vector(y_ + i) : of_row);
+          Vec<A> v = of_x * load_vector(columns + i) + (kFlat ? of_y * load_vector(flat_y_ + i) : of_row);
           if (kMasked) v = keep_counted<some>(mask + i, valid - i, v);
           prefetch_for_write(to + i, kWriteAhead);
           some ? store_first(to + i, valid - i, v) : store(to + i, v);
@@ -212,10 +209,8 @@ class CoordinateRows {
   const MapView written_;
   const Tiling parts_;
   const bool flat_;
-  // Of pixels, by their columns, or of all of a flat map's.
-  bool table_is_flat_ = false;
-  int64_t table_col_ = 0, table_count_ = 0;
-  alignas(64) A x_[kTable<A>], y_[kTable<A>];
+  const Lines<A> x_;                                   // of columns
+  alignas(64) A flat_x_[kTable<A>], flat_y_[kTable<A>];  // of a flat map's pixels
   alignas(64) T row_[kTable<A>];
   uint8_t mask_[kTable<A>];
 };
@@ -248,21 +243,19 @@ class CoordinateLanes : public LaneRuns<T> {
 
  private:
   using typename Base::Item;
-  template <class P>
-  using Pixels = typename Base::template Pixels<P>;
   using Base::abreast_, Base::parts_, Base::softmax_, Base::steps_, Base::view_;
 
   // From the first pixel of a group to a lane's, in x.
   template <class F>
   void for_coordinates(const Item& at, const F& set) {
     for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t pixel, int64_t c) {
-      lanes_[g].from_first[i] = A(units_.scale_x * double(pixel));
-      set(lanes_[g], i, at.outer * view_.inner + at.first + c);
+      of_lanes_[g].from_first[i] = A(units_.scale_x * double(pixel));
+      set(of_lanes_[g], i, at.outer * view_.inner + at.first + c);
     });
   }
 
   void expect(const Item& at) {
-    for_coordinates(at, [](Lane& lane, int, int64_t) { lane.row = lane.x = lane.y = Vec<A>{}; });
+    for_coordinates(at, [](OfLane& lane, int, int64_t) { lane.row = lane.x = lane.y = Vec<A>{}; });
     const auto heatmap = this->read(softmax_.heatmap, view_, at);
     const T* h = nullptr;
     const A* x = nullptr;
@@ -275,7 +268,7 @@ class CoordinateLanes : public LaneRuns<T> {
         },
         [&](auto size, int64_t c, int64_t g, int64_t k, auto counted) __attribute__((always_inline)) {
           constexpr int N = decltype(size)::value;
-          Lane& lane = lanes_[g];
+          OfLane& lane = of_lanes_[g];
           Vec<A> row = lane.row, of_x = lane.x;
           for (int j = 0; j < N; ++j) {
             const T* const p = h + (c + j) * heatmap.stride_x + k;
@@ -287,18 +280,18 @@ class CoordinateLanes : public LaneRuns<T> {
           lane.row = row, lane.x = of_x;
         },
         [&](int64_t, int64_t vectors) {
-          for (int64_t g = 0; g < vectors; ++g) lanes_[g].y += lanes_[g].row * y, lanes_[g].row = Vec<A>{};
+          for (int64_t g = 0; g < vectors; ++g) of_lanes_[g].y += of_lanes_[g].row * y, of_lanes_[g].row = Vec<A>{};
         });
     for (int64_t c = 0; c < at.channels; ++c) {
-      const auto sum = [&](Vec<A> Lane::* field) { return this->sum_of(at, c, lanes_, field); };
-      write_expected(*steps_.expectation, at.outer * view_.inner + at.first + c, parts_.count(), at.part, sum(&Lane::x),
-                     sum(&Lane::y));
+      const auto sum = [&](Vec<A> OfLane::* field) { return this->sum_of(at, c, of_lanes_, field); };
+      write_expected(*steps_.expectation, at.outer * view_.inner + at.first + c, parts_.count(), at.part, sum(&OfLane::x),
+                     sum(&OfLane::y));
     }
   }
 
   void write(const Item& at) {
     const ExpectationHeatmapParams& params = *steps_.heatmap;
-    for_coordinates(at, [&](Lane& lane, int i, int64_t n) {
+    for_coordinates(at, [&](OfLane& lane, int i, int64_t n) {
       lane.x[i] = upstream_of<A>(params, 2 * n), lane.y[i] = upstream_of<A>(params, 2 * n + 1);
     });
     const auto to = this->pixels(static_cast<T*>(params.grad_heatmap), params.grad_view, at);
@@ -310,10 +303,10 @@ class CoordinateLanes : public LaneRuns<T> {
         [&](int64_t r, int64_t c) {
           out = to.at(r, c), x = x_.get() + at.range.col + c * abreast_;
           const Vec<A> y = splat(y_of<A>(units_, view_, at.range.row + r));
-          for (int64_t g = 0; g < vectors; ++g) lanes_[g].row = lanes_[g].y * y;
+          for (int64_t g = 0; g < vectors; ++g) of_lanes_[g].row = of_lanes_[g].y * y;
         },
         [&](auto size, int64_t c, int64_t g, int64_t k, auto counted) __attribute__((always_inline)) {
-          const Lane& lane = lanes_[g];
+          const OfLane& lane = of_lanes_[g];
           for (int j = 0; j < decltype(size)::value; ++j) {
             T* const pixel = out + (c + j) * to.stride_x + k;
             prefetch_for_write(pixel, kWriteAhead);
@@ -325,13 +318,13 @@ class CoordinateLanes : public LaneRuns<T> {
   }
 
   // Forward sums, backward what comes from upstream.
-  struct Lane {
+  struct OfLane {
     Vec<A> from_first, row, x, y;
   };
 
   const Units units_;
   const Lines<A> x_;  // of columns
-  Lane lanes_[kGroups<A>];
+  OfLane of_lanes_[kGroups<A>];
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA

@@ -109,8 +109,8 @@ struct ColumnList {
 // lanes count by themselves: a mask is read meanwhile.
 constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 
-// Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, `bytes` are read twice in a row: those of a
-// few vectors.
+// Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, `bytes` are read twice in a row: those
+// of a few vectors.
 template <class T>
 KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast,
                                   int64_t bytes = kChunkBytes) {

@@ -43,7 +43,7 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, MomentLanes<Acc<T>>& 
     for (int64_t i = 0; i < count; i += kSegment, segment += A(1)) {
       Vec<A> top[N];
       for (int j = 0; j < N; ++j) top[j] = none;
-      const auto pixel = [&](const T* p, int64_t, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
+      const auto pixel = [&](const T* p, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
         PixelWords<kCounts, A> words(of_pixel, group);
         for (int j = 0; j < N; ++j) top[j] = words.next(maximum(key(p, offset[j], flip[j]), top[j]), top[j]);
       };
@@ -79,7 +79,7 @@ KPFUSED_INLINE Place<Acc<T>> find_in_segment(const LanesChunk<T>& chunk, const M
   const Vec<A> peak = lanes.peak[group];
   // How far it is to the peak could not be predicted: through all of the segment.
   Vec<A> left = splat(-kNowhere<A>);
-  const auto pixel = [&](const T* p, int64_t, Vec<A> at, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
+  const auto pixel = [&](const T* p, Vec<A> at, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
     const Vec<A> here = key(p, offset, flip) == peak ? -at : splat(-kNowhere<A>);
     left = PixelWords<kCounts, A>(of_pixel, group).next(maximum(here, left), left);
   };
@@ -173,6 +173,7 @@ void add_moments(const LanesChunk<T>& chunk, int64_t g, int64_t first, int64_t p
     const Ahead ahead = ahead_of_row<1, kCounts>(chunk, g, r);
     const uint16_t* columns = nullptr;
     if constexpr (kListed) columns = chunk.list->columns + chunk.list->begins[r], past = pixels_of_row<kCounts>(chunk, r);
+    const ListSpread spread(chunk.cols, past);
     Vec<A> row = {}, row_x = {}, row_xx = {}, dx = x0;
     const auto pixels = [&](auto size, int64_t i) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
@@ -181,7 +182,7 @@ void add_moments(const LanesChunk<T>& chunk, int64_t g, int64_t first, int64_t p
         const int64_t col = kListed ? columns[i + j] : i + j;
         PixelWords<kCounts, A> of_pixel(words + (i + j) * chunk.words.stride_x, g);
         w[j] = d[j] = of_pixel.next(distance(load(p + col * chunk.stride_x), of), of.lowest);
-        fetch_ahead<kCounts>(chunk, ahead.at + (i + j) * ahead.step, 0);
+        fetch_ahead<kCounts>(chunk, ahead.at + (kListed ? spread.at(i + j) : i + j) * ahead.step, 0);
       }
       exp2<A, N>(w, of.scale);
       for (int j = 0; j < N; ++j) {
@@ -213,13 +214,15 @@ KPFUSED_INLINE void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLa
   Moments<A, Vec<A>> sums = empty_moments<A, Vec<A>>();
   sums.peak = lanes.peak[g], sums.at_x = lanes.chunk[g].at_x, sums.at_y = lanes.chunk[g].at_y;
   const Falloff<Vec<A>> of = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
-  if (kCounts == Counts::listed || chunk.rows < Offsets<A>::kRows) {
-    add_moments<T, kCounts, false>(chunk, g, 0, chunk.cols, of, sums);
-  } else {
-    for (int64_t first = 0; first < chunk.cols; first += Offsets<A>::kMost) {
-      add_moments<T, kCounts, kCounts != Counts::listed>(chunk, g, first, at_most(first + Offsets<A>::kMost, chunk.cols), of, sums);
+  const auto add = [&](auto tabled, int64_t first, int64_t past) __attribute__((always_inline)) {
+    add_moments<T, kCounts, tabled>(chunk, g, first, past, of, sums);
+  };
+  if constexpr (kCounts != Counts::listed) {
+    for (int64_t first = 0; chunk.rows >= Offsets<A>::kRows && first < chunk.cols; first += Offsets<A>::kMost) {
+      add(std::true_type{}, first, at_most(first + Offsets<A>::kMost, chunk.cols));
     }
   }
+  if (kCounts == Counts::listed || chunk.rows < Offsets<A>::kRows) add(std::false_type{}, 0, chunk.cols);
   lanes.chunk[g] = sums;
 }
 

@@ -59,7 +59,16 @@ KPFUSED_INLINE void fetch_ahead(const LanesChunk<T>& chunk, int64_t at, int j) {
   if (kCounts == Counts::listed) prefetch(chunk.p, at + j * kBytes + chunk.stride_x * int64_t(sizeof(T)));
 }
 
-// Calls body(pixel, its number, its x, its words, what to fetch ahead) for these, from number `begin` to `end`. The next chunk
+// A list of columns is gone through while the next chunk is fetched, of which it says nothing: which of that one's columns goes
+// with number i of `count`, evenly.
+struct ListSpread {
+  int64_t step;
+
+  KPFUSED_INLINE ListSpread(int64_t cols, int64_t count) : step((cols << 16) / at_least(count, 1)) {}
+  KPFUSED_INLINE int64_t at(int64_t i) const { return i * step >> 16; }
+};
+
+// Calls body(pixel, its x, its words, what to fetch ahead) for these, from the one with number `begin` to `end`. The next chunk
 // has another list: for it, two pixels are fetched for each of this one's, evenly.
 template <Counts kCounts, class T, class Body>
 KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t begin, int64_t end, const Ahead& ahead,
@@ -68,11 +77,10 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
   const T* p = chunk.p + row * chunk.stride_y;
   if constexpr (kCounts == Counts::listed) {
     const uint16_t* const columns = chunk.list->columns + chunk.list->begins[row];
-    const int64_t step = (chunk.cols << 16) / at_least(end, 1);
-    int64_t even = begin * step;
-    for (int64_t i = begin; i < end; ++i, even += step) {
-      const int64_t at = ahead.at + (even >> 16) * ahead.step;
-      body(p + columns[i] * chunk.stride_x, i, splat(chunk.x0 + A(columns[i])), nullptr, at);
+    const ListSpread spread(chunk.cols, end);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = ahead.at + spread.at(i) * ahead.step;
+      body(p + columns[i] * chunk.stride_x, splat(chunk.x0 + A(columns[i])), nullptr, at);
     }
   } else {
     const A step = A(chunk.abreast);
@@ -82,10 +90,10 @@ KPFUSED_INLINE void for_pixels(const LanesChunk<T>& chunk, int64_t row, int64_t 
     if constexpr (kCounts == Counts::by_lanes) {
       const LaneWord<A>* lanes = chunk.words.at(row, begin);
       for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, lanes += chunk.words.stride_x, at += ahead.step) {
-        body(p, i, x, lanes, at);
+        body(p, x, lanes, at);
       }
     } else {
-      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, at += ahead.step) body(p, i, x, nullptr, at);
+      for (int64_t i = begin; i < end; ++i, p += chunk.stride_x, x += step, at += ahead.step) body(p, x, nullptr, at);
     }
   }
 }
@@ -194,7 +202,7 @@ void lane_peaks(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, St
     peak[j] = splat(Limits<A>::lowest);
   }
   for (int64_t r = 0; r < chunk.rows; ++r) {
-    const auto pixel = [&](const T* p, int64_t, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A>, const LaneWord<A>* of_pixel, int64_t) __attribute__((always_inline)) {
       PixelWords<kCounts, A> words(of_pixel, group);
       for (int j = 0; j < N; ++j) peak[j] = words.next(maximum(key(p, offset[j], flip[j]), peak[j]), peak[j]);
     };
@@ -220,7 +228,7 @@ void lane_sums(const LanesChunk<T>& chunk, int64_t group, LaneStates<Acc<T>, Sta
   for (int64_t r = 0; r < chunk.rows; ++r, y += A(1)) {
     Vec<A> row[N] = {}, row_x[N] = {};
     uintptr_t of_mask = 0;
-    const auto pixel = [&](const T* p, int64_t, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
+    const auto pixel = [&](const T* p, Vec<A> x, const LaneWord<A>* of_pixel, int64_t ahead) __attribute__((always_inline)) {
       PixelWords<kCounts, A> words(of_pixel, group);
       for (int j = 0; j < N; ++j) {
         Vec<A> w[1] = {distance(load(p + offset[j]), of[j])};

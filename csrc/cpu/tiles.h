@@ -248,8 +248,7 @@ class ValueTiles {
   ValueTiles(const Values& values, const SoftmaxParams& softmax)
       : values_(values), softmax_(softmax), shared_(share_values(values, softmax)) {}
 
-  // Whether maps side by side have the same values. Those in memory may be NaN where they do not count, so that the same have
-  // to count.
+  // Whether maps side by side have the same values. They may be NaN where they do not count, so that the same have to count.
   static bool share_values(const Values& values, const SoftmaxParams& softmax) {
     return softmax.view.inner > 1 && values.kind == ValueKind::tensor && values.view.stride_inner == 0 &&
            counts_of(softmax.pixels, softmax.view) != Counts::by_lanes;
