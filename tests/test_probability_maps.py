@@ -34,8 +34,8 @@ def test_probability_maps_are_taken_as_they_are(device: str) -> None:
     )
 
 
-# One row, narrow maps, rows that are no whole vectors, pixels abreast on channels_last, rows in several blocks; maps, and
-# rows, in several parts.
+# One row, narrow maps, rows that are no whole vectors, pixels abreast on channels_last, rows in several blocks; maps
+# and rows in several parts.
 SHAPES = [
     (2, 3, 1, 9),
     (2, 5, 3, 3),
