@@ -139,7 +139,8 @@ def check_mask(mask: Tensor, heatmap: Tensor) -> None:
 def check_valid_size(valid_size: tuple[Tensor | int, Tensor | int], heatmap: Tensor) -> None:
     """Accepts (height, width), each a number within the map or an integer tensor as :func:`check_broadcast` does."""
     if not isinstance(valid_size, (tuple, list)) or len(valid_size) != 2:
-        raise TypeError(f"valid_size must be (height, width); got {valid_size!r}")
+        what = f"one tensor {tuple(valid_size.shape)}" if isinstance(valid_size, Tensor) else repr(valid_size)
+        raise TypeError(f"valid_size must be (height, width); got {what}")
     for axis, size, most in zip(("height", "width"), valid_size, heatmap.shape[-2:], strict=True):
         name = f"{axis} of valid_size"
         if isinstance(size, Tensor):

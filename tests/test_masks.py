@@ -181,6 +181,11 @@ MAP = torch.zeros(2, 3, 4, 5)
         ),
         (ValueError, "mask must be on the device of heatmap, cpu; got meta", {"mask": (MAP > 0).to("meta")}),
         (TypeError, r"valid_size must be \(height, width\); got 3", {"valid_size": 3}),
+        (
+            TypeError,
+            r"valid_size must be \(height, width\); got one tensor \(2, 2\)",
+            {"valid_size": torch.ones(2, 2, dtype=torch.int64)},
+        ),
         (TypeError, "height of valid_size must be an integer or a torch.Tensor; got float", {"valid_size": (1.0, 2)}),
         (
             TypeError,
