@@ -46,7 +46,7 @@ class CoordinateRows {
         written_(steps.heatmap ? steps.heatmap->grad_view : view_),
         parts_(part_tiling(view_)),
         flat_(is_flat<A>(view_) && view_.height * view_.width <= kTable<A> && is_dense(view_) && is_dense(written_)),
-        x_(make_zero_lines<A>(whole_vectors<A>(view_.width))) {
+        x_(make_zero_lines<A>(view_.width + L)) {
     const int64_t width = view_.width, pixels = flat_ ? view_.height * width : 0;
     for (int64_t i = 0; i < width; ++i) x_[i] = x_of<A>(units_, view_, i);
     for (int64_t i = 0; i < whole_vectors<A>(pixels); ++i) flat_x_[i] = flat_y_[i] = A(0);
@@ -209,7 +209,7 @@ class CoordinateRows {
   const MapView written_;
   const Tiling parts_;
   const bool flat_;
-  const Lines<A> x_;                                   // of columns
+  const Lines<A> x_;  // of columns, and zeros that are read behind them
   alignas(64) A flat_x_[kTable<A>], flat_y_[kTable<A>];  // of a flat map's pixels
   alignas(64) T row_[kTable<A>];
   uint8_t mask_[kTable<A>];

@@ -327,6 +327,8 @@ void test_expectations() {
     run_coordinates_and_window({Dtype::float32, layout, 1, 2, 260, 300}, Counted::all, 70);
     run_coordinates_and_window({Dtype::float32, layout, 1, 2, 3, 4500}, Counted::mask, 70);  // longer than a table
   }
+  // Parts of a row of three channels begin anywhere.
+  run_coordinates_and_window({Dtype::float32, Layout::channels_last, 1, 3, 2, 40011}, Counted::all, 70);
 }
 
 }  // namespace native
