@@ -260,11 +260,13 @@ class BackwardRows {
     };
     for (int64_t i = 0; i + L <= cols; i += L) fill(i);
     fill(cols - L);
-    // In place, what lies within a valid size; copied under a mask, or where that is less than a vector.
+    // In place, what lies within a valid size, and rows of a mask by rows; copied under any other, or where that is less than a
+    // vector.
     const int64_t valid = counting ? at_most(counting->cols - col, cols) : cols;
-    const bool copies = counting && (counting->mask || valid < L), clear = counting && !is_tame(map);
+    const bool by_rows = counting && counting->by_rows(), copies = counting && ((counting->mask && !by_rows) || valid < L);
+    const bool clear = counting && !is_tame(map);
     for (int64_t r = range.row; r < range.row + range.rows; ++r) {
-      if (counting && r >= counting->rows) {
+      if (counting && (r >= counting->rows || rows_are(false, *counting, r, 1))) {
         __builtin_memset(out + r * params_.grad_view.stride_y + col, 0, size_t(cols) * sizeof(T));
         continue;
       }

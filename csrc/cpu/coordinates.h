@@ -61,6 +61,8 @@ class CoordinateRows {
       const int64_t i = at.index / parts_.x.count, j = at.index - i * parts_.x.count;
       at.all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
       at.counting = counting_of(softmax_.pixels, view_, at.map);
+      if (rows_are(true, at.counting, at.all.row, at.all.rows)) at.counting.mask = nullptr;
+      if (rows_are(false, at.counting, at.all.row, at.all.rows)) at.counting.rows = 0;
       if (steps_.expectation) at.p = static_cast<const T*>(softmax_.heatmap) + walk.offset();
       if (steps_.heatmap) at.out = static_cast<T*>(steps_.heatmap->grad_heatmap) + walk.offset(written_);
       at.counting.mask ? take<true>(at) : take<false>(at);
@@ -81,13 +83,15 @@ class CoordinateRows {
 
   template <bool kMasked>
   void take(Part& at) {
-    const Counting& c = at.counting;
-    const bool run_of_mask = !kMasked || (c.stride_x == 1 && (c.stride_y == view_.width || view_.height == 1));
-    if (flat_ && run_of_mask && c.rows == view_.height && c.cols == view_.width) {
-      at.all = {0, 1, 0, view_.height * view_.width}, at.counting.rows = 1, at.counting.cols = at.all.cols;
-      return take<kMasked, true>(at);
+    Counting& c = at.counting;
+    const int64_t rows = view_.height, cols = view_.width;
+    if (!flat_ || c.rows != rows || c.cols != cols) return take<kMasked, false>(at);
+    if (kMasked && (c.stride_x != 1 || (c.stride_y != cols && rows > 1))) {
+      copy_pixels(c.mask, c.stride_y, c.stride_x, mask_, cols, 1, rows, cols, 1);
+      c.mask = mask_, c.stride_x = 1;
     }
-    take<kMasked, false>(at);
+    at.all = {0, 1, 0, rows * cols}, c.rows = 1, c.cols = rows * cols;
+    take<kMasked, true>(at);
   }
   template <bool kMasked, bool kFlat>
   void take(const Part& at) {
@@ -115,6 +119,7 @@ class CoordinateRows {
   }
   // Bytes of a mask.
   KPFUSED_INLINE const uint8_t* mask_of(const Counting& counting, int64_t row, int64_t col, int64_t n) {
+    if (counting.by_rows()) return fill_row(mask_, n, counting.mask[row * counting.stride_y]), mask_;
     return side_by_side(counting.mask + row * counting.stride_y + col * counting.stride_x, counting.stride_x, n, mask_);
   }
 

@@ -24,6 +24,8 @@ struct Counting {
   KPFUSED_INLINE bool at(int64_t row, int64_t col) const {
     return row < rows && col < cols && (!mask || mask[row * stride_y + col * stride_x] != 0);
   }
+  // Whether a mask has one byte for all of a row, as flags of keypoints have.
+  KPFUSED_INLINE bool by_rows() const { return mask && stride_x == 0; }
 };
 
 KPFUSED_INLINE Counting counting_of(const PixelView& pixels, const MapView& view, int64_t map) {
@@ -221,9 +223,21 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
   }
 }
 
+// Whether rows of a mask that has one byte for each of them are all set, or none.
+KPFUSED_INLINE bool rows_are(bool set, const Counting& counting, int64_t row, int64_t rows) {
+  if (!counting.by_rows()) return false;
+  if (counting.stride_y == 0) rows = at_most(rows, 1);
+  const uint8_t* const mask = counting.mask + row * counting.stride_y;
+  for (int64_t r = 0; r < rows; ++r) {
+    if ((mask[r * counting.stride_y] != 0) != set) return false;
+  }
+  return true;
+}
+
 // Whether all of a range of a mask is set, as most of one is beside its edges. Of bytes that are not as torch writes them,
 // and of narrow ranges, it may say no.
 KPFUSED_INLINE bool all_set(const Counting& counting, const PixelRange& range) {
+  if (rows_are(true, counting, range.row, range.rows)) return true;
   typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
   constexpr uint64_t kSet = 0x0101010101010101u;
   if (counting.stride_x != 1 || range.cols < kVectorBytes) return false;
@@ -261,6 +275,9 @@ KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, 
     if (from != to) copy_row(from, to, valid);
   } else if (counting.stride_x == 1) {
     select<true>(mask, from, to, valid, otherwise, [](const auto&, int) {});
+  } else if (counting.by_rows()) {
+    if (*mask == 0) return fill_row(to, n, otherwise);
+    if (from != to) copy_row(from, to, valid);
   } else {
     constexpr int64_t kBytes = 64;
     uint8_t bytes[kBytes];

@@ -161,7 +161,7 @@ class ForwardRows {
       for (int64_t j = 0; j < part.chunks.x.count; ++j) {
         const int64_t row = part.row + part.chunks.y.begin(i), col = part.col + part.chunks.x.begin(j);
         const int64_t rows = at_most(part.chunks.y.size(i), counting.rows - row);
-        if (rows <= 0 || col >= counting.cols) continue;
+        if (rows <= 0 || col >= counting.cols || rows_are(false, counting, row, rows)) continue;
         state = merge(state, counting_chunk(part, i, j, rows, counting, sharp, state, buffer), sharp.scale, ScalarExp2{});
       }
     }
@@ -177,14 +177,15 @@ class ForwardRows {
     const T* const p = part.p + y * view_.stride_y + x;
     const A x0 = centred<A>(col, view_.width), y0 = centred<A>(row, view_.height);
     RowsChunk<T> chunk = {p, view_.stride_y, rows, valid, x0, y0, after(part, i, j), view_.stride_y};
-    if (counting.mask && counting.stride_x == 1) {
-      chunk.mask = counting.mask + row * counting.stride_y + col, chunk.mask_y = counting.stride_y;
-    }
+    const uint8_t* const mask = counting.mask + row * counting.stride_y;
+    if (counting.mask && counting.stride_x == 1) chunk.mask = mask + col, chunk.mask_y = counting.stride_y;
     const bool enough = !plan_.flat && valid >= kLanes<A>;
     if (enough && (!counting.mask || all_set(counting, {row, rows, col, valid}))) return rows_chunk(chunk, sharp, so_far);
 #if KPFUSED_AVX512
     if constexpr (!kMoments) {
-      if (enough && chunk.mask && by_bits(valid)) return sums_by_bits<kBytes>(chunk, sharp);
+      if (enough && (chunk.mask || counting.by_rows()) && by_bits(valid)) {
+        return sums_by_bits<kBytes>(chunk, mask, counting.stride_y, sharp);
+      }
     }
 #endif
     if (!plan_.flat) cols = at_least(valid, kLanes<A>);

@@ -5,6 +5,7 @@
 
 #include "backward_lanes.h"
 #include "backward_rows.h"
+#include "byte_squares.h"
 #include "forward_lanes.h"
 #include "forward_rows.h"
 #include "parallel.h"

@@ -198,12 +198,14 @@ class LaneWords {
   KPFUSED_INLINE void bits_of(const uint8_t* mask, int64_t channel, int64_t channels, int64_t pixels, uint8_t* to) const {
     const int64_t planes = between_ == 0 ? 1 : channels;
     mask += channel * between_;
+    const auto of_pixel = [&](int64_t i) {
+      uint8_t bits = 0;
+      for (int64_t k = 0; k < planes; ++k) bits |= uint8_t((mask[k * between_ + i * first_.stride_x] != 0) << k);
+      return bits;
+    };
+    if (first_.by_rows()) return void(__builtin_memset(to, of_pixel(0), size_t(pixels)));
     if (first_.stride_x != 1 || pixels < kVectorBytes) {
-      for (int64_t i = 0; i < pixels; ++i) {
-        uint8_t bits = 0;
-        for (int64_t k = 0; k < planes; ++k) bits |= uint8_t((mask[k * between_ + i * first_.stride_x] != 0) << k);
-        to[i] = bits;
-      }
+      for (int64_t i = 0; i < pixels; ++i) to[i] = of_pixel(i);
       return;
     }
     // Several vectors of each plane in turn: memory is quickest in order, and steps wait for the ones before.

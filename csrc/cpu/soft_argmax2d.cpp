@@ -3,6 +3,7 @@
 #include "soft_argmax2d.h"
 
 #include "expectation2d.h"
+#include "masks.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -14,11 +15,12 @@
 
 namespace kpfused::cpu {
 
-#define KPFUSED_DECLARE(isa)                \
-  namespace isa {                           \
-  void forward(const ForwardParams&);       \
-  void backward(const BackwardParams&);     \
+#define KPFUSED_DECLARE(isa)                 \
+  namespace isa {                            \
+  void forward(const ForwardParams&);        \
+  void backward(const BackwardParams&);      \
   void expectation(const ExpectationSteps&); \
+  void transpose(const ByteMatrices&);       \
   }
 KPFUSED_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -34,6 +36,7 @@ struct Kernels {
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
   void (*expectation)(const ExpectationSteps&);
+  void (*transpose)(const ByteMatrices&);
 };
 
 Kernels choose() {
@@ -48,10 +51,10 @@ Kernels choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && !no_avx512) return {"avx512", avx512::forward, avx512::backward, avx512::expectation};
-  if (has_avx2 && !baseline_only) return {"avx2", avx2::forward, avx2::backward, avx2::expectation};
+  if (has_avx512 && !no_avx512) return {"avx512", avx512::forward, avx512::backward, avx512::expectation, avx512::transpose};
+  if (has_avx2 && !baseline_only) return {"avx2", avx2::forward, avx2::backward, avx2::expectation, avx2::transpose};
 #endif
-  return {"baseline", baseline::forward, baseline::backward, baseline::expectation};
+  return {"baseline", baseline::forward, baseline::backward, baseline::expectation, baseline::transpose};
 }
 
 const Kernels& kernels() {
@@ -96,6 +99,8 @@ int64_t expectation_heatmap_workspace(const ExpectationHeatmapParams& params) {
 }
 
 void expectation(const ExpectationSteps& steps) { kernels().expectation(steps); }
+
+void transpose(const ByteMatrices& matrices) { kernels().transpose(matrices); }
 
 const char* capability() { return kernels().name; }
 

@@ -142,6 +142,21 @@ Acc<T> count_bits(const RowsChunk<T>& chunk, uint8_t* bits) {
   for (int j = 1; j < kPeaks; ++j) peak[0] = maximum(peak[j], peak[0]);
   return reduce_max<A>(peak[0]);
 }
+
+// Likewise of a mask that has one byte for each row, from `flags` on: rows that follow each other and count are taken at once.
+template <class T, bool kNegative>
+Acc<T> count_rows(const RowsChunk<T>& chunk, const uint8_t* flags, int64_t flags_y, uint8_t* bits) {
+  Acc<T> peak = Limits<Acc<T>>::lowest;
+  for (int64_t r = 0, end; r < chunk.rows; r = end) {
+    const bool counts = flags[r * flags_y] != 0;
+    for (end = r + 1; end < chunk.rows && (flags[end * flags_y] != 0) == counts;) ++end;
+    __builtin_memset(bits + r * chunk.cols / 8, counts ? 0xff : 0, size_t((end - r) * chunk.cols / 8));
+    RowsChunk<T> some = chunk;
+    some.p += r * chunk.stride_y, some.rows = end - r;
+    if (counts) peak = larger(peak, peak_of_rows<T, kNegative>(some));
+  }
+  return peak;
+}
 #endif
 
 // N vectors side by side, from column `first` on, over all rows of the chunk. With Tail the last of them is the last
@@ -206,12 +221,17 @@ State<Acc<T>> chunk_sums(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sha
 }
 
 #if KPFUSED_AVX512
-// Of the pixels of a mask, where they are, whatever the others hold.
+// Of the pixels of a mask, where they are, whatever the others hold. `flags`, `flags_y`: as count_rows() has them, where the
+// chunk has no mask.
 template <int64_t kBytes, class T>
-KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const Sharpness<Acc<T>>& sharp) {
+KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const uint8_t* flags, int64_t flags_y,
+                                          const Sharpness<Acc<T>>& sharp) {
   constexpr int64_t kMost = 2 * kBytes / int64_t(sizeof(T));  // as of a copy
   uint8_t bits[kMost / 8 + 8];
-  const Acc<T> peak = sharp.sign < 0 ? count_bits<T, true>(chunk, bits) : count_bits<T, false>(chunk, bits);
+  const auto count = [&](auto negative) {
+    return chunk.mask ? count_bits<T, negative>(chunk, bits) : count_rows<T, negative>(chunk, flags, flags_y, bits);
+  };
+  const Acc<T> peak = sharp.sign < 0 ? count(std::true_type{}) : count(std::false_type{});
   chunk.bits = bits, chunk.peak = &peak;
   return chunk_sums(chunk, sharp);
 }

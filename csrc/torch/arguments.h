@@ -9,6 +9,8 @@
 #include <limits>
 #include <optional>
 
+#include "../cpu/masks.h"
+#include "../cpu/pages.h"
 #include "../units.h"
 #include "tensors.h"
 
@@ -119,12 +121,49 @@ inline Tensor copied(Tensor mask) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// A copy of a mask in the order of its dimensions, where its last is not the nearest in memory: kernels would touch a line of
+// memory for each byte, and do so again for each map that shares it. What it is expanded along it still is. Of the CPU's masks
+// only: elsewhere the lines that maps side by side touch are the same.
+inline std::optional<Tensor> in_row_order(const Tensor& mask) {
+  const auto sizes = mask.sizes(), strides = mask.strides();
+  const int64_t dims = mask.dim(), width = sizes[dims - 1];
+  if (strides[dims - 1] <= 1 || width == 1 || mask.numel() == 0) return std::nullopt;
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(mask.get(), &device_type));
+  if (device_type != aoti_torch_device_type_cpu()) return std::nullopt;
+  std::vector<int64_t> dense(static_cast<size_t>(dims), 0);
+  int64_t columns = -1, bytes = 1;
+  for (int64_t d = dims; d-- > 0;) {
+    if (sizes[d] == 1 || strides[d] == 0) continue;
+    if (strides[d] == 1) columns = d;
+    dense[static_cast<size_t>(d)] = bytes, bytes *= sizes[d];
+  }
+  cpu::ByteMatrices m{};
+  m.rows = width, m.from_row = strides[dims - 1], m.cols = 1;
+  if (columns >= 0) m.cols = sizes[columns], m.to_col = dense[static_cast<size_t>(columns)];
+  for (int64_t d = dims - 1; d-- > 0;) {
+    const int64_t to = dense[static_cast<size_t>(d)];
+    if (to == 0 || d == columns) continue;
+    if (m.dims == 0 && strides[d] == m.rows * m.from_row && to == m.rows) {
+      m.rows *= sizes[d];  // rows that follow each other are one
+    } else if (m.dims == cpu::ByteMatrices::kExtents) {
+      return std::nullopt;
+    } else {
+      m.size[m.dims] = sizes[d], m.from_step[m.dims] = strides[d], m.to_step[m.dims++] = to;
+    }
+  }
+  Tensor result = empty_strided(mask, sizes.data(), dense.data(), dims, ScalarType::Bool);
+  m.from = static_cast<const uint8_t*>(mask.const_data_ptr()), m.to = static_cast<uint8_t*>(result.mutable_data_ptr());
+  cpu::prefer_huge_pages(m.to, static_cast<size_t>(bytes));
+  cpu::transpose(m);
+  return result;
+}
+
 // How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no kernel
 // reads its layout, and then the target; and a mask that is expanded along more separate dimensions than a view has, or along
 // some of those that channels of channels_last maps have. `values`, whose elements are not read here, are not copied: they may be
 // gradients to be written.
-inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr,
-                       const Tensor* values = nullptr) {
+inline Layout layout_of(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target, const Tensor* values) {
   const auto fold = [&](bool with_mask = true, bool with_values = true) {
     std::vector<int64_t> of_values;
     if (values && with_values) of_values = broadcast_strides(heatmap, *values);
@@ -156,6 +195,16 @@ inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* tar
   if (layout.in_place) return layout;
   mask = torch::stable::contiguous(all);
   return fold();
+}
+
+// Likewise; and a copy of a mask that lies otherwise than kernels go, along rows or along channels.
+inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr, const Tensor* values = nullptr) {
+  const Layout layout = layout_of(heatmap, mask, target, values);
+  if (!mask || !layout.in_place || (layout.first.stride_x != 1 && layout.mask.stride_inner() == 1)) return layout;
+  const std::optional<Tensor> copy = in_row_order(*mask);
+  if (!copy) return layout;
+  mask = copy;
+  return layout_of(heatmap, mask, target, values);
 }
 
 // What forward and backward share of their parameters.

@@ -34,6 +34,7 @@ int main() {
   native::test_cuts();
   native::test_moments();
   native::test_expectations();
+  native::test_masks_in_another_order();
   std::printf("%s: %d passed, %d failed\n", kpfused::cpu::capability(), native::passed, native::failed);
   return native::failed != 0;
 }

@@ -12,12 +12,14 @@
 
 namespace native {
 
-// pixels_of_mask: a mask of which the channels of a pixel stand side by side; channels_of_mask: as the last of some more.
+// rows_of_mask: a mask of whole rows. pixels_of_mask: one of which the channels of a pixel stand side by side; channels_of_mask: as
+// the last of some more.
 // sizes: of samples; sizes_of_maps: of each map, some of which have none.
-enum class Counted { all, mask, shared_mask, pixels_of_mask, channels_of_mask, sizes, sizes_of_maps, both };
+enum class Counted { all, mask, shared_mask, rows_of_mask, pixels_of_mask, channels_of_mask, sizes, sizes_of_maps, both };
 constexpr Counted kCounted[] = {Counted::all,
                                Counted::mask,
                                Counted::shared_mask,
+                               Counted::rows_of_mask,
                                Counted::pixels_of_mask,
                                Counted::channels_of_mask,
                                Counted::sizes,
@@ -59,6 +61,10 @@ struct Pixels {
     const int64_t maps = shared ? c.maps() : 1;
     view.mask_view = {2, {c.inner, c.outer}, {shared, shared * c.inner}, c.width, 1};
     int64_t bytes = maps * pixels;
+    if (kind == Counted::rows_of_mask) {
+      view.mask_view = {2, {c.inner, c.outer}, {c.height, c.height * c.inner}, 1, 0};
+      bytes = maps * c.height;
+    }
     if (kind == Counted::pixels_of_mask || kind == Counted::channels_of_mask) {
       // Some more: as many as a vector has lanes, on some instruction set. Padded pixels are as far apart.
       const int64_t more = c.inner <= 4 ? 4 : c.inner <= 8 ? 8 : c.inner <= 16 ? 16 : c.inner + 1;
@@ -68,7 +74,7 @@ struct Pixels {
       view.mask_view = {2, {c.inner, c.outer}, {1, pixels * channels}, c.width * channels, channels};
     }
     mask.reset(new uint8_t[size_t(bytes)]);
-    for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i / pixels != 3;
+    for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i * maps / bytes != 3;
     view.mask = mask.get() + first;
   }
 

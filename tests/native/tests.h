@@ -8,5 +8,6 @@ void test_mean();
 void test_cuts();
 void test_moments();
 void test_expectations();
+void test_masks_in_another_order();
 
 }  // namespace native

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""Masks that lie otherwise than the maps, and masks of whole rows or maps: the bits of the same mask, dense."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kpfused
+from benchmarks.memory import peak_bytes_beyond
+from tests import cases
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "soft_argmax2d": kpfused.soft_argmax2d,
+    "spatial_moments2d": kpfused.spatial_moments2d,
+    "spatial_softmax2d": kpfused.spatial_softmax2d,
+    "expectation2d": lambda h, mask, **_: kpfused.expectation2d(h, mask=mask),
+    "spatial_expectation2d": lambda h, **k: kpfused.spatial_expectation2d(h, h.detach().unsqueeze(2), **k),
+    "window_mass": lambda h, **k: kpfused.window_mass(h, 3, **k),
+}
+
+
+def orders(mask: Tensor) -> list[Tensor]:
+    """The same mask in every order of its dimensions, and of every second byte."""
+    every = itertools.permutations(range(4))
+    lain = [mask.permute(order).contiguous().permute([order.index(d) for d in range(4)]) for order in every]
+    return [*lain, mask.repeat_interleave(2, -1)[..., ::2]]
+
+
+def broadcast(batch: int, keypoints: int, height: int, width: int, device: str) -> list[Tensor]:
+    """Flags of maps, of images and of rows; the columns of each keypoint; and fewer pixels of a larger mask."""
+    flags = (
+        (batch, keypoints, 1, 1),
+        (batch, 1, 1, 1),
+        (height, 1),
+        (batch, 1, height, 1),
+        (batch, keypoints, height, 1),
+    )
+    masks = [torch.rand(shape, device=device) < 0.6 for shape in (*flags, (keypoints, 1, width))]
+    return [*masks, (torch.rand(batch, 1, 2 * height, 2 * width, device=device) < 0.6)[..., ::2, ::2]]
+
+
+def everything(function: str, heatmap: Tensor, mask: Tensor) -> list[Tensor]:
+    """Results and gradient, with NaN where no pixel counts."""
+    leaf = heatmap.masked_fill(~mask, torch.nan).requires_grad_()
+    result = FUNCTIONS[function](leaf, mask=mask, empty_value=0.5)
+    fields = [result] if isinstance(result, Tensor) else list(result)
+    real = [field for field in fields if field.requires_grad]
+    upstream = [cases.upstream_of(field).to(field.dtype) for field in real]
+    gradient = torch.autograd.grad(real, leaf, upstream)[0]
+    assert (gradient.masked_select(~mask) == 0).all()
+    return [*fields, gradient]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 5, 6), (2, 17, 8, 9), (1, 33, 16, 16), (3, 16, 4, 16), (2, 2, 33, 64), (2, 3, 40, 130), (1, 2, 260, 261)],
+    ids=str,
+)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_masks_in_any_order(device: str, function: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    mask = torch.rand(shape, device=device) < 0.6
+    groups = [([few], few.expand(shape).contiguous()) for few in broadcast(*shape, device)]
+    if mask.numel() < 2**15:  # orders matter to no kernel, and so not to parts of maps
+        groups.append((orders(mask), mask))
+    heatmap = cases.random(shape).to(device, dtype)
+    rounding = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5 * max(shape)}
+    for layout, tolerance in (("contiguous", {"rtol": 0.0, "atol": 0.0}), ("channels_last", rounding)):
+        lain = cases.LAYOUTS[layout](heatmap)
+        for masks, dense in groups:
+            wanted = everything(function, lain, dense)
+            for given in masks:
+                before = given.clone()
+                for got, want in zip(everything(function, lain, given), wanted, strict=True):
+                    torch.testing.assert_close(got, want, **tolerance)
+                assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_flags_are_not_expanded_in_memory(device: str, layout: str) -> None:
+    heatmap = cases.LAYOUTS[layout](cases.random((4, 17, 64, 64)).to(device, torch.float32))
+    pixels = math.prod(heatmap.shape)
+    for mask in broadcast(*heatmap.shape, device):
+        assert peak_bytes_beyond(lambda h, mask=mask: kpfused.soft_argmax2d(h, mask=mask), heatmap) < pixels / 4
