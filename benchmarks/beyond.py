@@ -138,7 +138,7 @@ class Comparison:
     """``thunk``, kpfused's, and ``other``, also kpfused's where ``cost``, else a peer's.
 
     The figure of a cost is our time as a multiple of the other; elsewhere the reverse. ``reading`` does no more than
-    read what the cost is for, a mask: what it takes is another multiple of the other.
+    read what the cost is for, a mask, once for each direction: what it takes is another multiple of the other.
     """
 
     question: str
@@ -161,7 +161,8 @@ def both_ways(
     """Of two functions of the same inputs: forward, and forward with backward."""
     yield Comparison(f"{question}, forward", case, lambda: ours(*inputs), lambda: other(*inputs), cost, reading)
     thunks = forward_backward(ours, *inputs), forward_backward(other, *inputs)
-    yield Comparison(f"{question}, forward+backward", case, *thunks, cost, reading)
+    twice = None if reading is None else lambda: (reading(), reading())
+    yield Comparison(f"{question}, forward+backward", case, *thunks, cost, twice)
 
 
 def reading_of(mask: Tensor) -> Thunk:

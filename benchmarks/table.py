@@ -141,7 +141,7 @@ def beyond(rows: list[Row]) -> list[str]:
     """What is asked of kpfused beyond the mean: its cost over the plain call's, then peers' over ours, then memory."""
     tables = []
     for cost, title, figures in (
-        (True, "Cost beside the same call without it", ["of the time without", "to read the mask"]),
+        (True, "Cost beside the same call without it", ["of the time without", "to read the mask, each way"]),
         (False, "Beside compositions of the same results", ["composition"]),
     ):
         lines = []
