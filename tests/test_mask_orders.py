@@ -20,7 +20,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "soft_argmax2d": kpfused.soft_argmax2d,
     "spatial_moments2d": kpfused.spatial_moments2d,
     "spatial_softmax2d": kpfused.spatial_softmax2d,
-    "expectation2d": lambda h, mask, **_: kpfused.expectation2d(h, mask=mask),
+    "expectation2d": lambda h, mask, valid_size=None, **_: kpfused.expectation2d(h, mask=mask, valid_size=valid_size),
     "spatial_expectation2d": lambda h, **k: kpfused.spatial_expectation2d(h, h.detach().unsqueeze(2), **k),
     "window_mass": lambda h, **k: kpfused.window_mass(h, 3, **k),
 }
@@ -46,10 +46,10 @@ def broadcast(batch: int, keypoints: int, height: int, width: int, device: str) 
     return [*masks, (torch.rand(batch, 1, 2 * height, 2 * width, device=device) < 0.6)[..., ::2, ::2]]
 
 
-def everything(function: str, heatmap: Tensor, mask: Tensor) -> list[Tensor]:
+def everything(function: str, layout: str, heatmap: Tensor, mask: Tensor, **keywords: Any) -> list[Tensor]:
     """Results and gradient, with NaN where no pixel counts."""
-    leaf = heatmap.masked_fill(~mask, torch.nan).requires_grad_()
-    result = FUNCTIONS[function](leaf, mask=mask, empty_value=0.5)
+    leaf = cases.LAYOUTS[layout](heatmap.masked_fill(~mask, torch.nan)).requires_grad_()
+    result = FUNCTIONS[function](leaf, mask=mask, empty_value=0.5, **keywords)
     fields = [result] if isinstance(result, Tensor) else list(result)
     real = [field for field in fields if field.requires_grad]
     upstream = [cases.upstream_of(field).to(field.dtype) for field in real]
@@ -67,18 +67,19 @@ def everything(function: str, heatmap: Tensor, mask: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_masks_in_any_order(device: str, function: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     mask = torch.rand(shape, device=device) < 0.6
-    groups = [([few], few.expand(shape).contiguous()) for few in broadcast(*shape, device)]
+    sized = {"beta": -1.5, "valid_size": (shape[2] - 1, shape[3] // 8 * 8 or 3)}
+    flags = [([few], few.expand(shape).contiguous()) for few in broadcast(*shape, device)]
+    groups = [(*group, keywords) for group in flags for keywords in ({}, sized)]
     if mask.numel() < 2**15:  # orders matter to no kernel, and so not to parts of maps
-        groups.append((orders(mask), mask))
+        groups.append((orders(mask), mask, {}))
     heatmap = cases.random(shape).to(device, dtype)
     rounding = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5 * max(shape)}
     for layout, tolerance in (("contiguous", {"rtol": 0.0, "atol": 0.0}), ("channels_last", rounding)):
-        lain = cases.LAYOUTS[layout](heatmap)
-        for masks, dense in groups:
-            wanted = everything(function, lain, dense)
+        for masks, dense, keywords in groups:
+            wanted = everything(function, layout, heatmap, dense, **keywords)
             for given in masks:
                 before = given.clone()
-                for got, want in zip(everything(function, lain, given), wanted, strict=True):
+                for got, want in zip(everything(function, layout, heatmap, given, **keywords), wanted, strict=True):
                     torch.testing.assert_close(got, want, **tolerance)
                 assert torch.equal(given, before)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The CPU kernels on their own, under AddressSanitizer: every instruction set this machine can run.
 
-The best of them is under UBSan too. Its checks double the time that compiling takes, and what they look at is the same
-source for all.
+The best of them is under UBSan too. Its checks double the time that compiling takes, and nearly all that they look at
+is the same source for all; what is left out is what only the others have, such as half precision without hardware.
 """
 
 from __future__ import annotations

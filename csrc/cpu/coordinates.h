@@ -85,7 +85,7 @@ class CoordinateRows {
   void take(Part& at) {
     Counting& c = at.counting;
     const int64_t rows = view_.height, cols = view_.width;
-    if (!flat_ || c.rows != rows || c.cols != cols) return take<kMasked, false>(at);
+    if (!flat_ || c.rows != rows || c.cols != cols) return c.by_rows() ? take<false, false>(at) : take<kMasked, false>(at);
     if (kMasked && (c.stride_x != 1 || (c.stride_y != cols && rows > 1))) {
       copy_pixels(c.mask, c.stride_y, c.stride_x, mask_, cols, 1, rows, cols, 1);
       c.mask = mask_, c.stride_x = 1;
@@ -119,7 +119,6 @@ class CoordinateRows {
   }
   // Bytes of a mask.
   KPFUSED_INLINE const uint8_t* mask_of(const Counting& counting, int64_t row, int64_t col, int64_t n) {
-    if (counting.by_rows()) return fill_row(mask_, n, counting.mask[row * counting.stride_y]), mask_;
     return side_by_side(counting.mask + row * counting.stride_y + col * counting.stride_x, counting.stride_x, n, mask_);
   }
 
@@ -161,6 +160,7 @@ class CoordinateRows {
         // Of some rows, before they are added to others: long sums lose digits.
         Vec<A> x[kBlock] = {}, y[kBlock] = {};
         for (int64_t r = first; r < at_most(first + kRows, end); ++r) {
+          if (rows_are(false, counting, r, 1)) continue;
           const T* const p = side_by_side(at.p + r * view_.stride_y + col * view_.stride_x, view_.stride_x, count, row_);
           const uint8_t* const mask = kMasked ? mask_of(counting, r, col, count) : nullptr;
           Vec<A> of_row[kBlock] = {};
@@ -192,7 +192,7 @@ class CoordinateRows {
       for (int64_t r = at.all.row; r < at.all.row + at.all.rows; ++r) {
         T* const out = at.out + r * written_.stride_y + col * written_.stride_x;
         T* const to = written_.stride_x == 1 ? out : row_;
-        const int64_t valid = r < counting.rows ? most : 0;
+        const int64_t valid = r < counting.rows && !rows_are(false, counting, r, 1) ? most : 0;
         const uint8_t* const mask = kMasked && valid > 0 ? mask_of(counting, r, col, valid) : nullptr;
         const Vec<A> of_row = splat(kFlat ? A(0) : g_y * y_of<A>(units_, view_, r));
         for_vectors(valid, [&](int64_t i, int, auto some) __attribute__((always_inline)) {

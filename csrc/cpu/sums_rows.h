@@ -29,7 +29,7 @@ struct RowsChunk {
   const uint8_t* mask = nullptr;  // its own; what lies below it is fetched meanwhile
   int64_t mask_y = 0;
   const A* peak = nullptr;        // where it is known
-  const uint8_t* bits = nullptr;  // as count_bits() writes them; null: all pixels count
+  const uint8_t* bits = nullptr;  // as count_bits() or count_rows() write them; null: all pixels count
 };
 
 // What is fetched of the next chunk and its mask while the vectors from column `first` on of this one's rows are gone through.
@@ -143,7 +143,8 @@ Acc<T> count_bits(const RowsChunk<T>& chunk, uint8_t* bits) {
   return reduce_max<A>(peak[0]);
 }
 
-// Likewise of a mask that has one byte for each row, from `flags` on: rows that follow each other and count are taken at once.
+// Bits and greatest key of a mask that has one byte for each row, from `flags` on: rows that follow each other and count are
+// taken at once.
 template <class T, bool kNegative>
 Acc<T> count_rows(const RowsChunk<T>& chunk, const uint8_t* flags, int64_t flags_y, uint8_t* bits) {
   Acc<T> peak = Limits<Acc<T>>::lowest;
@@ -221,8 +222,8 @@ State<Acc<T>> chunk_sums(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sha
 }
 
 #if KPFUSED_AVX512
-// Of the pixels of a mask, where they are, whatever the others hold. `flags`, `flags_y`: as count_rows() has them, where the
-// chunk has no mask.
+// Of the pixels of a mask, where they are, whatever the others hold. `flags`, `flags_y`: those of rows, where the
+// chunk has no mask of its own.
 template <int64_t kBytes, class T>
 KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const uint8_t* flags, int64_t flags_y,
                                           const Sharpness<Acc<T>>& sharp) {

@@ -122,8 +122,8 @@ inline Tensor copied(Tensor mask) {
 }
 
 // A copy of a mask in the order of its dimensions, where its last is not the nearest in memory: kernels would touch a line of
-// memory for each byte, and do so again for each map that shares it. What it is expanded along it still is. Of the CPU's masks
-// only: elsewhere the lines that maps side by side touch are the same.
+// memory for a few bytes, and do so again for each map that shares it. What it is expanded along it still is. Of the CPU's masks
+// only: on a GPU maps side by side are read at the same time, and find these lines in its cache.
 inline std::optional<Tensor> in_row_order(const Tensor& mask) {
   const auto sizes = mask.sizes(), strides = mask.strides();
   const int64_t dims = mask.dim(), width = sizes[dims - 1];
