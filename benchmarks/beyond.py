@@ -214,7 +214,7 @@ def masks(device: str, shrink: Shrink) -> Iterator[Comparison]:
             "mask (H, W)": {"mask": torch.rand(height, width, device=device) < 0.7},
             "mask (B, 1, H, W)": {"mask": torch.rand(batch, 1, height, width, device=device) < 0.7},
             "mask (B, K, H, W)": {"mask": of_maps},
-            # As comparisons of such a heatmap are.
+            # As comparisons of a channels_last heatmap are.
             "mask (B, K, H, W) channels_last": {"mask": of_maps.contiguous(memory_format=torch.channels_last)},
             "flags (B, K, 1, 1)": {"mask": torch.rand(*case.shape[:2], 1, 1, device=device) < 0.7},
             "valid_size of half the rows": {"valid_size": (height // 2, width)},

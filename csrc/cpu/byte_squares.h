@@ -80,8 +80,8 @@ KPFUSED_INLINE void transpose_squares(const uint8_t* from, int64_t from_row, uin
   }
 }
 
-// Rows from `begin` on of one matrix, squares of them at a time; returns how far it got. Where rows are
-// narrower than a square, bytes up to the next rows and of these are read too, within the matrix.
+// Rows from `begin` on of one matrix, squares of them at a time; returns how far it got. Where rows are narrower than a square,
+// bytes between them and of the next ones are read too, within the matrix.
 template <int kSquares>
 KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
   constexpr int64_t kRows = kSquares * kByteSquare;

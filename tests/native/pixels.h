@@ -12,9 +12,8 @@
 
 namespace native {
 
-// rows_of_mask: a mask of whole rows. pixels_of_mask: one of which the channels of a pixel stand side by side; channels_of_mask: as
-// the last of some more.
-// sizes: of samples; sizes_of_maps: of each map, some of which have none.
+// rows_of_mask: a mask of whole rows. pixels_of_mask: one of which the channels of a pixel stand side by side;
+// channels_of_mask: as the last of some more. sizes: of samples; sizes_of_maps: of each map, some of which have none.
 enum class Counted { all, mask, shared_mask, rows_of_mask, pixels_of_mask, channels_of_mask, sizes, sizes_of_maps, both };
 constexpr Counted kCounted[] = {Counted::all,
                                Counted::mask,
