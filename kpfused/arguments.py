@@ -25,9 +25,10 @@ def checked(
     """What goes to an op beside the heatmap: beta, where it is a tensor, in the accumulator dtype, contiguous and to be
     broadcast against the leading dimensions; and all else."""
     checks.check_heatmap(heatmap, dims)
-    checks.check_beta_or_temperature(beta, temperature)
     tensor, number = None, beta
-    if type(beta) is not float or temperature is not None:  # else nothing is left to look at, which takes time as well
+    # What most calls give has nothing to be looked at, which takes time as well.
+    if type(beta) is not float or beta != 1.0 or temperature is not None:
+        checks.check_beta_or_temperature(beta, temperature)
         tensor, number = _sharpness(heatmap, beta, temperature, len(dims))
     if mask is None and valid_size is None and empty_value is None:
         return tensor, (number, setting)

@@ -28,13 +28,14 @@ def check_heatmap(heatmap: Tensor, dims: str = "HW", name: str = "heatmap") -> N
     if heatmap.layout is not _STRIDED:
         raise TypeError(f"{name} must be a strided tensor; got layout {heatmap.layout}")
     shape = heatmap.shape  # made anew at every access
-    if len(shape) < len(dims):
-        count = ("one dimension", "two dimensions", "three dimensions")[len(dims) - 1]
-        raise ValueError(f"{name} must have at least {count} (..., {', '.join(dims)}); got shape {tuple(shape)}")
-    for i in range(-len(dims), 0):  # a slice would be one more shape to make
-        if shape[i] == 0:
-            wanted = " and ".join(f"{dim} >= 1" for dim in dims)
-            raise ValueError(f"{name} must have {wanted}; got shape {tuple(shape)}")
+    count = len(dims)
+    if len(shape) < count:
+        least = ("one dimension", "two dimensions", "three dimensions")[count - 1]
+        raise ValueError(f"{name} must have at least {least} (..., {', '.join(dims)}); got shape {tuple(shape)}")
+    # Of up to three: a loop would take longer than all that is here, and a slice is one more shape to make.
+    if shape[-count] == 0 or shape[-count // 2] == 0 or shape[-1] == 0:
+        wanted = " and ".join(f"{dim} >= 1" for dim in dims)
+        raise ValueError(f"{name} must have {wanted}; got shape {tuple(shape)}")
 
 
 def check_depth(heatmap: Tensor, depth: int) -> None:
@@ -78,9 +79,7 @@ def check_sharpness(name: str, value: Tensor | float) -> None:
 def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float | None) -> None:
     """Accepts one of the two; ``beta`` counts as not given while it has its default, the number 1."""
     if temperature is None:
-        # What nearly every call gives, ahead of what takes as long as a small kernel.
-        if type(beta) is not float or not -_MOST_BETA <= beta <= _MOST_BETA:
-            check_sharpness("beta", beta)
+        check_sharpness("beta", beta)
         return
     check_sharpness("temperature", temperature)
     check_sharpness("beta", beta)

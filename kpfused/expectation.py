@@ -28,11 +28,12 @@ _STATS = 4  # kStats of csrc/params.h
 def spatial_expectation2d(heatmap: Tensor, values: Tensor, beta: Tensor | None, settings: kernels.Settings) -> Tensor:
     """Expectation of ``values``, of checked arguments: as ``kpfused.arguments.checked`` has them."""
     beta_value, _, *pixels = settings  # with values, there are no units to choose
-    if ops.takes_composition(heatmap) or ops.transforms_active():
+    compiling = ops.is_compiling()
+    if ops.takes_composition(heatmap, compiling) or ops.transforms_active():
         return _compose(heatmap, values, beta, beta_value, *pixels)
     values = _foldable(values, heatmap.shape[:-2])
     inputs = (heatmap, values, beta, beta_value, *pixels)
-    is_traced = ops.is_compiling() or ops.is_tracing()
+    is_traced = compiling or ops.is_tracing()
     if is_traced or type(values) not in ops.PLAIN or not ops.is_plain(heatmap, beta, settings):
         heatmap, beta, *pixels = dtensor.prepare_distributed(heatmap, beta, *pixels)
         values = dtensor.prepare_distributed_values(heatmap, values)

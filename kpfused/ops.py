@@ -53,7 +53,8 @@ def _swapped(beta: Tensor, leading: torch.Size) -> Tensor:
 
 def call(kernel: Kernel, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> tuple[Tensor, ...]:
     """The outputs of a kernel: all of them, or the results alone."""
-    if takes_composition(heatmap):
+    compiling = is_compiling()
+    if takes_composition(heatmap, compiling):
         return kernel.composition(heatmap, beta, *settings)
     result: tuple[Tensor, ...]
     if transforms_active():
@@ -61,7 +62,7 @@ def call(kernel: Kernel, heatmap: Tensor, beta: Tensor | None, settings: Setting
     elif not is_plain(heatmap, beta, settings):
         heatmap, beta, *pixels = prepare_distributed(heatmap, beta, *settings[2:])
         result = kernel.forward(heatmap, beta, *settings[:2], *pixels)
-    elif is_compiling() or is_tracing():  # programs that are kept name the op that is there to be seen
+    elif compiling or is_tracing():  # programs that are kept name the op that is there to be seen
         result = kernel.forward(heatmap, beta, *settings)
     elif is_grad_enabled() and (heatmap.requires_grad or (beta is not None and beta.requires_grad)):
         beta = None if beta is None else _unwrap_if_dead(beta)
@@ -75,16 +76,16 @@ def call(kernel: Kernel, heatmap: Tensor, beta: Tensor | None, settings: Setting
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # of a tensor that outlived the transform it was made in
 
 
-def takes_composition(heatmap: Tensor) -> bool:
+def takes_composition(heatmap: Tensor, compiling: bool) -> bool:
     """Devices without a kernel, forward-mode derivatives, transforms inside a compiled graph, and export to ONNX."""
     # Not by its device: to make a device object costs as much as all other checks together.
     if not (heatmap.is_cpu or (heatmap.is_cuda and HAS_CUDA) or heatmap.is_meta):
-        if not is_compiling():
+        if not compiling:
             _warn_of_slow_path(heatmap.device.type)
         return True
     if forward_ad._current_level >= 0:
         return True
-    return is_compiling() and (transforms_active() or torch.onnx.is_in_onnx_export())
+    return compiling and (transforms_active() or torch.onnx.is_in_onnx_export())
 
 
 def is_plain(heatmap: Tensor, beta: Tensor | None, settings: Settings) -> bool:
