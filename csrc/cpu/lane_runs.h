@@ -44,10 +44,13 @@ class LaneRuns {
     Vec<A> row, sum;
   };
 
+  // Which lanes count: all, or as words say, or bytes of a mask that lies in the order of lanes.
+  enum class By { all, words, bytes };
+
   // How a vector is read, of groups side by side, and which of its lanes count.
-  template <bool kByLanes, bool kSome = false>
+  template <By kBy, bool kSome = false>
   struct Counted {
-    const LaneWord<A>* words;
+    const std::conditional_t<kBy == By::bytes, uint8_t, LaneWord<A>>* marks;
     int64_t stride;
     int64_t lanes;  // that are read with kSome, from this vector's first on
 
@@ -57,14 +60,20 @@ class LaneRuns {
     }
 
     KPFUSED_INLINE Vec<A> keep(int group, Vec<A> v) const {
-      if constexpr (kByLanes) return keep_lanes<A>(words + group * stride, v);
-      return v;
+      if constexpr (kBy == By::words) return keep_lanes<A>(marks + group * stride, v);
+      return choose(group, v, Vec<A>{});
     }
     KPFUSED_INLINE Vec<A> choose(int group, Vec<A> v, Vec<A> otherwise) const {
-      if constexpr (kByLanes) return choose_lanes<A>(words + group * stride, v, otherwise);
+      if constexpr (kBy == By::words) return choose_lanes<A>(marks + group * stride, v, otherwise);
+      if constexpr (kBy == By::bytes) {
+        return (Vec<A>)cpu::KPFUSED_ISA::choose<A>(marks + group * stride, (BitsVector<A>)v, (BitsVector<A>)otherwise);
+      }
       return v;
     }
   };
+
+  template <By kBy>
+  using Is = std::integral_constant<By, kBy>;
 
   // Where an item's pixels are of a tensor, with strides of groups abreast.
   template <class P>
@@ -191,20 +200,29 @@ class LaneRuns {
   template <class Begin, class Body, class End>
   KPFUSED_INLINE void for_runs(const Item& at, bool dense, const Begin& begin, const Body& body, const End& end) {
     const int64_t lanes = at.channels * abreast_, rows = at.range.rows, groups = at.range.cols / abreast_;
-    if (!words_) return for_runs<false>({}, lanes, 0, dense ? 1 : rows, 0, dense ? rows * groups : groups, begin, body, end);
+    const auto whole = [&](auto by, const auto& marks, bool one_row) __attribute__((always_inline)) {
+      for_runs<by>(marks, lanes, 0, one_row ? 1 : rows, 0, one_row ? rows * groups : groups, begin, body, end);
+    };
+    if (!words_) return whole(Is<By::all>{}, Pixels<const LaneWord<A>*>{}, dense);
     if (at.range.cols > groups * abreast_) for_rest(at, groups, begin, body, end);
     if (groups == 0) return;
+    if (words_->is_mask()) {
+      const Pixels<const uint8_t*> mask = {words_->mask_of(at.range), softmax_.pixels.mask_view.stride_y,
+                                           softmax_.pixels.mask_view.stride_x * abreast_};
+      return whole(Is<By::bytes>{}, mask, dense && is_run(at, mask));
+    }
     const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, groups, lanes, abreast_);
     // Groups of whole rows may be numbered through.
     const bool one_row = dense && chunks.x.count == 1;
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j), of_y = chunks.y.size(i), of_x = chunks.x.size(j);
-        const ChunkWords<A> words = words_->of({at.range.row + y, of_y, at.range.col + x * abreast_, of_x * abreast_}, 0);
-        const auto run = [&](auto by_lanes) __attribute__((always_inline)) {
-          for_runs<by_lanes>(words, lanes, y, one_row ? 1 : of_y, x, one_row ? of_y * of_x : of_x, begin, body, end);
+        const ChunkWords<A> chunk = words_->of({at.range.row + y, of_y, at.range.col + x * abreast_, of_x * abreast_}, 0);
+        const Pixels<const LaneWord<A>*> words = {chunk.words, chunk.stride_y, chunk.stride_x};
+        const auto run = [&](auto by) __attribute__((always_inline)) {
+          for_runs<by>(words, lanes, y, one_row ? 1 : of_y, x, one_row ? of_y * of_x : of_x, begin, body, end);
         };
-        words.words ? run(std::true_type{}) : run(std::false_type{});
+        words.p ? run(Is<By::words>{}) : run(Is<By::all>{});
       }
     }
   }
@@ -219,26 +237,27 @@ class LaneRuns {
       begin(r, groups);
       for (int64_t g = 0; g < vectors; ++g) {
         const int64_t k = group_begin<A>(g, lanes);
-        body(Count<1>{}, 0, g, k, Counted<true, true>{words.words + g, 0, read - k});
+        body(Count<1>{}, 0, g, k, Counted<By::words, true>{words.words + g, 0, read - k});
       }
       end(1, vectors);
     }
   }
 
   // Of the rows and groups of one chunk.
-  template <bool kByLanes, class Begin, class Body, class End>
-  KPFUSED_INLINE void for_runs(const ChunkWords<A>& words, int64_t lanes, int64_t row, int64_t rows, int64_t first,
-                               int64_t groups, const Begin& begin, const Body& body, const End& end) const {
+  template <By kBy, class Marks, class Begin, class Body, class End>
+  KPFUSED_INLINE void for_runs(const Marks& marks, int64_t lanes, int64_t row, int64_t rows, int64_t first, int64_t groups,
+                               const Begin& begin, const Body& body, const End& end) const {
     const int64_t vectors = ceil_div(lanes, L);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t run = 0; run < groups; run += run_) {
         begin(row + r, first + run);
         const int64_t count = at_most(groups - run, run_);
         for_groups(count, [&](auto size, int64_t c) __attribute__((always_inline)) {
-          const LaneWord<A>* const of_groups = kByLanes ? words.at(r, run + c) : nullptr;
+          const auto of_groups = kBy == By::all ? marks.p : marks.at(r, run + c);
           for (int64_t g = 0; g < vectors; ++g) {
-            const LaneWord<A>* const of_vector = kByLanes ? of_groups + g : nullptr;
-            body(size, c, g, group_begin<A>(g, lanes), Counted<kByLanes>{of_vector, words.stride_x, L});
+            const int64_t k = group_begin<A>(g, lanes);
+            const auto of_vector = kBy == By::all ? marks.p : of_groups + (kBy == By::bytes ? k : g);
+            body(size, c, g, k, Counted<kBy>{of_vector, marks.stride_x, L});
           }
         });
         end(count, vectors);

@@ -89,6 +89,13 @@ class LaneWords {
     });
   }
 
+  // Whether words would be no more than the mask's own bytes, which lie in the order of lanes.
+  bool is_mask() const { return first_.mask && same_size_ && is_in_order(); }
+  // From the first pixel of a range on.
+  const uint8_t* mask_of(const PixelRange& range) const {
+    return first_.mask + range.row * first_.stride_y + range.col * first_.stride_x;
+  }
+
   // `next`: how many bytes of the mask further on that of the next chunk is to be fetched; zero: it is not.
   ChunkWords<A> of(const PixelRange& range, int64_t next) {
     const bool sized = !same_size_ || range.row + range.rows > first_.rows || range.col + range.cols > first_.cols;
@@ -103,8 +110,8 @@ class LaneWords {
  private:
   static constexpr int64_t kPiece = 256;  // pixels whose bits are found at once
 
-  const uint8_t* mask_of(const PixelRange& range) const {
-    return first_.mask + range.row * first_.stride_y + range.col * first_.stride_x;
+  bool is_in_order() const {
+    return between_ == 1 && (abreast_ == 1 || first_.stride_x == channels_) && channels_ * abreast_ == lanes_;
   }
 
   MaskAhead ahead(const PixelRange& range, int64_t next) const {
@@ -141,8 +148,7 @@ class LaneWords {
   void masked(const PixelRange& range) {
     const uint8_t* const mask = mask_of(range);
     const int64_t pixels = range.cols / abreast_;
-    const bool in_line = between_ == 1 && (abreast_ == 1 || first_.stride_x == channels_);
-    if (in_line && channels_ * abreast_ == lanes_) {
+    if (is_in_order()) {
       for (int64_t r = 0; r < range.rows; ++r) {
         side_by_side(mask + r * first_.stride_y, pixels, words_ + r * pixels * vectors_);
       }
