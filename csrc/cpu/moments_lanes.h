@@ -142,11 +142,23 @@ struct Offsets {
   Vec<A> x[kMost], xx[kMost];
 };
 
+// Pixels of a row that are too few to fetch anything beside them.
+constexpr int64_t kNarrow = 16;
+
 // Pixels that are weighed at once.
 constexpr int kPixels = KPFUSED_AVX512 ? 4 : 2;
 
-// Adds the sums of a vector of lanes over columns [first, past) of a chunk, about these pixels.
-template <class T, Counts kCounts, bool kTabled>
+// Fetches what one vector of lanes in some rows has of the mask of the next chunk.
+template <class T>
+KPFUSED_INLINE void fetch_mask(const LanesChunk<T>& chunk, int64_t rows, MaskWalk& mask) {
+  for (int64_t r = 0; r < rows; ++r, mask.advance(1)) {
+    for (int64_t b = 0; b < chunk.cols * kLanes<Acc<T>>; b += 64) prefetch_at(mask.at(nullptr) + uintptr_t(b));
+  }
+}
+
+// Adds the sums of a vector of lanes over columns [first, past) of a chunk, about these pixels. With kFetch rows fetch their
+// share of the next mask, all of it at once: for a walk, pixel by pixel, the loop over them has no register left.
+template <class T, Counts kCounts, bool kTabled, bool kFetch>
 void add_moments(const LanesChunk<T>& chunk, int64_t g, int64_t first, int64_t past, const Falloff<Vec<Acc<T>>>& of,
                  Moments<Acc<T>, Vec<Acc<T>>>& to) {
   using A = Acc<T>;
@@ -163,11 +175,7 @@ void add_moments(const LanesChunk<T>& chunk, int64_t g, int64_t first, int64_t p
   MaskWalk mask(chunk.words.ahead, g * chunk.rows * of_row, of_row);
   Vec<A> dy = splat(chunk.y0) - sums.at_y;
   for (int64_t r = 0; r < chunk.rows; ++r, dy += A(1)) {
-    // All of a row's share of the next mask at once: for the walk, pixel by pixel, the loop below has no register left.
-    if (kCounts == Counts::by_lanes && first == 0 && chunk.words.ahead.run > 0) {
-      for (int64_t b = 0; b < of_row; b += 64) prefetch_at(mask.at(nullptr) + uintptr_t(b));
-      mask.advance(1);
-    }
+    if (kFetch && first == 0) fetch_mask(chunk, 1, mask);
     const T* const p = chunk.p + r * chunk.stride_y + offset;
     const LaneWord<A>* const words = kCounts == Counts::by_lanes ? chunk.words.at(r, 0) : nullptr;
     const Ahead ahead = ahead_of_row<1, kCounts>(chunk, g, r);
@@ -214,8 +222,17 @@ KPFUSED_INLINE void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLa
   Moments<A, Vec<A>> sums = empty_moments<A, Vec<A>>();
   sums.peak = lanes.peak[g], sums.at_x = lanes.chunk[g].at_x, sums.at_y = lanes.chunk[g].at_y;
   const Falloff<Vec<A>> of = {lanes.sign[g], lanes.peak[g], lanes.scale[g], lanes.lowest[g]};
+  const bool fetches = kCounts == Counts::by_lanes && chunk.words.ahead.run > 0, narrow = chunk.cols < kNarrow;
+  // Narrow rows are over before a walk beside them is paid for.
+  if (fetches && narrow) {
+    MaskWalk mask(chunk.words.ahead, g * chunk.rows * chunk.cols * kLanes<A>, chunk.cols * kLanes<A>);
+    fetch_mask(chunk, chunk.rows, mask);
+  }
   const auto add = [&](auto tabled, int64_t first, int64_t past) __attribute__((always_inline)) {
-    add_moments<T, kCounts, tabled>(chunk, g, first, past, of, sums);
+    if constexpr (kCounts == Counts::by_lanes) {
+      if (fetches && !narrow) return add_moments<T, kCounts, tabled, true>(chunk, g, first, past, of, sums);
+    }
+    add_moments<T, kCounts, tabled, false>(chunk, g, first, past, of, sums);
   };
   if constexpr (kCounts != Counts::listed) {
     for (int64_t first = 0; chunk.rows >= Offsets<A>::kRows && first < chunk.cols; first += Offsets<A>::kMost) {
