@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kpfused import checks, dtensor, kernels
+from kpfused.checks import MOST_BETA
 from kpfused.kernels import Settings
 
 
@@ -26,8 +27,8 @@ def checked(
     broadcast against the leading dimensions; and all else."""
     checks.check_heatmap(heatmap, dims)
     tensor, number = None, beta
-    # What most calls give has nothing to be looked at, which takes time as well.
-    if type(beta) is not float or beta != 1.0 or temperature is not None:
+    # What most calls give has nothing more to be looked at, which takes time as well.
+    if temperature is not None or type(beta) is not float or not -MOST_BETA <= beta <= MOST_BETA:
         checks.check_beta_or_temperature(beta, temperature)
         tensor, number = _sharpness(heatmap, beta, temperature, len(dims))
     if mask is None and valid_size is None and empty_value is None:

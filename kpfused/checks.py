@@ -15,7 +15,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _STRIDED = torch.strided
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # beta times log2 e, and times what backward has of gradients and pixels, is a float32 in the kernels.
-_MOST_BETA, _LEAST_TEMPERATURE = 1e30, 1e-30
+MOST_BETA, _LEAST_TEMPERATURE = 1e30, 1e-30
 _INDEX = {name: index for index, name in enumerate(COORDINATES)}
 
 
@@ -72,8 +72,8 @@ def check_sharpness(name: str, value: Tensor | float) -> None:
                 f"temperature must not be zero, nor within {_LEAST_TEMPERATURE} of it: a map's softmax divides by it; "
                 f"got {value}"
             )
-    elif not -_MOST_BETA <= value <= _MOST_BETA:
-        raise ValueError(f"beta must be from {-_MOST_BETA} to {_MOST_BETA}; got {value}")
+    elif not -MOST_BETA <= value <= MOST_BETA:
+        raise ValueError(f"beta must be from {-MOST_BETA} to {MOST_BETA}; got {value}")
 
 
 def check_beta_or_temperature(beta: Tensor | float, temperature: Tensor | float | None) -> None:

@@ -161,7 +161,7 @@ def test_errors_under_the_compiler(device: str) -> None:
 
 
 def test_compiled_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "takes_composition", lambda _: True)
+    monkeypatch.setattr(ops, "takes_composition", lambda *_: True)
     heatmap = maps(2, "cpu")
     got = torch.compile(kpfused.soft_argmax2d, fullgraph=True, backend=without_kernels)(heatmap, 2.0)
     torch.testing.assert_close(got, reference.soft_argmax2d(heatmap, 2.0))

@@ -350,15 +350,24 @@ def test_masks_of_several_leading_dimensions_give_the_bits_of_one_image(device: 
         torch.testing.assert_close(alone, together[i], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("of_keypoints", [1, 24])
-def test_masks_that_are_copied_for_a_batch_give_the_bits_of_one_image(device: str, of_keypoints: int) -> None:
-    """More separate dimensions than a view has. How lanes are filled depends on whether keypoints share their mask."""
-    heatmap = cases.channels_last(cases.random((16, 24, 32, 48)).to(device, torch.float32)).view(2, 2, 2, 2, 24, 32, 48)
-    mask = torch.rand(1, 2, 1, 2, of_keypoints, 32, 48, device=device) < 0.6
-    together = kpfused.soft_argmax2d(heatmap, mask=mask)
+@pytest.mark.parametrize("function", ["soft_argmax2d", "spatial_moments2d", "spatial_softmax2d", "expectation2d"])
+@pytest.mark.parametrize("shape", [(24, 32, 48), (64, 4, 1024)], ids=str)
+@pytest.mark.parametrize("kind", ["shared", "planes", "as the maps"])
+def test_masks_that_are_copied_for_a_batch_give_the_bits_of_one_image(
+    device: str, kind: str, shape: tuple[int, int, int], function: str
+) -> None:
+    """More separate dimensions than a view has. How lanes are filled depends on whether keypoints share their mask, and
+    how they are read on the order in which it lies, in that of the maps for one image and in planes for the batch."""
+    heatmap = cases.channels_last(cases.random((16, *shape)).to(device, torch.float32)).view(2, 2, 2, 2, *shape)
+    mask = torch.rand(1, 2, 1, 2, 1 if kind == "shared" else shape[0], *shape[1:], device=device) < 0.6
+    if kind == "as the maps":
+        mask = mask.movedim(-3, -1).contiguous().movedim(-1, -3)
+    results = getattr(kpfused, function)(heatmap, mask=mask)
     for at in itertools.product(range(2), repeat=4):
-        alone = kpfused.soft_argmax2d(heatmap[at], mask=mask[0, at[1], 0, at[3]])
-        torch.testing.assert_close(alone, together[at], atol=0, rtol=0)
+        alone = getattr(kpfused, function)(heatmap[at], mask=mask[0, at[1], 0, at[3]])
+        pairs = [(alone, results)] if isinstance(alone, torch.Tensor) else zip(alone, results, strict=True)
+        for one, together in pairs:
+            torch.testing.assert_close(one, together[at], atol=0, rtol=0)
 
 
 def test_no_maps_under_a_mask(device: str) -> None:

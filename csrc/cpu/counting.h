@@ -2,7 +2,7 @@
 // Pixels that do not count: a mask, or beyond the valid size. Rows go through a buffer in the nearest cache, in which these
 // pixels hold a logit of no weight, and their gradients are set to zero afterwards; with mask registers, sums take bits of a
 // mask in place of that. What counts as a whole is read in place. Where lanes are channels, words say which of them count
-// (lane_words.h), or kernels skip pixels of which no channel does.
+// (lane_words.h), or the bytes of the mask themselves, or kernels skip pixels of which no channel does.
 #pragma once
 
 #include <type_traits>

@@ -75,7 +75,7 @@ class LaneRuns {
   template <By kBy>
   using Is = std::integral_constant<By, kBy>;
 
-  // Where an item's pixels are of a tensor, with strides of groups abreast.
+  // Where an item's pixels are of a tensor, or what marks them, with strides of groups abreast.
   template <class P>
   struct Pixels {
     P p;
@@ -200,29 +200,33 @@ class LaneRuns {
   template <class Begin, class Body, class End>
   KPFUSED_INLINE void for_runs(const Item& at, bool dense, const Begin& begin, const Body& body, const End& end) {
     const int64_t lanes = at.channels * abreast_, rows = at.range.rows, groups = at.range.cols / abreast_;
-    const auto whole = [&](auto by, const auto& marks, bool one_row) __attribute__((always_inline)) {
-      for_runs<by>(marks, lanes, 0, one_row ? 1 : rows, 0, one_row ? rows * groups : groups, begin, body, end);
-    };
-    if (!words_) return whole(Is<By::all>{}, Pixels<const LaneWord<A>*>{}, dense);
+    if (!words_) {
+      return for_runs<By::all>(Pixels<const LaneWord<A>*>{}, lanes, 0, dense ? 1 : rows, 0, dense ? rows * groups : groups,
+                               begin, body, end);
+    }
     if (at.range.cols > groups * abreast_) for_rest(at, groups, begin, body, end);
     if (groups == 0) return;
-    if (words_->is_mask()) {
-      const Pixels<const uint8_t*> mask = {words_->mask_of(at.range), softmax_.pixels.mask_view.stride_y,
-                                           softmax_.pixels.mask_view.stride_x * abreast_};
-      return whole(Is<By::bytes>{}, mask, dense && is_run(at, mask));
-    }
     const Tiling chunks = lane_chunks<T>(Counts::by_lanes, rows, groups, lanes, abreast_);
     // Groups of whole rows may be numbered through.
     const bool one_row = dense && chunks.x.count == 1;
+    // Bytes are needed once each: to make words of them takes longer. Chunks are those of words all the same, and so are sums.
+    const bool in_order = words_->is_mask();
+    const Pixels<const uint8_t*> mask = {in_order ? words_->mask_of(at.range) : nullptr, softmax_.pixels.mask_view.stride_y,
+                                         softmax_.pixels.mask_view.stride_x * abreast_};
+    const bool by_bytes = in_order && (!one_row || rows == 1 || is_run(at, mask));
     for (int64_t i = 0; i < chunks.y.count; ++i) {
       for (int64_t j = 0; j < chunks.x.count; ++j) {
         const int64_t y = chunks.y.begin(i), x = chunks.x.begin(j), of_y = chunks.y.size(i), of_x = chunks.x.size(j);
+        const auto run = [&](auto by, const auto& marks) __attribute__((always_inline)) {
+          for_runs<by>(marks, lanes, y, one_row ? 1 : of_y, x, one_row ? of_y * of_x : of_x, begin, body, end);
+        };
+        if (by_bytes) {
+          run(Is<By::bytes>{}, Pixels<const uint8_t*>{mask.at(y, x), mask.stride_y, mask.stride_x});
+          continue;
+        }
         const ChunkWords<A> chunk = words_->of({at.range.row + y, of_y, at.range.col + x * abreast_, of_x * abreast_}, 0);
         const Pixels<const LaneWord<A>*> words = {chunk.words, chunk.stride_y, chunk.stride_x};
-        const auto run = [&](auto by) __attribute__((always_inline)) {
-          for_runs<by>(words, lanes, y, one_row ? 1 : of_y, x, one_row ? of_y * of_x : of_x, begin, body, end);
-        };
-        words.p ? run(Is<By::words>{}) : run(Is<By::all>{});
+        words.p ? run(Is<By::words>{}, words) : run(Is<By::all>{}, words);
       }
     }
   }
@@ -243,7 +247,7 @@ class LaneRuns {
     }
   }
 
-  // Of the rows and groups of one chunk.
+  // Of the rows and groups of one chunk, or of all.
   template <By kBy, class Marks, class Begin, class Body, class End>
   KPFUSED_INLINE void for_runs(const Marks& marks, int64_t lanes, int64_t row, int64_t rows, int64_t first, int64_t groups,
                                const Begin& begin, const Body& body, const End& end) const {
