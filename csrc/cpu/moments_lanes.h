@@ -148,7 +148,14 @@ constexpr int64_t kNarrow = 16;
 // Pixels that are weighed at once.
 constexpr int kPixels = KPFUSED_AVX512 ? 4 : 2;
 
-// Fetches what one vector of lanes in some rows has of the mask of the next chunk.
+// What a vector of lanes has of the mask of the next chunk, row by row.
+template <class T>
+KPFUSED_INLINE MaskWalk next_mask(const LanesChunk<T>& chunk, int64_t g) {
+  const int64_t of_row = chunk.cols * kLanes<Acc<T>>;
+  return {chunk.words.ahead, g * chunk.rows * of_row, of_row};
+}
+
+// Fetches that of some rows.
 template <class T>
 KPFUSED_INLINE void fetch_mask(const LanesChunk<T>& chunk, int64_t rows, MaskWalk& mask) {
   for (int64_t r = 0; r < rows; ++r, mask.advance(1)) {
@@ -163,7 +170,7 @@ void add_moments(const LanesChunk<T>& chunk, int64_t g, int64_t first, int64_t p
                  Moments<Acc<T>, Vec<Acc<T>>>& to) {
   using A = Acc<T>;
   constexpr bool kListed = kCounts == Counts::listed;  // rows have columns of their own
-  const int64_t offset = group_begin<A>(g, chunk.lanes), of_row = chunk.cols * kLanes<A>;
+  const int64_t offset = group_begin<A>(g, chunk.lanes);
   Moments<A, Vec<A>> sums = to;
   const A step = A(chunk.abreast);
   const Vec<A> x0 = splat(chunk.x0 + A(first) * step) - sums.at_x;
@@ -172,7 +179,7 @@ void add_moments(const LanesChunk<T>& chunk, int64_t g, int64_t first, int64_t p
     const Vec<A> dx = x0 + A(i) * step;
     offsets.x[i] = dx, offsets.xx[i] = dx * dx;
   }
-  MaskWalk mask(chunk.words.ahead, g * chunk.rows * of_row, of_row);
+  MaskWalk mask = next_mask(chunk, g);
   Vec<A> dy = splat(chunk.y0) - sums.at_y;
   for (int64_t r = 0; r < chunk.rows; ++r, dy += A(1)) {
     if (kFetch && first == 0) fetch_mask(chunk, 1, mask);
@@ -225,7 +232,7 @@ KPFUSED_INLINE void lane_moments(const LanesChunk<T>& chunk, int64_t g, MomentLa
   const bool fetches = kCounts == Counts::by_lanes && chunk.words.ahead.run > 0, narrow = chunk.cols < kNarrow;
   // Narrow rows are over before a walk beside them is paid for.
   if (fetches && narrow) {
-    MaskWalk mask(chunk.words.ahead, g * chunk.rows * chunk.cols * kLanes<A>, chunk.cols * kLanes<A>);
+    MaskWalk mask = next_mask(chunk, g);
     fetch_mask(chunk, chunk.rows, mask);
   }
   const auto add = [&](auto tabled, int64_t first, int64_t past) __attribute__((always_inline)) {

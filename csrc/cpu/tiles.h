@@ -194,7 +194,7 @@ class SoftmaxTiles {
     const Counting* of_maps[kTileMaps];
     for (int m = 0; m < count_; ++m) {
       of_maps[m] = counting(m);
-      otherwise[m] = !of_maps[m] ? T{} : weightless<T>(maps_[m].of.sign);
+      otherwise[m] = of_maps[m] ? weightless<T>(maps_[m].of.sign) : T{};
     }
     read_planes<T>(planes_, count_, first, count, of_maps, otherwise, buffer_[0], run_);
   }
