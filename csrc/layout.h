@@ -93,8 +93,7 @@ inline Layout fold_layout(const int64_t* sizes, int64_t dims, const int64_t* fir
   layout.in_place = rows || channels;
   if (mask) {
     const bool folds = detail::fold_mask(sizes, dims, mask, &layout.mask);
-    const bool channels_too = layout.mask.runs == 1 || layout.mask.size[0] % layout.first.inner == 0;
-    layout.in_place = layout.in_place && folds && (rows || channels_too);
+    layout.in_place = layout.in_place && folds;
   }
   return layout;
 }

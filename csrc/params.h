@@ -45,18 +45,17 @@ KPFUSED_HD A beta_of(const BetaView& beta, int64_t n) {
 
 // Where the masks of maps begin. Maps that share one have strides of zero, and those of one image or clip may do so in any of
 // its dimensions, so that a mask has up to kMaskRuns extents of its own, the innermost first: their product is the number of
-// maps. Where maps are channels_last, those of one image are within the first.
+// maps.
 constexpr int kMaskRuns = 4;
 struct MaskView {
   int runs;
   int64_t size[kMaskRuns], stride[kMaskRuns];
   int64_t stride_y, stride_x;
 
+  // Of the maps of an image, `inner` of them: whether their masks are all stride_inner() apart, and whether they share one.
+  KPFUSED_HD constexpr bool even(int64_t inner) const { return runs == 1 || size[0] % inner == 0; }
+  KPFUSED_HD constexpr bool shared(int64_t inner) const { return even(inner) && stride[0] == 0; }
   KPFUSED_HD constexpr int64_t stride_inner() const { return stride[0]; }
-  // Whether maps that follow each other share theirs, `inner` at a time.
-  KPFUSED_HD constexpr bool shared(int64_t inner) const {
-    return stride[0] == 0 && (runs == 1 || size[0] % inner == 0);
-  }
   // Of map n.
   KPFUSED_HD constexpr int64_t offset(int64_t n) const {
     int64_t at = 0;

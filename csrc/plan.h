@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Which kernel a map goes to, and the shape of its launch. A pure function of the map's own height, width, dtype, layout
-// and alignment, never of how many maps there are: a map gives the same bits alone or among thousands.
+// Which kernel a map goes to, and the shape of its launch. A pure function of the map's own height, width, dtype, layout,
+// that of its mask, and alignment, never of how many maps there are: a map gives the same bits alone or among thousands.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct PlanKey {
   Dtype dtype;
   int64_t height, width;
   int64_t channels;  // of one pixel in channels_last; 0 for rows
-  bool aligned;      // 16-byte vectors start on 16 bytes wherever they are read or written
+  bool aligned;      // where vectors are read and written they start at multiples of their size, and their masks are even
   bool moments;      // the kernels of moments and of masks, which keep more numbers for every column and channel
 };
 

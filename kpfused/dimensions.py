@@ -88,8 +88,7 @@ def soft_argmax3d(
             pose regression emit it: ``(B, K * D, H, W)`` gives ``(B, K, 3)``.
         temperature: as in :func:`soft_argmax2d`.
         coordinates: units along each of the three axes, as in :func:`soft_argmax2d`.
-        mask: bool, True where a voxel counts, broadcastable to ``(..., D, H, W)`` and not expanded in memory, unless
-            keypoints share it whose slices are channels of a channels_last tensor.
+        mask: bool, True where a voxel counts, broadcastable to ``(..., D, H, W)`` and not expanded in memory.
         empty_value: what a volume gives in which nothing weighs, in place of NaN.
 
     Returns:

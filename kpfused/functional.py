@@ -44,9 +44,8 @@ def soft_argmax2d(
             ``"pixel"`` i; ``"corners"`` 2i/(n-1) - 1, and 0 where n is 1; ``"centers"`` (2i+1)/n - 1;
             ``"unit"`` i/n; ``"unit_centered"`` i/n - 1/2.
         mask: bool, True where a pixel counts, broadcastable to ``heatmap``: ``(B, 1, H, W)`` for one per image,
-            ``(B, K, 1, 1)`` for a flag per keypoint. Not expanded in memory, unless along some only of the dimensions
-            that together are channels of a channels_last tensor; on CPU one that lies in another order than the maps is
-            copied, but not expanded. Other pixels may hold anything, NaN too; their gradient is exactly zero.
+            ``(B, K, 1, 1)`` for a flag per keypoint. Not expanded in memory; on CPU one that lies in another order than
+            the maps is copied. Other pixels may hold anything, NaN too; their gradient is exactly zero.
         valid_size: (height, width) of the part of the map that counts, from its first pixel on, for batches padded to
             one size. Each is a number or an integer tensor that broadcasts against the leading dimensions, ``(B, 1)``
             for one per image of ``(B, K, H, W)``; tensors are clamped to the map. The rest may hold anything and costs

@@ -16,12 +16,14 @@ import kpfused
 from benchmarks.memory import peak_bytes_beyond
 from tests import cases
 
+Layout = Callable[[Tensor], Tensor]
+EXACT = {"rtol": 0.0, "atol": 0.0}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "soft_argmax2d": kpfused.soft_argmax2d,
     "spatial_moments2d": kpfused.spatial_moments2d,
     "spatial_softmax2d": kpfused.spatial_softmax2d,
     "expectation2d": lambda h, mask, valid_size=None, **_: kpfused.expectation2d(h, mask=mask, valid_size=valid_size),
-    "spatial_expectation2d": lambda h, **k: kpfused.spatial_expectation2d(h, h.detach().unsqueeze(2), **k),
+    "spatial_expectation2d": lambda h, **k: kpfused.spatial_expectation2d(h, h.detach().unsqueeze(-3), **k),
     "window_mass": lambda h, **k: kpfused.window_mass(h, 3, **k),
 }
 
@@ -46,9 +48,9 @@ def broadcast(batch: int, keypoints: int, height: int, width: int, device: str) 
     return [*masks, (torch.rand(batch, 1, 2 * height, 2 * width, device=device) < 0.6)[..., ::2, ::2]]
 
 
-def everything(function: str, layout: str, heatmap: Tensor, mask: Tensor, **keywords: Any) -> list[Tensor]:
+def everything(function: str, lay: Layout, heatmap: Tensor, mask: Tensor, **keywords: Any) -> list[Tensor]:
     """Results and gradient, with NaN where no pixel counts."""
-    leaf = cases.LAYOUTS[layout](heatmap.masked_fill(~mask, torch.nan)).requires_grad_()
+    leaf = lay(heatmap.masked_fill(~mask, torch.nan)).requires_grad_()
     result = FUNCTIONS[function](leaf, mask=mask, empty_value=0.5, **keywords)
     fields = [result] if isinstance(result, Tensor) else list(result)
     real = [field for field in fields if field.requires_grad]
@@ -74,7 +76,7 @@ def test_masks_in_any_order(device: str, function: str, shape: tuple[int, int, i
         groups.append((orders(mask), mask, {}))
     heatmap = cases.random(shape).to(device, dtype)
     rounding = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5 * max(shape)}
-    for layout, tolerance in (("contiguous", {"rtol": 0.0, "atol": 0.0}), ("channels_last", rounding)):
+    for layout, tolerance in ((torch.Tensor.contiguous, EXACT), (cases.channels_last, rounding)):
         for masks, dense, keywords in groups:
             wanted = everything(function, layout, heatmap, dense, **keywords)
             for given in masks:
@@ -82,6 +84,35 @@ def test_masks_in_any_order(device: str, function: str, shape: tuple[int, int, i
                 for got, want in zip(everything(function, layout, heatmap, given, **keywords), wanted, strict=True):
                     torch.testing.assert_close(got, want, **tolerance)
                 assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float32, (5, 6)), (torch.float64, (9, 16)), (torch.float32, (24, 41)), (torch.float32, (64, 64))],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [(2, 2), (2, 3), (3, 5), (2, 17), (8, 16), (3, 100)], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_masks_that_some_channels_share(
+    device: str, function: str, channels: tuple[int, int], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Of channels_last maps: in any order they give the bits of a mask for each channel. A GPU takes single channels
+    where pairs would be of two groups."""
+    groups, each = channels
+
+    def lay(heatmap: Tensor) -> Tensor:
+        return cases.channels_last(heatmap.flatten(1, 2)).unflatten(1, channels)
+
+    heatmap = cases.random((2, groups * each, *shape)).view(2, groups, each, *shape).to(device, dtype)
+    pairs_differ = device == "cuda" and each % 2 == 1 and groups % 2 == 0
+    tolerance = {"rtol": 2e-5, "atol": 2e-5 * max(shape)} if pairs_differ else EXACT
+    for of_mask in ((2, 1, each), (2, groups, 1), (1, each)):
+        mask = torch.rand(*of_mask, *shape, device=device) < 0.6
+        for sized in ({}, {"beta": -1.5, "valid_size": (shape[0] - 1, shape[1] // 8 * 8 or 3)}):
+            wanted = everything(function, lay, heatmap, mask.expand(heatmap.shape).contiguous(), **sized)
+            for given in (mask, cases.channels_last(mask), mask.mT.contiguous().mT):
+                for got, want in zip(everything(function, lay, heatmap, given, **sized), wanted, strict=True):
+                    torch.testing.assert_close(got, want, **tolerance)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

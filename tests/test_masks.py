@@ -301,15 +301,17 @@ def test_a_mask_of_some_leading_dimensions(
     assert torch.equal(mask, before[1])
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "of_mask", [(1, 1, 4, 1), (1, 3, 1, 4), (2, 1, 4, 1), (2, 1, 1, 4), (1, 3, 4, 1), (2, 3, 1, 1)], ids=str
 )
-def test_masks_are_not_expanded_in_memory(device: str, of_mask: tuple[int, ...], layout: str) -> None:
-    """Dimensions that a mask has and lacks in turn, up to all that a view has room for."""
+def test_masks_are_not_expanded_in_memory(device: str, of_mask: tuple[int, ...], channels: int) -> None:
+    """Dimensions that a mask has and lacks in turn, up to all that a view has room for. Of channels_last maps, the last
+    of them are channels together."""
     shape = (2, 3, 4, 4, 32, 48)
-    heatmap = cases.random((math.prod(shape[:3]), *shape[3:])).to(device, torch.float32)
-    if layout == "channels_last":
+    leading = math.prod(shape[: 4 - channels]), math.prod(shape[4 - channels : 4])
+    heatmap = cases.random((*leading, *shape[4:])).to(device, torch.float32)
+    if channels:
         heatmap = cases.channels_last(heatmap)
     heatmap = heatmap.view(shape)
     mask = torch.rand(*of_mask, *shape[4:], device=device) < 0.6
@@ -319,9 +321,14 @@ def test_masks_are_not_expanded_in_memory(device: str, of_mask: tuple[int, ...],
     )
 
 
-def test_a_mask_of_a_volume_is_not_expanded_for_its_keypoints(device: str) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last_3d"])
+def test_a_mask_of_a_volume_is_not_expanded_for_its_keypoints(device: str, layout: str) -> None:
     shape = (2, 6, 5, 24, 32)
     heatmap = cases.random((60, 1, 24, 32)).view(shape).to(device, torch.float32)
+    if layout == "channels_last":  # of (B, K * D, H, W)
+        heatmap = cases.channels_last(heatmap.flatten(1, 2)).view(shape)
+    if layout == "channels_last_3d":
+        heatmap = heatmap.contiguous(memory_format=torch.channels_last_3d)
     mask = torch.rand(2, 1, 5, 24, 32, device=device) < 0.6
     assert peak_bytes_beyond(lambda h: kpfused.soft_argmax3d(h, mask=mask), heatmap) < mask.expand(shape).numel() / 4
     torch.testing.assert_close(
@@ -351,16 +358,30 @@ def test_masks_of_several_leading_dimensions_give_the_bits_of_one_image(device: 
 
 
 @pytest.mark.parametrize("function", ["soft_argmax2d", "spatial_moments2d", "spatial_softmax2d", "expectation2d"])
-@pytest.mark.parametrize("shape", [(24, 32, 48), (64, 4, 1024)], ids=str)
-@pytest.mark.parametrize("kind", ["shared", "planes", "as the maps"])
+@pytest.mark.parametrize(
+    ("shape", "of_mask"),
+    [
+        ((24, 32, 48), (24,)),
+        ((24, 32, 48), (1,)),
+        ((64, 4, 1024), (64,)),
+        ((64, 4, 1024), (1,)),
+        ((2, 12, 32, 48), (1, 1)),
+        ((2, 12, 32, 48), (1, 12)),
+        ((2, 12, 32, 48), (2, 1)),
+        ((2, 3, 32, 48), (1, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["planes", "as the maps"])
 def test_masks_that_are_copied_for_a_batch_give_the_bits_of_one_image(
-    device: str, kind: str, shape: tuple[int, int, int], function: str
+    device: str, order: str, shape: tuple[int, ...], of_mask: tuple[int, ...], function: str
 ) -> None:
     """More separate dimensions than a view has. How lanes are filled depends on whether keypoints share their mask, and
     how they are read on the order in which it lies, in that of the maps for one image and in planes for the batch."""
-    heatmap = cases.channels_last(cases.random((16, *shape)).to(device, torch.float32)).view(2, 2, 2, 2, *shape)
-    mask = torch.rand(1, 2, 1, 2, 1 if kind == "shared" else shape[0], *shape[1:], device=device) < 0.6
-    if kind == "as the maps":
+    heatmap = cases.random((16, math.prod(shape[:-2]), *shape[-2:])).to(device, torch.float32)
+    heatmap = cases.channels_last(heatmap).view(2, 2, 2, 2, *shape)
+    mask = torch.rand(1, 2, 1, 2, *of_mask, *shape[-2:], device=device) < 0.6
+    if order == "as the maps":
         mask = mask.movedim(-3, -1).contiguous().movedim(-1, -3)
     results = getattr(kpfused, function)(heatmap, mask=mask)
     for at in itertools.product(range(2), repeat=4):

@@ -2,9 +2,9 @@
 // Which pixels count where lanes are channels: a word for each vector of lanes, pixel after pixel, as kernels go through them.
 // Where several pixels stand abreast in the lanes (lanes.h), read "group of pixels" for pixel.
 //
-// Masks come in three ways. Channels side by side are bits in the order of lanes. Of planes, a mask for each channel, eight
-// at a time give a byte of bits to each pixel, whole vectors of pixels at once, and so does one mask for all; bytes are then
-// dealt to lanes.
+// Masks come in three ways. Channels side by side are bits in the order of lanes. Of planes, one for each channel or for
+// several, those of eight channels at a time give a byte of bits to each pixel, whole vectors of pixels at once, and so does
+// one mask for all; bytes are then dealt to lanes.
 #pragma once
 
 #include "abreast_words.h"
@@ -15,7 +15,7 @@ namespace kpfused::cpu::KPFUSED_ISA {
 constexpr int64_t kChunkWords = 8192;
 
 // The bytes of a mask for the next chunk: in runs, `between` bytes from the beginning of one to that of the next. Of one mask
-// for all there are few: nothing is fetched.
+// for all there are few, and of planes for several channels not as many: nothing is fetched.
 struct MaskAhead {
   uintptr_t at;  // as a number: it may lie beyond the mask
   int64_t run, between;
@@ -76,8 +76,11 @@ class LaneWords {
         lanes_(at_least(channels * abreast, L)),
         vectors_(ceil_div(lanes_, L)),
         same_size_(one_size(pixels, view)),
-        between_(pixels.mask_view.stride_inner()),
+        between_(pixels.mask_view.even(view.inner) ? pixels.mask_view.stride_inner() : kUneven),
         abreast_words_(abreast_words) {
+    for (int64_t c = 0; pixels.mask && !is_in_order() && c < channels; ++c) {
+      plane_[c] = between_ == kUneven ? counting_of(pixels, view, first_map + c).mask - first_.mask : c * between_;
+    }
     if (!pixels.sizes) return;
     A rows[2 * kChannelBlock], cols[2 * kChannelBlock];
     for (int64_t c = 0; c < channels; ++c) {
@@ -109,13 +112,14 @@ class LaneWords {
 
  private:
   static constexpr int64_t kPiece = 256;  // pixels whose bits are found at once
+  static constexpr int64_t kUneven = -1;  // masks of channels are not all equally far apart: some share theirs
 
   bool is_in_order() const {
     return between_ == 1 && (abreast_ == 1 || first_.stride_x == channels_) && channels_ * abreast_ == lanes_;
   }
 
   MaskAhead ahead(const PixelRange& range, int64_t next) const {
-    if (!first_.mask || next == 0 || between_ == 0) return {};
+    if (!first_.mask || next == 0 || between_ <= 0) return {};
     const int64_t pixels = range.rows * range.cols;
     return {reinterpret_cast<uintptr_t>(mask_of(range)) + uintptr_t(next), between_ == 1 ? pixels * channels_ : pixels,
             between_};
@@ -202,11 +206,10 @@ class LaneWords {
 
   // Of each pixel, bits of some channels from `channel` on, at most eight. Of one mask for all, only the first is its.
   KPFUSED_INLINE void bits_of(const uint8_t* mask, int64_t channel, int64_t channels, int64_t pixels, uint8_t* to) const {
-    const int64_t planes = between_ == 0 ? 1 : channels;
-    mask += channel * between_;
+    const int64_t planes = between_ == 0 ? 1 : channels, *const plane = plane_ + channel;
     const auto of_pixel = [&](int64_t i) {
       uint8_t bits = 0;
-      for (int64_t k = 0; k < planes; ++k) bits |= uint8_t((mask[k * between_ + i * first_.stride_x] != 0) << k);
+      for (int64_t k = 0; k < planes; ++k) bits |= uint8_t((mask[plane[k] + i * first_.stride_x] != 0) << k);
       return bits;
     };
     if (first_.by_rows()) return void(__builtin_memset(to, of_pixel(0), size_t(pixels)));
@@ -217,19 +220,19 @@ class LaneWords {
     // Several vectors of each plane in turn: memory is quickest in order, and steps wait for the ones before.
     constexpr int64_t kSome = 4 * kVectorBytes;
     int64_t i = 0;
-    for (; i + kSome <= pixels; i += kSome) pack_planes<4>(mask + i, planes, to + i);
+    for (; i + kSome <= pixels; i += kSome) pack_planes<4>(mask + i, plane, planes, to + i);
     for (; i < pixels; i += kVectorBytes) {
       const int64_t at = at_most(i, pixels - kVectorBytes);
-      pack_planes<1>(mask + at, planes, to + at);
+      pack_planes<1>(mask + at, plane, planes, to + at);
     }
   }
 
   template <int N>
-  KPFUSED_INLINE void pack_planes(const uint8_t* mask, int64_t planes, uint8_t* to) const {
+  static KPFUSED_INLINE void pack_planes(const uint8_t* mask, const int64_t* plane, int64_t planes, uint8_t* to) {
     ByteVector bits[N] = {};
     for (int64_t k = planes - 1; k >= 0; --k) {
-      const uint8_t* const plane = mask + k * between_;
-      for (int n = 0; n < N; ++n) bits[n] = bits[n] + bits[n] + ones(load_mask(plane + n * kVectorBytes));
+      const uint8_t* const p = mask + plane[k];
+      for (int n = 0; n < N; ++n) bits[n] = bits[n] + bits[n] + ones(load_mask(p + n * kVectorBytes));
     }
     for (int n = 0; n < N; ++n) __builtin_memcpy(to + n * kVectorBytes, &bits[n], sizeof(bits[n]));
   }
@@ -286,9 +289,10 @@ class LaneWords {
     for (int64_t b = 0; b < abreast_words_.bytes(); ++b) {
       bits_of(mask, b * 8, at_most(channels_ - b * 8, 8), pixels, bits[b]);
     }
-    const int64_t planes = between_ >= kPiece && first_.stride_x == 1 ? channels_ : 0;
+    const bool apart = between_ == kUneven || between_ >= kPiece;
+    const int64_t planes = apart && first_.stride_x == 1 ? channels_ : 0;
     for (int64_t k = 0; k < planes; ++k) {
-      for (int64_t i = 0; i < kPiece; i += 64) prefetch_near(mask + k * between_, kPiece + i);
+      for (int64_t i = 0; i < kPiece; i += 64) prefetch_near(mask + plane_[k], kPiece + i);
     }
 #if KPFUSED_AVX512
     if (abreast_words_.has_pairs()) {
@@ -318,7 +322,8 @@ class LaneWords {
   const Counting first_;
   const int64_t channels_, abreast_, lanes_, vectors_;
   const bool same_size_;
-  const int64_t between_;  // the masks of two channels
+  const int64_t between_;  // the masks of two channels, or kUneven
+  int64_t plane_[2 * kChannelBlock];  // from the first channel's mask to each, where they are not in order
   Vec<A> rows_[kGroups<A>], cols_[kGroups<A>];  // the valid size for each lane, columns counted from a group's first pixel
   const AbreastWords<A>& abreast_words_;
   Word words_[kChunkWords + kAbreastChannels];  // with room for the last ones written at once

@@ -20,9 +20,13 @@ bool takes_moments(const Params& p) {
   return p.with_moments || p.pixels.fills_empty;
 }
 
+// Vectors of channels take their masks to be stride_inner() apart. They are not where some channels of a vector share theirs with
+// a group and others with the next.
 template <class Params>
 PlanKey plan_key(const Params& p, bool aligned) {
-  return {p.dtype, p.view.height, p.view.width, p.view.stride_x == 1 ? 0 : p.view.inner, aligned, takes_moments(p)};
+  const bool channels = p.view.stride_x != 1, moments = takes_moments(p);
+  const bool vectors = aligned && (!channels || p.pixels.mask_view.even(widest(element_size(p.dtype), true, moments)));
+  return {p.dtype, p.view.height, p.view.width, channels ? p.view.inner : 0, vectors, moments};
 }
 
 // Bytes of the widest load that its kernels have.

@@ -94,7 +94,8 @@ KPFUSED_DEVICE CountedColumn<V> counted_column(const PixelView& pixels, const Ma
   return c;
 }
 
-// One bit for each of N rows, ty apart, of V channels: bit i * V + j is row i of channel j. done: rows before the first.
+// One bit for each of N rows, ty apart, of V channels with even masks: bit i * V + j is row i of channel j. done: rows before
+// the first.
 template <int N, int V>
 KPFUSED_DEVICE unsigned counted_bits(const CountedColumn<V>& c, const MaskView& mask, int done, int ty) {
   unsigned bits = 0;

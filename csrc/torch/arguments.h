@@ -109,12 +109,25 @@ inline ValueView value_view(const Layout& layout, const Tensor& values) {
   return {values.size(channel), v.stride_outer, v.stride_inner, values.stride(channel), v.stride_y, v.stride_x};
 }
 
-// A copy of a mask of three dimensions or more. Keypoints go on sharing theirs: a kernel counts by lists or by lanes as they do,
-// and takes an image alone, whose mask is not copied, for one of a batch.
-inline Tensor copied(Tensor mask) {
-  const int64_t keypoints = mask.dim() - 3;
-  if (mask.stride(keypoints) != 0) return torch::stable::contiguous(mask);
-  const Tensor one = torch::stable::contiguous(torch::stable::narrow(mask, keypoints, 0, 1));
+// A copy of a mask of more separate dimensions than a view has, expanded along the outermost, as few as that takes. Inside an
+// image it stays as it is: whether channels share theirs decides on the bits, and those of an image alone are not copied.
+inline Tensor copied(const Tensor& mask) {
+  const auto sizes = mask.sizes();
+  const int64_t dims = mask.dim();
+  const auto stays = [&](int64_t d, int64_t expanded) { return d >= expanded && mask.stride(d) == 0; };
+  int64_t expanded = 1;
+  for (MaskView view; expanded < dims - 2; ++expanded) {
+    std::vector<int64_t> strides(static_cast<size_t>(dims), 0);
+    for (int64_t d = dims, bytes = 1; d-- > 0;) {
+      if (!stays(d, expanded)) strides[static_cast<size_t>(d)] = bytes, bytes *= sizes[d];
+    }
+    if (detail::fold_mask(sizes.data(), dims, strides.data(), &view)) break;
+  }
+  Tensor one = mask;
+  for (int64_t d = expanded; d < dims; ++d) {
+    if (stays(d, expanded)) one = torch::stable::narrow(one, d, 0, 1);
+  }
+  one = torch::stable::contiguous(one);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(one), torch::stable::detail::from(mask.sizes()),
                                     torch::stable::detail::from(false)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
@@ -160,9 +173,8 @@ inline std::optional<Tensor> in_row_order(const Tensor& mask) {
 }
 
 // How a kernel reads the heatmap and writes `target`, where there is one. Copies the heatmap to contiguous where no kernel
-// reads its layout, and then the target; and a mask that is expanded along more separate dimensions than a view has, or along
-// some of those that channels of channels_last maps have. `values`, whose elements are not read here, are not copied: they may be
-// gradients to be written.
+// reads its layout, and then the target; and a mask that is expanded along more separate dimensions than a view has. `values`,
+// whose elements are not read here, are not copied: they may be gradients to be written.
 inline Layout layout_of(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target, const Tensor* values) {
   const auto fold = [&](bool with_mask = true, bool with_values = true) {
     std::vector<int64_t> of_values;
@@ -189,18 +201,16 @@ inline Layout layout_of(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* ta
     if (layout.in_place || !mask) return layout;
   }
   if (values && fold(true, false).in_place) return layout;  // it is the values that do not
-  const Tensor all = *mask;
-  mask = copied(all);
-  layout = fold();
-  if (layout.in_place) return layout;
-  mask = torch::stable::contiguous(all);
+  mask = copied(*mask);
   return fold();
 }
 
 // Likewise; and a copy of a mask that lies otherwise than kernels go, along rows or along channels.
 inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr, const Tensor* values = nullptr) {
   const Layout layout = layout_of(heatmap, mask, target, values);
-  if (!mask || !layout.in_place || (layout.first.stride_x != 1 && layout.mask.stride_inner() == 1)) return layout;
+  if (!mask || !layout.in_place) return layout;
+  const MapView& maps = layout.first;
+  if (maps.stride_x != 1 && layout.mask.stride_inner() == 1 && layout.mask.even(maps.inner)) return layout;
   const std::optional<Tensor> copy = in_row_order(*mask);
   if (!copy) return layout;
   mask = copy;

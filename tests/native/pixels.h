@@ -13,14 +13,27 @@
 namespace native {
 
 // rows_of_mask: a mask of whole rows. pixels_of_mask: one of which the channels of a pixel stand side by side;
-// channels_of_mask: as the last of some more. sizes: of samples; sizes_of_maps: of each map, some of which have none.
-enum class Counted { all, mask, shared_mask, rows_of_mask, pixels_of_mask, channels_of_mask, sizes, sizes_of_maps, both };
+// channels_of_mask: as the last of some more. grouped_mask: one that groups of channels have in common, as the volumes of some
+// keypoints. sizes: of samples; sizes_of_maps: of each map, some of which have none.
+enum class Counted {
+  all,
+  mask,
+  shared_mask,
+  rows_of_mask,
+  pixels_of_mask,
+  channels_of_mask,
+  grouped_mask,
+  sizes,
+  sizes_of_maps,
+  both
+};
 constexpr Counted kCounted[] = {Counted::all,
                                Counted::mask,
                                Counted::shared_mask,
                                Counted::rows_of_mask,
                                Counted::pixels_of_mask,
                                Counted::channels_of_mask,
+                               Counted::grouped_mask,
                                Counted::sizes,
                                Counted::sizes_of_maps,
                                Counted::both};
@@ -71,6 +84,11 @@ struct Pixels {
       first = channels - c.inner;
       bytes = c.outer * pixels * channels;
       view.mask_view = {2, {c.inner, c.outer}, {1, pixels * channels}, c.width * channels, channels};
+    }
+    if (kind == Counted::grouped_mask) {
+      const int64_t groups = harness::groups_of(c.inner), own = c.inner / groups;
+      bytes = c.outer * own * pixels;
+      view.mask_view = {3, {own, groups, c.outer}, {pixels, 0, own * pixels}, c.width, 1};
     }
     mask.reset(new uint8_t[size_t(bytes)]);
     for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i * maps / bytes != 3;

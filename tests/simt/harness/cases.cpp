@@ -40,7 +40,8 @@ std::string Case::name() const {
   add("units", static_cast<int>(units));
   if (moments) name += "/moments";
   if (moments && upstream_fields != kAllGradients) add("fields", upstream_fields);
-  constexpr const char* of_counts[] = {"", "/mask", "/shared-mask", "/mask-of-columns", "/mask-of-channels", "/size", "/mask+size"};
+  constexpr const char* of_counts[] = {"",  "/mask", "/shared-mask", "/mask-of-columns", "/mask-of-channels", "/grouped-mask",
+                                       "/size", "/mask+size"};
   if (fills) name += "/fills";
   return name + of_counts[static_cast<int>(counts)];
 }
@@ -73,17 +74,9 @@ MapView unfolded(const Case& c, int64_t outer, int64_t inner, const Strides& s) 
   return v;
 }
 
-kpfused::MaskView mask_view_of(const MapView& v) {
-  return {2, {v.inner, v.outer}, {v.stride_inner, v.stride_outer}, v.stride_y, v.stride_x};
-}
-
 MapView Case::view() const { return views(*this, outer, inner, strides(), strides()).first; }
 
 kpfused::Layout Case::backward_views() const { return views(*this, outer, inner, strides(), grad_strides()); }
-
-MapView Case::mask_maps() const { return unfolded(*this, outer, inner, mask_strides()); }
-
-kpfused::MaskView Case::mask_view() const { return mask_view_of(mask_maps()); }
 
 size_t Case::beta_count() const {
   if (betas == Betas::per_keypoint) return static_cast<size_t>(inner);
@@ -107,18 +100,31 @@ Real Case::beta(int64_t map) const {
   return 0;
 }
 
-Strides Case::mask_strides() const {
+kpfused::MaskView Case::mask_view() const {
+  const int64_t row = width + 3, plane = height * row, own = inner / groups_of(inner);
+  const auto even = [this](int64_t of_image, int64_t of_map, int64_t of_row, int64_t of_pixel) {
+    return kpfused::MaskView{2, {inner, outer}, {of_map, of_image}, of_row, of_pixel};
+  };
   switch (counts) {
-    case Counts::shared: return {0, 0, width, 1};
-    case Counts::columns: return {inner * width, width, 0, 1};
-    case Counts::channels: return {height * width * inner, 1, width * inner, inner};
-    default: return {inner * height * (width + 3), height * (width + 3), width + 3, 1};
+    case Counts::shared: return even(0, 0, width, 1);
+    case Counts::columns: return even(inner * width, width, 0, 1);
+    case Counts::channels: return even(height * width * inner, 1, width * inner, inner);
+    case Counts::grouped: return {3, {own, groups_of(inner), outer}, {plane, 0, own * plane}, row, 1};
+    default: return even(inner * plane, plane, row, 1);
   }
 }
+
+int64_t Case::mask_at(int64_t map, int64_t y, int64_t x) const {
+  const kpfused::MaskView view = mask_view();
+  return view.offset(map) + y * view.stride_y + x * view.stride_x;
+}
+
+size_t Case::mask_bytes() const { return static_cast<size_t>(mask_at(maps() - 1, height - 1, width - 1) + 1); }
 
 bool Case::mask(int64_t map, int64_t y, int64_t x) const {
   if (counts == Counts::shared) map = 0;
   if (counts == Counts::columns) y = 0;
+  if (counts == Counts::grouped) map = map / inner * inner + map % inner % (inner / groups_of(inner));
   if (map % 5 == 3) return false;
   return uniform(static_cast<uint64_t>(map) + 4001, static_cast<uint64_t>(y * width + x)) < 0.7L;
 }
@@ -367,7 +373,8 @@ void add_units(std::vector<Case>& cases) {
 // round from case to case.
 void add_moments(std::vector<Case>& cases) {
   const std::vector<Case> means = cases;
-  constexpr Counts kinds[] = {Counts::own, Counts::both, Counts::shared, Counts::size, Counts::columns, Counts::channels};
+  constexpr Counts kinds[] = {Counts::own,  Counts::both,    Counts::shared,  Counts::grouped,
+                              Counts::size, Counts::columns, Counts::channels};
   constexpr int kFields[] = {kAllGradients, kMeanGradient, kAllGradients, kCovarianceGradient, kEntropyGradient,
                              kAllGradients, kLogsumexpGradient, kPeakGradient};
   const char* last = "";
@@ -387,8 +394,8 @@ void add_moments(std::vector<Case>& cases) {
     cases.push_back(c);
     if (group == "far" || (pixels > 100000 && turn % 2 == 0)) continue;
     // Masks without moments go through the same kernels.
-    c.moments = kind / 6 % 3 != 0;
-    c.counts = kinds[kind++ % 6];
+    c.moments = kind / 7 % 3 != 0;
+    c.counts = kinds[kind++ % 7];
     cases.push_back(c);
   }
   const Size sizes[] = {{7, 9}, {16, 16}, {48, 40}, {96, 72}, {20, 12}};
@@ -408,7 +415,8 @@ void add_moments(std::vector<Case>& cases) {
     }
   }
   // Whole pairs of channels, but no whole vectors of 16 bytes: as aligned as the loads of moments have to be.
-  for (const Counts counts : {Counts::all, Counts::own}) {
+  // Groups of nine share masks: a pair has the last of one and the first of the next.
+  for (const Counts counts : {Counts::all, Counts::own, Counts::grouped}) {
     Case c = maps("moments", 3, 18, {5, 7});
     c.channels_last = true;
     c.counts = counts;

@@ -17,8 +17,8 @@ enum class Betas { value, tensor, per_keypoint, per_sample, per_map, negative, z
 enum class Upstream { dense, expanded, transposed };  // how grad_coordinates lies in memory
 
 // Which pixels count: all; a mask of every map's own, one for all maps, one row of it for all rows, one whose channels are
-// neighbours; a valid size; a mask and a valid size.
-enum class Counts { all, own, shared, columns, channels, size, both };
+// neighbours, one that groups of channels have in common; a valid size; a mask and a valid size.
+enum class Counts { all, own, shared, columns, channels, grouped, size, both };
 
 using kpfused::MapView;
 using Strides = std::array<int64_t, 4>;
@@ -60,9 +60,10 @@ struct Case {
   bool fills_empty() const { return fills || counts != Counts::all; }
   bool has_mask() const { return counts != Counts::all && counts != Counts::size; }
   bool has_sizes() const { return counts == Counts::size || counts == Counts::both; }
-  Strides mask_strides() const;
-  MapView mask_maps() const;      // where the bytes are
   kpfused::MaskView mask_view() const;
+  // Where the byte of a pixel is, and how many there are.
+  int64_t mask_at(int64_t map, int64_t y, int64_t x) const;
+  size_t mask_bytes() const;
   bool mask(int64_t map, int64_t y, int64_t x) const;
   // Valid sizes are those of samples.
   int64_t valid_height(int64_t map) const;
@@ -74,7 +75,6 @@ struct Case {
 // Maps as they are said to lie, as a kernel gets them; and by image and channel, as values that some share have them.
 kpfused::Layout views(const Case& c, int64_t outer, int64_t inner, const Strides& first, const Strides& second);
 MapView unfolded(const Case& c, int64_t outer, int64_t inner, const Strides& strides);
-kpfused::MaskView mask_view_of(const MapView& bytes);
 
 std::vector<Case> all_cases();
 

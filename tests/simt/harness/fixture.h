@@ -42,7 +42,7 @@ class Fixture {
         upstream_(static_cast<size_t>(c.upstream == Upstream::expanded ? 1 : 2 * view_.maps()),
                   size_of(accumulator(c.dtype))),
         pixels_(heatmap_.huge() ? 0 : extent(view_), 0),
-        mask_(c.has_mask() ? extent(c.mask_maps()) : 0, 1),
+        mask_(c.has_mask() ? c.mask_bytes() : 0, 1),
         sizes_(c.has_sizes() ? static_cast<size_t>(2 * c.outer) : 0, 8),
         fields_{Buffer(4 * maps(), wide()), Buffer(maps(), wide()), Buffer(maps(), wide()), Buffer(maps(), wide())} {
     heatmap_.fill(0xff);  // NaN between the maps
@@ -62,8 +62,9 @@ class Fixture {
                 (2 * uniform(static_cast<uint64_t>(n) + 131, static_cast<uint64_t>(k * 4 + i)) - 1) * 0.9L);
     }
     if (c.has_mask())
-      each_pixel(c.mask_maps(), [&](int64_t n, int64_t y, int64_t x, int64_t offset) {
-        static_cast<uint8_t*>(mask_.data())[offset] = static_cast<uint8_t>(c.mask(n, y, x) ? 1 + offset % 255 : 0);
+      each_pixel(view_, [&](int64_t n, int64_t y, int64_t x, int64_t) {
+        const int64_t at = c.mask_at(n, y, x);
+        static_cast<uint8_t*>(mask_.data())[at] = static_cast<uint8_t>(c.mask(n, y, x) ? 1 + at % 255 : 0);
       });
     for (int64_t o = 0; c.has_sizes() && o < c.outer; ++o) {
       static_cast<int64_t*>(sizes_.data())[2 * o] = c.valid_height(o * c.inner);

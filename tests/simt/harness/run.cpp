@@ -184,9 +184,9 @@ void check_alone(const Case& c, const Fixture& fixture, const Results& all, int6
   problem.grad_coordinates = on(problem.grad_coordinates, first * problem.grad_stride_map);
   for (int k = 0; k < 4; ++k) problem.grad_fields[k] = on(problem.grad_fields[k], first * kFieldValues[k]);
   if (c.has_mask()) {
-    const Strides mask = c.mask_strides();
-    problem.pixels.mask += first / c.inner * mask[0] + first % c.inner * mask[1];
-    problem.pixels.mask_view = mask_view_of(unfolded(c, 1, count, mask));
+    kpfused::MaskView& mask = problem.pixels.mask_view;
+    problem.pixels.mask += mask.offset(first);
+    count == 1 ? void(mask = {1, {1}, {0}, mask.stride_y, mask.stride_x}) : void(--mask.runs);  // no other images
   }
   if (c.has_sizes()) problem.pixels.sizes += first / c.inner * 2, problem.pixels.divisor = problem.pixels.modulus = 1;
   Buffer beta(1, static_cast<size_t>(accumulator_bytes));

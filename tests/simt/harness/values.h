@@ -33,6 +33,13 @@ inline const char* dtype_name(Dtype dtype) {
   return names[static_cast<int>(dtype)];
 }
 
+// The fewest equal groups of channels, two or more where there are: the volumes of keypoints that share masks.
+inline int64_t groups_of(int64_t channels) {
+  int64_t groups = 2;
+  while (groups < channels && channels % groups != 0) ++groups;
+  return groups < channels ? groups : channels;
+}
+
 inline Dtype accumulator(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 
 inline Real decode_half(uint16_t bits) {
