@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Bytes of a mask from one order to another, square by square.
+// Masks from one order to another. Eight rows of bytes become one of bits, squares of such bytes are transposed, an eighth of
+// what there was, and a column's bits become bytes again.
 #pragma once
 
+#include "counting.h"
 #include "masks.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -14,28 +15,21 @@ constexpr int kByteSquare = 16;
 #if __has_builtin(__builtin_shufflevector)
 #define KPFUSED_BYTE_SQUARES 1
 
-template <int kSquares>
-struct BytesOf {
-  typedef uint8_t type __attribute__((vector_size(kSquares * kByteSquare)));
-};
+typedef uint8_t SquareBytes __attribute__((vector_size(kByteSquare)));
 
-// Of each sixteen bytes of a and b the lower halves, or the upper ones, byte by byte in turn.
-template <int kHalf, class V, size_t... i>
-KPFUSED_INLINE V interleave(V a, V b, std::index_sequence<i...>) {
-  constexpr auto from = [](int at) {
-    const int k = at % kByteSquare;
-    return at - k + kHalf * (kByteSquare / 2) + k / 2 + k % 2 * int(sizeof(V));
-  };
-  return __builtin_shufflevector(a, b, from(int(i))...);
+// Of a and b the lower halves, or the upper ones, byte by byte in turn.
+template <int kHalf, size_t... i>
+KPFUSED_INLINE SquareBytes interleave(SquareBytes a, SquareBytes b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, (kHalf * (kByteSquare / 2) + int(i) / 2 + int(i) % 2 * kByteSquare)...);
 }
 
 // An element's place is four bits of its row and four of its column. To interleave rows r and r + 8 turns all eight by one
 // place: after four turns rows are columns.
-template <int kTurns, class V>
-KPFUSED_INLINE void turn(const V (&rows)[kByteSquare], V (&columns)[kByteSquare]) {
-  constexpr std::make_index_sequence<sizeof(V)> all;
+template <int kTurns>
+KPFUSED_INLINE void turn(const SquareBytes (&rows)[kByteSquare], SquareBytes (&columns)[kByteSquare]) {
+  constexpr std::make_index_sequence<kByteSquare> all;
   constexpr int kHalf = kByteSquare / 2;
-  V turned[kByteSquare];
+  SquareBytes turned[kByteSquare];
   for (int i = 0; i < kHalf; ++i) {
     turned[2 * i] = interleave<0>(rows[i], rows[i + kHalf], all);
     turned[2 * i + 1] = interleave<1>(rows[i], rows[i + kHalf], all);
@@ -47,50 +41,69 @@ KPFUSED_INLINE void turn(const V (&rows)[kByteSquare], V (&columns)[kByteSquare]
   }
 }
 
-// Sixteen bytes of each of some rows, `step` bytes apart.
-template <int kSquares>
-KPFUSED_INLINE typename BytesOf<kSquares>::type gather_bytes(const uint8_t* p, int64_t step) {
-  using V = typename BytesOf<kSquares>::type;
-#if KPFUSED_AVX2 || KPFUSED_AVX512
-  const auto at = [&](int i) __attribute__((always_inline)) { return _mm_loadu_si128((const __m128i*)(p + i * step)); };
-  if constexpr (kSquares == 2) return (V)_mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
+// Of sixteen columns a bit for each of eight rows.
+KPFUSED_INLINE SquareBytes pack_rows(const uint8_t* from, int64_t from_row) {
+  SquareBytes bits = {};
+  for (int i = 8; i-- > 0;) {
+    SquareBytes row;
+    __builtin_memcpy(&row, from + i * from_row, sizeof(row));
+    bits = bits + bits + ones(row);
+  }
+  return bits;
+}
+
+// Bytes of a column, eight for each byte of its bits.
+KPFUSED_INLINE void unpack_column(const uint8_t* bits, int64_t count, uint8_t* to) {
+  int64_t i = 0;
 #if KPFUSED_AVX512
-  if constexpr (kSquares == 4) {
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
-    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
-    return (V)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  for (; i + 8 <= count; i += 8) {
+    uint64_t set;
+    __builtin_memcpy(&set, bits + i, sizeof(set));
+    _mm512_storeu_si512(to + i * 8, _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(1)));
+  }
+#elif KPFUSED_AVX2
+  const __m256i index = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201u));
+  for (; i + 4 <= count; i += 4) {
+    int32_t set;
+    __builtin_memcpy(&set, bits + i, sizeof(set));
+    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(set), index), bit);
+    _mm256_storeu_si256((__m256i*)(to + i * 8), _mm256_min_epu8(own, _mm256_set1_epi8(1)));
   }
 #endif
-#endif
-  uint8_t bytes[sizeof(V)];
-  for (int i = 0; i < kSquares; ++i) __builtin_memcpy(bytes + i * kByteSquare, p + i * step, kByteSquare);
-  V v;
-  __builtin_memcpy(&v, bytes, sizeof(v));
-  return v;
+  for (; i < count; ++i) {
+    const uint64_t bytes = spread_bits(bits[i]);
+    __builtin_memcpy(to + i * 8, &bytes, sizeof(bytes));
+  }
 }
 
-// Squares one below the other, of which `cols` columns are written.
-template <int kSquares>
-KPFUSED_INLINE void transpose_squares(const uint8_t* from, int64_t from_row, uint8_t* to, int64_t to_col, int64_t cols) {
-  typename BytesOf<kSquares>::type rows[kByteSquare], columns[kByteSquare];
-  for (int i = 0; i < kByteSquare; ++i) rows[i] = gather_bytes<kSquares>(from + i * from_row, kByteSquare * from_row);
+// Eight rows for each of `count` bytes of bits, and of the sixteen columns from `col` on [first, past).
+KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t count, int64_t col,
+                                     int64_t first, int64_t past) {
+  SquareBytes rows[kByteSquare] = {}, columns[kByteSquare];
+  for (int64_t k = 0; k < count; ++k) rows[k] = pack_rows(from + k * 8 * m.from_row + col, m.from_row);
   turn<4>(rows, columns);
-  for (int j = 0; j < kByteSquare; ++j) {
-    if (j < cols) __builtin_memcpy(to + j * to_col, &columns[j], sizeof(columns[j]));
+  for (int64_t c = first; c < past; ++c) {
+    alignas(kByteSquare) uint8_t bits[kByteSquare];
+    __builtin_memcpy(bits, &columns[c - col], sizeof(bits));
+    unpack_column(bits, count, to + c * m.to_col);
   }
 }
 
-// Rows from `begin` on of one matrix, squares of them at a time; returns how far it got. Where rows are narrower than a square,
-// bytes between them and of the next ones are read too, within the matrix.
-template <int kSquares>
+// Rows from `begin` on of one matrix; returns how far it got, eight rows at least at a time. Where rows are narrower than a
+// square, bytes between them and of the next ones are read too, within the matrix.
 KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = kSquares * kByteSquare;
   const int64_t wide = at_least(m.cols, kByteSquare), last = (m.rows - 1) * m.from_row + m.cols;
+  if (last < wide) return begin;
+  const int64_t readable = at_most(end, (last - wide) / m.from_row + 1);
   int64_t i = begin;
-  for (; i + kRows <= end && (i + kRows - 1) * m.from_row + wide <= last; i += kRows) {
+  for (int64_t count; (count = at_most((readable - i) / 8, kByteSquare)) > 0; i += count * 8) {
     for (int64_t j = 0; j < m.cols; j += kByteSquare) {
-      const int64_t col = at_most(j, wide - kByteSquare);
-      transpose_squares<kSquares>(from + i * m.from_row + col, m.from_row, to + col * m.to_col + i, m.to_col, m.cols);
+      // The last square begins with columns of the one before it.
+      const int64_t col = at_most(j, wide - kByteSquare), past = at_most(j + kByteSquare, m.cols);
+      const uint8_t* const p = from + i * m.from_row;
+      count == kByteSquare ? transpose_square(m, p, to + i, kByteSquare, col, j, past)
+                           : transpose_square(m, p, to + i, count, col, j, past);
     }
   }
   return i;
@@ -99,8 +112,8 @@ KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from
 #endif
 
 void transpose(const ByteMatrices& m) {
-  constexpr int64_t kLine = 64;
-  const int64_t block = at_least(kGrainElements / m.cols / kLine * kLine, kLine), blocks = ceil_div(m.rows, block);
+  constexpr int64_t kSome = 8 * kByteSquare;  // rows of whole squares, and whole lines of the copy
+  const int64_t block = at_least(kGrainElements / m.cols / kSome * kSome, kSome), blocks = ceil_div(m.rows, block);
   int64_t matrices = 1;
   for (int d = 0; d < m.dims; ++d) matrices *= m.size[d];
   const int64_t grain = at_least(kGrainElements / (at_most(m.rows, block) * m.cols), 1);
@@ -119,8 +132,7 @@ void transpose(const ByteMatrices& m) {
         continue;
       }
 #ifdef KPFUSED_BYTE_SQUARES
-      i = transpose_rows<kVectorBytes / kByteSquare>(m, from, to, i, end_row);
-      i = transpose_rows<1>(m, from, to, i, end_row);
+      i = transpose_rows(m, from, to, i, end_row);
 #endif
       for (; i < end_row; ++i) {
         for (int64_t j = 0; j < m.cols; ++j) to[j * m.to_col + i] = from[i * m.from_row + j];

@@ -85,22 +85,25 @@ KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
 #endif
 }
 
-// As many bytes of a mask as fill a vector, and one in place of each that is not zero.
+// As many bytes of a mask as fill a vector; and of such vectors, or shorter ones, one in place of each that is not zero.
 typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes)));
 KPFUSED_INLINE ByteVector load_mask(const uint8_t* p) {
   ByteVector bytes;
   __builtin_memcpy(&bytes, p, sizeof(bytes));
   return bytes;
 }
-KPFUSED_INLINE ByteVector ones(ByteVector bytes) {
-  const ByteVector one = ByteVector{} + 1;
+template <class V>
+KPFUSED_INLINE V ones(V bytes) {
+  const V one = V{} + 1;
 #if KPFUSED_AVX512
-  return (ByteVector)_mm512_min_epu8((__m512i)bytes, (__m512i)one);
+  if constexpr (sizeof(V) == 64) return (V)_mm512_min_epu8((__m512i)bytes, (__m512i)one);
 #elif KPFUSED_AVX2
-  return (ByteVector)_mm256_min_epu8((__m256i)bytes, (__m256i)one);
-#else
-  return (ByteVector)(bytes != 0) & one;
+  if constexpr (sizeof(V) == 32) return (V)_mm256_min_epu8((__m256i)bytes, (__m256i)one);
 #endif
+#if KPFUSED_AVX512 || KPFUSED_AVX2
+  if constexpr (sizeof(V) == 16) return (V)_mm_min_epu8((__m128i)bytes, (__m128i)one);
+#endif
+  return (V)(bytes != 0) & one;
 }
 
 #if KPFUSED_AVX512
@@ -142,15 +145,17 @@ using LaneWord = std::conditional_t<
 static_assert(8 * sizeof(LaneWord<float>) == kLanes<float> || sizeof(LaneWord<float>) == kLanes<float>);
 static_assert(8 * sizeof(LaneWord<double>) == kLanes<double> || sizeof(LaneWord<double>) == kLanes<double>);
 
+// Eight bits, each as a byte of its own: zero or one.
+KPFUSED_INLINE uint64_t spread_bits(uint32_t bits) {
+  // All of them in each byte, of which its own is left, and carried to the byte's highest bit.
+  const uint64_t own = (bits & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
+  return (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+
 // From a bit for each lane.
 template <class A>
 KPFUSED_INLINE LaneWord<A> lane_word(uint32_t bits) {
-  // All of eight in each byte, of which its own is left, carried to the byte's highest bit, and from there to all of it.
-  const auto spread = [](uint32_t eight) {
-    const uint64_t own = (eight & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
-    const uint64_t highest = (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
-    return LaneWord<A>(highest * 0xff);
-  };
+  const auto spread = [](uint32_t eight) { return LaneWord<A>(spread_bits(eight) * 0xff); };
   if constexpr (sizeof(LaneWord<A>) < kLanes<A>) {
     return LaneWord<A>(bits);
   } else if constexpr (kLanes<A> > 8) {
