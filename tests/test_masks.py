@@ -347,6 +347,16 @@ def test_a_mask_of_more_separate_dimensions_than_any_view_has(device: str) -> No
     )
 
 
+def test_a_window_of_masks_is_copied_but_not_expanded(device: str) -> None:
+    heatmap = cases.random((8, 2, 2, 2, 2, 64, 64)).to(device, torch.float32)
+    mask = (torch.rand(3, 3, 3, 3, 64, 64, device=device) < 0.6)[:2, :2, :2, :2]
+    pixels = heatmap.numel()
+    assert peak_bytes_beyond(lambda h: kpfused.soft_argmax2d(h, mask=mask), heatmap) < pixels / 4
+    torch.testing.assert_close(
+        kpfused.soft_argmax2d(heatmap, mask=mask), reference.soft_argmax2d(heatmap, mask=mask), atol=1e-3, rtol=1e-4
+    )
+
+
 def test_masks_of_several_leading_dimensions_give_the_bits_of_one_image(device: str) -> None:
     """Such a mask has other strides for one image than in a batch of them."""
     heatmap = cases.random((2, 2, 2, 128, 128)).to(device, torch.float32)

@@ -15,21 +15,21 @@ constexpr int kByteSquare = 16;
 #if __has_builtin(__builtin_shufflevector)
 #define KPFUSED_BYTE_SQUARES 1
 
-typedef uint8_t SquareBytes __attribute__((vector_size(kByteSquare)));
+typedef uint8_t ByteRow __attribute__((vector_size(kByteSquare)));
 
 // Of a and b the lower halves, or the upper ones, byte by byte in turn.
 template <int kHalf, size_t... i>
-KPFUSED_INLINE SquareBytes interleave(SquareBytes a, SquareBytes b, std::index_sequence<i...>) {
+KPFUSED_INLINE ByteRow interleave(ByteRow a, ByteRow b, std::index_sequence<i...>) {
   return __builtin_shufflevector(a, b, (kHalf * (kByteSquare / 2) + int(i) / 2 + int(i) % 2 * kByteSquare)...);
 }
 
 // An element's place is four bits of its row and four of its column. To interleave rows r and r + 8 turns all eight by one
 // place: after four turns rows are columns.
 template <int kTurns>
-KPFUSED_INLINE void turn(const SquareBytes (&rows)[kByteSquare], SquareBytes (&columns)[kByteSquare]) {
+KPFUSED_INLINE void turn(const ByteRow (&rows)[kByteSquare], ByteRow (&columns)[kByteSquare]) {
   constexpr std::make_index_sequence<kByteSquare> all;
   constexpr int kHalf = kByteSquare / 2;
-  SquareBytes turned[kByteSquare];
+  ByteRow turned[kByteSquare];
   for (int i = 0; i < kHalf; ++i) {
     turned[2 * i] = interleave<0>(rows[i], rows[i + kHalf], all);
     turned[2 * i + 1] = interleave<1>(rows[i], rows[i + kHalf], all);
@@ -41,11 +41,11 @@ KPFUSED_INLINE void turn(const SquareBytes (&rows)[kByteSquare], SquareBytes (&c
   }
 }
 
-// Of sixteen columns a bit for each of eight rows.
-KPFUSED_INLINE SquareBytes pack_rows(const uint8_t* from, int64_t from_row) {
-  SquareBytes bits = {};
+// Of sixteen columns a bit for each of eight rows, the lowest for the first.
+KPFUSED_INLINE ByteRow pack_rows(const uint8_t* from, int64_t from_row) {
+  ByteRow bits = {};
   for (int i = 8; i-- > 0;) {
-    SquareBytes row;
+    ByteRow row;
     __builtin_memcpy(&row, from + i * from_row, sizeof(row));
     bits = bits + bits + ones(row);
   }
@@ -77,10 +77,10 @@ KPFUSED_INLINE void unpack_column(const uint8_t* bits, int64_t count, uint8_t* t
   }
 }
 
-// Eight rows for each of `count` bytes of bits, and of the sixteen columns from `col` on [first, past).
+// The first 8 * count rows, and columns [first, past), read as the sixteen from `col` on.
 KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t count, int64_t col,
                                      int64_t first, int64_t past) {
-  SquareBytes rows[kByteSquare] = {}, columns[kByteSquare];
+  ByteRow rows[kByteSquare] = {}, columns[kByteSquare];
   for (int64_t k = 0; k < count; ++k) rows[k] = pack_rows(from + k * 8 * m.from_row + col, m.from_row);
   turn<4>(rows, columns);
   for (int64_t c = first; c < past; ++c) {
@@ -90,8 +90,8 @@ KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from,
   }
 }
 
-// Rows from `begin` on of one matrix; returns how far it got, eight rows at least at a time. Where rows are narrower than a
-// square, bytes between them and of the next ones are read too, within the matrix.
+// Rows from `begin` on of one matrix, in whole eights; returns how far it got. Where rows are narrower than a square, bytes
+// between them and of the next ones are read too, within the matrix.
 KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
   const int64_t wide = at_least(m.cols, kByteSquare), last = (m.rows - 1) * m.from_row + m.cols;
   if (last < wide) return begin;
@@ -102,6 +102,7 @@ KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from
       // The last square begins with columns of the one before it.
       const int64_t col = at_most(j, wide - kByteSquare), past = at_most(j + kByteSquare, m.cols);
       const uint8_t* const p = from + i * m.from_row;
+      // A count that the compiler knows is unrolled.
       count == kByteSquare ? transpose_square(m, p, to + i, kByteSquare, col, j, past)
                            : transpose_square(m, p, to + i, count, col, j, past);
     }
@@ -112,8 +113,8 @@ KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from
 #endif
 
 void transpose(const ByteMatrices& m) {
-  constexpr int64_t kSome = 8 * kByteSquare;  // rows of whole squares, and whole lines of the copy
-  const int64_t block = at_least(kGrainElements / m.cols / kSome * kSome, kSome), blocks = ceil_div(m.rows, block);
+  constexpr int64_t kRows = 8 * kByteSquare;  // of a square, and whole lines of most copies
+  const int64_t block = at_least(kGrainElements / m.cols / kRows * kRows, kRows), blocks = ceil_div(m.rows, block);
   int64_t matrices = 1;
   for (int d = 0; d < m.dims; ++d) matrices *= m.size[d];
   const int64_t grain = at_least(kGrainElements / (at_most(m.rows, block) * m.cols), 1);

@@ -85,15 +85,17 @@ KPFUSED_INLINE BitsVector<T> load_bytes(const uint8_t* p) {
 #endif
 }
 
-// As many bytes of a mask as fill a vector; and of such vectors, or shorter ones, one in place of each that is not zero.
+// As many bytes of a mask as fill a vector.
 typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes)));
 KPFUSED_INLINE ByteVector load_mask(const uint8_t* p) {
   ByteVector bytes;
   __builtin_memcpy(&bytes, p, sizeof(bytes));
   return bytes;
 }
+// One in place of each byte that is not zero.
 template <class V>
 KPFUSED_INLINE V ones(V bytes) {
+  static_assert(sizeof(V{}[0]) == 1);
   const V one = V{} + 1;
 #if KPFUSED_AVX512
   if constexpr (sizeof(V) == 64) return (V)_mm512_min_epu8((__m512i)bytes, (__m512i)one);
@@ -145,7 +147,7 @@ using LaneWord = std::conditional_t<
 static_assert(8 * sizeof(LaneWord<float>) == kLanes<float> || sizeof(LaneWord<float>) == kLanes<float>);
 static_assert(8 * sizeof(LaneWord<double>) == kLanes<double> || sizeof(LaneWord<double>) == kLanes<double>);
 
-// Eight bits, each as a byte of its own: zero or one.
+// Eight bits, each as a byte of its own, zero or one: the lowest first in memory.
 KPFUSED_INLINE uint64_t spread_bits(uint32_t bits) {
   // All of them in each byte, of which its own is left, and carried to the byte's highest bit.
   const uint64_t own = (bits & 0xff) * 0x0101010101010101u & 0x8040201008040201u;

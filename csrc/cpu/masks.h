@@ -7,8 +7,8 @@
 
 namespace kpfused::cpu {
 
-// Matrices of bytes: element (i, j) is at from[i * from_row + j], and that of the copy at to[j * to_col + i]. Where it is set,
-// which is any number but zero, that of the copy is too, but need not be the same.
+// Matrices of bytes: element (i, j) is at from[i * from_row + j], and that of the copy at to[j * to_col + i]. That of the copy
+// is zero where the other is, and elsewhere some number but zero, not always the same.
 struct ByteMatrices {
   static constexpr int kExtents = 6;
 

@@ -17,6 +17,9 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
+// Bits of masks become bytes in words.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "kpfused's CPU kernels need a little-endian machine");
+
 constexpr int kVectorBytes = KPFUSED_VECTOR_BYTES;
 
 struct Half {

@@ -115,7 +115,7 @@ inline Tensor copied(const Tensor& mask) {
   const auto sizes = mask.sizes();
   const int64_t dims = mask.dim();
   const auto stays = [&](int64_t d, int64_t expanded) { return d >= expanded && mask.stride(d) == 0; };
-  int64_t expanded = 1;
+  int64_t expanded = 0;
   for (MaskView view; expanded < dims - 2; ++expanded) {
     std::vector<int64_t> strides(static_cast<size_t>(dims), 0);
     for (int64_t d = dims, bytes = 1; d-- > 0;) {
