@@ -129,14 +129,14 @@ void transpose(const ByteMatrices& m) {
       int64_t i = item % blocks * block;
       const int64_t end_row = at_most(i + block, m.rows);
       if (m.cols == 1) {
-        for (const int64_t step = m.from_row; i < end_row; ++i) to[i] = from[i * step];
+        for (const int64_t step = m.from_row; i < end_row; ++i) to[i] = from[i * step] != 0;
         continue;
       }
 #ifdef KPFUSED_BYTE_SQUARES
       i = transpose_rows(m, from, to, i, end_row);
 #endif
       for (; i < end_row; ++i) {
-        for (int64_t j = 0; j < m.cols; ++j) to[j * m.to_col + i] = from[i * m.from_row + j];
+        for (int64_t j = 0; j < m.cols; ++j) to[j * m.to_col + i] = from[i * m.from_row + j] != 0;
       }
     }
   });

@@ -78,8 +78,10 @@ class LaneWords {
         same_size_(one_size(pixels, view)),
         between_(pixels.mask_view.even(view.inner) ? pixels.mask_view.stride_inner() : kUneven),
         abreast_words_(abreast_words) {
-    for (int64_t c = 0; pixels.mask && !is_in_order() && c < channels; ++c) {
-      plane_[c] = between_ == kUneven ? counting_of(pixels, view, first_map + c).mask - first_.mask : c * between_;
+    const MaskView& mask = pixels.mask_view;
+    const int64_t planes = pixels.mask && !is_in_order() ? channels : 0;
+    for (int64_t c = 0; c < planes; ++c) {
+      plane_[c] = between_ == kUneven ? mask.offset(first_map + c) - mask.offset(first_map) : c * between_;
     }
     if (!pixels.sizes) return;
     A rows[2 * kChannelBlock], cols[2 * kChannelBlock];

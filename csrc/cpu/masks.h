@@ -7,8 +7,8 @@
 
 namespace kpfused::cpu {
 
-// Matrices of bytes: element (i, j) is at from[i * from_row + j], and that of the copy at to[j * to_col + i]. That of the copy
-// is zero where the other is, and elsewhere some number but zero, not always the same.
+// Matrices of bytes: element (i, j) is at from[i * from_row + j], and that of the copy at to[j * to_col + i], zero where the
+// other is and elsewhere one.
 struct ByteMatrices {
   static constexpr int kExtents = 6;
 

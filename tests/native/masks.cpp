@@ -31,7 +31,7 @@ void run_transpose(int64_t rows, int64_t cols, int64_t gap) {
     const int64_t row = i % to_col, col = i % to_size / to_col;
     const uint8_t found = to[size_t(i)];
     if (row < rows) {
-      same &= (found != 0) == (from[size_t(i / to_size * from_size + row * from_row + col)] != 0);
+      same &= found == (from[size_t(i / to_size * from_size + row * from_row + col)] != 0);
     } else {
       same &= found == kUntouched;
     }
