@@ -47,6 +47,9 @@ KPFUSED_HD A beta_of(const BetaView& beta, int64_t n) {
 // its dimensions, so that a mask has up to kMaskRuns extents of its own, the innermost first: their product is the number of
 // maps.
 constexpr int kMaskRuns = 4;
+// stride_x of a mask that has a bit for each pixel, the lowest of a byte first, where rows begin with a byte; its other strides
+// are of bytes all the same. The CPU's kernels along rows read such.
+constexpr int64_t kMaskBits = -1;
 struct MaskView {
   int runs;
   int64_t size[kMaskRuns], stride[kMaskRuns];

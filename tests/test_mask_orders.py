@@ -115,6 +115,12 @@ def test_masks_that_some_channels_share(
                     torch.testing.assert_close(got, want, **tolerance)
 
 
+def test_masks_in_another_order_cost_a_bit_for_each_pixel(device: str) -> None:
+    heatmap = cases.random((4, 17, 64, 64)).to(device, torch.float32)
+    for mask in orders(heatmap > 0):
+        assert peak_bytes_beyond(lambda h, mask=mask: kpfused.soft_argmax2d(h, mask=mask), heatmap) < mask.numel() / 4
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_flags_are_not_expanded_in_memory(device: str, layout: str) -> None:
     heatmap = cases.LAYOUTS[layout](cases.random((4, 17, 64, 64)).to(device, torch.float32))

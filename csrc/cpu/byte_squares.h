@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Masks from one order to another. Eight rows of bytes become one of bits, squares of such bytes are transposed, an eighth of
-// what there was, and a column's bits become bytes again.
+// what there was, and a column's bits are what is wanted, or become bytes again.
 #pragma once
 
 #include "counting.h"
@@ -11,11 +11,18 @@ namespace kpfused::cpu::KPFUSED_ISA {
 
 constexpr int kByteSquare = 16;
 
+// Of a column of the copy, rows from i on, eight for each byte of their bits.
+KPFUSED_INLINE void put_bits(const ByteMatrices& m, const uint8_t* bits, int64_t count, uint8_t* column, int64_t i) {
+  if (!m.bits) return unpack_bits(bits, count, column + i);
+  if (count == kByteSquare) return void(__builtin_memcpy(column + i / 8, bits, kByteSquare));  // one vector
+  __builtin_memcpy(column + i / 8, bits, size_t(count));
+}
+
+typedef uint8_t ByteRow __attribute__((vector_size(kByteSquare)));
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define KPFUSED_BYTE_SQUARES 1
-
-typedef uint8_t ByteRow __attribute__((vector_size(kByteSquare)));
 
 // Of a and b the lower halves, or the upper ones, byte by byte in turn.
 template <int kHalf, size_t... i>
@@ -41,76 +48,155 @@ KPFUSED_INLINE void turn(const ByteRow (&rows)[kByteSquare], ByteRow (&columns)[
   }
 }
 
-// Of sixteen columns a bit for each of eight rows, the lowest for the first.
-KPFUSED_INLINE ByteRow pack_rows(const uint8_t* from, int64_t from_row) {
-  ByteRow bits = {};
+// Columns that are packed at once.
+constexpr int kPacked = KPFUSED_AVX512 || KPFUSED_AVX2 ? 2 * kByteSquare : kByteSquare;
+
+// Of these columns a bit for each of eight rows, the lowest for the first.
+KPFUSED_INLINE void pack_rows(const uint8_t* from, int64_t from_row, uint8_t* to) {
+  typedef uint8_t Row __attribute__((vector_size(kPacked)));
+  Row bits = {};
   for (int i = 8; i-- > 0;) {
-    ByteRow row;
+    Row row;
     __builtin_memcpy(&row, from + i * from_row, sizeof(row));
     bits = bits + bits + ones(row);
   }
-  return bits;
+  __builtin_memcpy(to, &bits, sizeof(bits));
 }
 
-// Bytes of a column, eight for each byte of its bits.
-KPFUSED_INLINE void unpack_column(const uint8_t* bits, int64_t count, uint8_t* to) {
-  int64_t i = 0;
-#if KPFUSED_AVX512
-  for (; i + 8 <= count; i += 8) {
-    uint64_t set;
-    __builtin_memcpy(&set, bits + i, sizeof(set));
-    _mm512_storeu_si512(to + i * 8, _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(1)));
-  }
-#elif KPFUSED_AVX2
-  const __m256i index = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201u));
-  for (; i + 4 <= count; i += 4) {
-    int32_t set;
-    __builtin_memcpy(&set, bits + i, sizeof(set));
-    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(set), index), bit);
-    _mm256_storeu_si256((__m256i*)(to + i * 8), _mm256_min_epu8(own, _mm256_set1_epi8(1)));
-  }
-#endif
-  for (; i < count; ++i) {
-    const uint64_t bytes = spread_bits(bits[i]);
-    __builtin_memcpy(to + i * 8, &bytes, sizeof(bytes));
-  }
-}
+// Up to so many columns of a square are taken from it byte by byte.
+constexpr int64_t kFewColumns = 3;
 
-// The first 8 * count rows, and columns [first, past), read as the sixteen from `col` on.
-KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t count, int64_t col,
-                                     int64_t first, int64_t past) {
-  ByteRow rows[kByteSquare] = {}, columns[kByteSquare];
-  for (int64_t k = 0; k < count; ++k) rows[k] = pack_rows(from + k * 8 * m.from_row + col, m.from_row);
-  turn<4>(rows, columns);
-  for (int64_t c = first; c < past; ++c) {
-    alignas(kByteSquare) uint8_t bits[kByteSquare];
-    __builtin_memcpy(bits, &columns[c - col], sizeof(bits));
-    unpack_column(bits, count, to + c * m.to_col);
+// 8 * count rows from i on, and columns [first, past), read as kPacked of them from `col` on. Of what comes `ahead` bytes after
+// these rows, each eight fetch a share.
+KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t i, int64_t count,
+                                     int64_t col, int64_t first, int64_t past, int64_t ahead, int64_t share) {
+  alignas(kPacked) uint8_t packed[kByteSquare][kPacked];
+  for (int64_t k = 0; k < count; ++k) {
+    const uint8_t* const eight = from + (i + k * 8) * m.from_row + col;
+    pack_rows(eight, m.from_row, packed[k]);
+    for (int64_t b = 0; b < share; b += 64) {
+      prefetch(from + i * m.from_row, ahead + k * share + b);
+      if (first == 0) prefetch_near(eight, kReadAhead / 4 + b);
+    }
+  }
+  for (int at = 0; at < kPacked; at += kByteSquare) {
+    const int64_t begin = at_least(first, col + at), end = at_most(past, col + at + kByteSquare);
+    alignas(kByteSquare) uint8_t columns[kByteSquare][kByteSquare];
+    if (end - begin > kFewColumns) {
+      ByteRow rows[kByteSquare] = {}, turned[kByteSquare];
+      for (int64_t k = 0; k < count; ++k) __builtin_memcpy(&rows[k], packed[k] + at, sizeof(rows[k]));
+      turn<4>(rows, turned);
+      __builtin_memcpy(columns, turned, sizeof(columns));
+    } else {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t k = 0; k < count; ++k) columns[c - col - at][k] = packed[k][c - col];
+      }
+    }
+    for (int64_t c = begin; c < end; ++c) put_bits(m, columns[c - col - at], count, to + c * m.to_col, i);
   }
 }
 
 // Rows from `begin` on of one matrix, in whole eights; returns how far it got. Where rows are narrower than a square, bytes
 // between them and of the next ones are read too, within the matrix.
 KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
-  const int64_t wide = at_least(m.cols, kByteSquare), last = (m.rows - 1) * m.from_row + m.cols;
+  const int64_t wide = at_least(m.cols, kPacked), last = (m.rows - 1) * m.from_row + m.cols;
   if (last < wide) return begin;
   const int64_t readable = at_most(end, (last - wide) / m.from_row + 1);
   int64_t i = begin;
   for (int64_t count; (count = at_most((readable - i) / 8, kByteSquare)) > 0; i += count * 8) {
-    for (int64_t j = 0; j < m.cols; j += kByteSquare) {
-      // The last square begins with columns of the one before it.
-      const int64_t col = at_most(j, wide - kByteSquare), past = at_most(j + kByteSquare, m.cols);
-      const uint8_t* const p = from + i * m.from_row;
+    // Of rows that lie far apart most lines would be fetched in vain.
+    const int64_t eight = m.from_row < m.cols + 64 ? 8 * m.from_row : 0, share = eight / ceil_div(m.cols, kPacked);
+    int64_t ahead = at_least(count * eight, kReadAhead);
+    for (int64_t j = 0; j < m.cols; j += kPacked, ahead += count * share) {
+      // The last ones begin with columns of those before them.
+      const int64_t col = at_most(j, wide - kPacked), past = at_most(j + kPacked, m.cols);
       // A count that the compiler knows is unrolled.
-      count == kByteSquare ? transpose_square(m, p, to + i, kByteSquare, col, j, past)
-                           : transpose_square(m, p, to + i, count, col, j, past);
+      count == kByteSquare ? transpose_square(m, from, to, i, kByteSquare, col, j, past, ahead, share)
+                           : transpose_square(m, from, to, i, count, col, j, past, ahead, share);
     }
   }
   return i;
 }
 #endif
 #endif
+
+// A bit for each of 64 bytes that are kStep apart, whether it is set; what lies between them and behind the last is read too.
+template <int kStep>
+KPFUSED_INLINE uint64_t bits_apart(const uint8_t* p) {
+  static_assert(kStep == 2 || kStep == 4);
+  uint64_t bits = 0;
+#if KPFUSED_AVX512
+  for (int i = 0; i < kStep; ++i) {
+    const __m512i bytes = _mm512_loadu_si512(p + 64 * i);
+    const uint64_t some = kStep == 2 ? uint64_t(_mm512_test_epi16_mask(bytes, _mm512_set1_epi16(0xff)))
+                                     : uint64_t(_mm512_test_epi32_mask(bytes, _mm512_set1_epi32(0xff)));
+    bits |= some << 64 / kStep * i;
+  }
+#elif KPFUSED_AVX2
+  for (int i = 0; i < 2 * kStep; ++i) {
+    const __m256i bytes = _mm256_loadu_si256((const __m256i*)(p + 32 * i)), none = _mm256_setzero_si256();
+    if constexpr (kStep == 4) {
+      const __m256i clear = _mm256_cmpeq_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(0xff)), none);
+      bits |= uint64_t(~_mm256_movemask_ps((__m256)clear) & 0xff) << 8 * i;
+    } else {
+      const __m256i clear = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0xff)), none);
+      const __m128i sixteen = _mm_packs_epi16(_mm256_castsi256_si128(clear), _mm256_extracti128_si256(clear, 1));
+      bits |= uint64_t(~_mm_movemask_epi8(sixteen) & 0xffff) << 16 * i;
+    }
+  }
+#else
+  constexpr int kOwn = 8 / kStep;  // of a word of eight
+  for (int i = 0; i < 64; i += 2 * kOwn) {
+    typedef uint64_t Words __attribute__((vector_size(kByteSquare)));
+    ByteRow bytes;
+    __builtin_memcpy(&bytes, p + i * kStep, sizeof(bytes));
+    Words words = (Words)ones(bytes);
+    if constexpr (kStep == 4) {
+      words = (words | words >> 31) & 3;
+    } else {
+      words = (words & 0x0001000100010001u) * 0x1000200040008000u >> 60;  // each to a place of its own, the highest four
+    }
+    bits |= (words[0] | words[1] << kOwn) << i;
+  }
+#endif
+  return bits;
+}
+
+// Rows from `begin` on of a matrix of one column, in which every second or fourth byte counts; returns how far it got.
+KPFUSED_INLINE int64_t gather_column(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
+  if (m.from_row != 2 && m.from_row != 4) return begin;
+  int64_t i = begin;
+  for (; i + 64 <= end; i += 64) {
+    const uint8_t* p = from + i * m.from_row;
+    prefetch_run(p, 64 * m.from_row, kReadAhead);
+    uint8_t last[64 * 4];
+    if (i + 64 == m.rows) {  // what lies behind the last may not be there
+      __builtin_memcpy(last, p, size_t(63 * m.from_row + 1));
+      p = last;
+    }
+    const uint64_t bits = m.from_row == 2 ? bits_apart<2>(p) : bits_apart<4>(p);
+    uint8_t bytes[8];
+    __builtin_memcpy(bytes, &bits, sizeof(bytes));
+    put_bits(m, bytes, 8, to, i);
+  }
+  return i;
+}
+
+// Rows [begin, end), in whole eights where the copy is bits.
+KPFUSED_INLINE void copy_one_by_one(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += m.bits ? 8 : 1) {
+    for (int64_t j = 0; j < m.cols; ++j) {
+      const uint8_t* const p = from + i * m.from_row + j;
+      if (m.bits) {
+        uint8_t bits = 0;
+        for (int k = 0; k < 8; ++k) bits = uint8_t(bits | (p[k * m.from_row] != 0) << k);
+        to[j * m.to_col + i / 8] = bits;
+      } else {
+        to[j * m.to_col + i] = *p != 0;
+      }
+    }
+  }
+}
 
 void transpose(const ByteMatrices& m) {
   constexpr int64_t kRows = 8 * kByteSquare;  // of a square, and whole lines of most copies
@@ -129,15 +215,13 @@ void transpose(const ByteMatrices& m) {
       int64_t i = item % blocks * block;
       const int64_t end_row = at_most(i + block, m.rows);
       if (m.cols == 1) {
-        for (const int64_t step = m.from_row; i < end_row; ++i) to[i] = from[i * step] != 0;
-        continue;
-      }
+        i = gather_column(m, from, to, i, end_row);
+      } else {
 #ifdef KPFUSED_BYTE_SQUARES
-      i = transpose_rows(m, from, to, i, end_row);
+        i = transpose_rows(m, from, to, i, end_row);
 #endif
-      for (; i < end_row; ++i) {
-        for (int64_t j = 0; j < m.cols; ++j) to[j * m.to_col + i] = from[i * m.from_row + j] != 0;
       }
+      copy_one_by_one(m, from, to, i, end_row);
     }
   });
 }

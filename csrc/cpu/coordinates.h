@@ -87,7 +87,7 @@ class CoordinateRows {
     const int64_t rows = view_.height, cols = view_.width;
     if (!flat_ || c.rows != rows || c.cols != cols) return c.by_rows() ? take<false, false>(at) : take<kMasked, false>(at);
     if (kMasked && (c.stride_x != 1 || (c.stride_y != cols && rows > 1))) {
-      copy_pixels(c.mask, c.stride_y, c.stride_x, mask_, cols, 1, rows, cols, 1);
+      copy_mask(c, rows, cols, mask_);
       c.mask = mask_, c.stride_x = 1;
     }
     at.all = {0, 1, 0, rows * cols}, c.rows = 1, c.cols = rows * cols;
@@ -110,16 +110,11 @@ class CoordinateRows {
     }
   }
 
-  // A row of n elements that are `stride` apart.
-  template <class E>
-  static KPFUSED_INLINE const E* side_by_side(const E* p, int64_t stride, int64_t n, E* buffer) {
-    if (stride == 1) return p;
-    for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
-    return buffer;
-  }
-  // Bytes of a mask.
-  KPFUSED_INLINE const uint8_t* mask_of(const Counting& counting, int64_t row, int64_t col, int64_t n) {
-    return side_by_side(counting.mask + row * counting.stride_y + col * counting.stride_x, counting.stride_x, n, mask_);
+  // n elements of a row.
+  KPFUSED_INLINE const T* elements_of(const T* p, int64_t n) {
+    if (view_.stride_x == 1) return p;
+    for (int64_t i = 0; i < n; ++i) row_[i] = p[i * view_.stride_x];
+    return row_;
   }
 
   // Calls vector(i, j, whether fewer pixels than a vector are left) for a row, j of kBlock in turn: sums that follow on each
@@ -161,8 +156,8 @@ class CoordinateRows {
         Vec<A> x[kBlock] = {}, y[kBlock] = {};
         for (int64_t r = first; r < at_most(first + kRows, end); ++r) {
           if (rows_are(false, counting, r, 1)) continue;
-          const T* const p = side_by_side(at.p + r * view_.stride_y + col * view_.stride_x, view_.stride_x, count, row_);
-          const uint8_t* const mask = kMasked ? mask_of(counting, r, col, count) : nullptr;
+          const T* const p = elements_of(at.p + r * view_.stride_y + col * view_.stride_x, count);
+          const uint8_t* const mask = kMasked ? mask_bytes(counting, r, col, count, mask_) : nullptr;
           Vec<A> of_row[kBlock] = {};
           for_vectors(count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
             Vec<A> v = some ? load_first(p + i, count - i, Vec<A>{}) : load(p + i);
@@ -193,7 +188,7 @@ class CoordinateRows {
         T* const out = at.out + r * written_.stride_y + col * written_.stride_x;
         T* const to = written_.stride_x == 1 ? out : row_;
         const int64_t valid = r < counting.rows && !rows_are(false, counting, r, 1) ? most : 0;
-        const uint8_t* const mask = kMasked && valid > 0 ? mask_of(counting, r, col, valid) : nullptr;
+        const uint8_t* const mask = kMasked && valid > 0 ? mask_bytes(counting, r, col, valid, mask_) : nullptr;
         const Vec<A> of_row = splat(kFlat ? A(0) : g_y * y_of<A>(units_, view_, r));
         for_vectors(valid, [&](int64_t i, int, auto some) __attribute__((always_inline)) {
           Vec<A> v = of_x * load_vector(columns + i) + (kFlat ? of_y * load_vector(flat_y_ + i) : of_row);
@@ -217,7 +212,7 @@ class CoordinateRows {
   const Lines<A> x_;  // of columns, and zeros that are read behind them
   alignas(64) A flat_x_[kTable<A>], flat_y_[kTable<A>];  // of a flat map's pixels
   alignas(64) T row_[kTable<A>];
-  uint8_t mask_[kTable<A>];
+  uint8_t mask_[kTable<A> + kMaskRoom];
 };
 
 // Where lanes are channels: pixel after pixel, as memory has them.

@@ -20,9 +20,21 @@ struct Counting {
   const uint8_t* mask;  // of the map's first pixel; null: all within the valid size
   int64_t stride_y, stride_x;
   int64_t rows, cols;  // the valid size
+  int64_t bit = 0;     // where rows begin in their first byte, of a mask of bits
 
+  KPFUSED_INLINE bool in_bits() const { return mask && stride_x == kMaskBits; }
   KPFUSED_INLINE bool at(int64_t row, int64_t col) const {
-    return row < rows && col < cols && (!mask || mask[row * stride_y + col * stride_x] != 0);
+    if (row >= rows || col >= cols || !mask) return row < rows && col < cols;
+    const uint8_t* const p = mask + row * stride_y;
+    return in_bits() ? p[(bit + col) / 8] >> (bit + col) % 8 & 1 : p[col * stride_x] != 0;
+  }
+  // Of what remains of the map from (row, col) on.
+  KPFUSED_INLINE void begin_at(int64_t row, int64_t col) {
+    rows -= row, cols -= col;
+    if (!mask) return;
+    const int64_t first = bit + col;
+    mask += row * stride_y + (in_bits() ? first / 8 : col * stride_x);
+    if (in_bits()) bit = first % 8;
   }
   // Whether a mask has one byte for all of a row, as flags of keypoints have.
   KPFUSED_INLINE bool by_rows() const { return mask && stride_x == 0; }
@@ -99,10 +111,9 @@ KPFUSED_INLINE V ones(V bytes) {
   const V one = V{} + 1;
 #if KPFUSED_AVX512
   if constexpr (sizeof(V) == 64) return (V)_mm512_min_epu8((__m512i)bytes, (__m512i)one);
-#elif KPFUSED_AVX2
-  if constexpr (sizeof(V) == 32) return (V)_mm256_min_epu8((__m256i)bytes, (__m256i)one);
 #endif
 #if KPFUSED_AVX512 || KPFUSED_AVX2
+  if constexpr (sizeof(V) == 32) return (V)_mm256_min_epu8((__m256i)bytes, (__m256i)one);
   if constexpr (sizeof(V) == 16) return (V)_mm_min_epu8((__m128i)bytes, (__m128i)one);
 #endif
   return (V)(bytes != 0) & one;
@@ -152,6 +163,56 @@ KPFUSED_INLINE uint64_t spread_bits(uint32_t bits) {
   // All of them in each byte, of which its own is left, and carried to the byte's highest bit.
   const uint64_t own = (bits & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
   return (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+
+// A byte for each bit, zero or one.
+KPFUSED_INLINE void unpack_bits(const uint8_t* bits, int64_t count, uint8_t* to) {
+  int64_t i = 0;
+#if KPFUSED_AVX512
+  for (; i + 8 <= count; i += 8) {
+    uint64_t set;
+    __builtin_memcpy(&set, bits + i, sizeof(set));
+    _mm512_storeu_si512(to + i * 8, _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(1)));
+  }
+#elif KPFUSED_AVX2
+  const __m256i index = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201u));
+  for (; i + 4 <= count; i += 4) {
+    int32_t set;
+    __builtin_memcpy(&set, bits + i, sizeof(set));
+    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(set), index), bit);
+    _mm256_storeu_si256((__m256i*)(to + i * 8), _mm256_min_epu8(own, _mm256_set1_epi8(1)));
+  }
+#endif
+  for (; i < count; ++i) {
+    const uint64_t bytes = spread_bits(bits[i]);
+    __builtin_memcpy(to + i * 8, &bytes, sizeof(bytes));
+  }
+}
+
+// The bytes of n pixels of a mask from (row, col) on: where they are side by side its own, elsewhere in `buffer`, which has
+// kMaskRoom more.
+constexpr int64_t kMaskRoom = 16;
+KPFUSED_INLINE const uint8_t* mask_bytes(const Counting& counting, int64_t row, int64_t col, int64_t n, uint8_t* buffer) {
+  const uint8_t* p = counting.mask + row * counting.stride_y;
+  if (counting.in_bits()) {
+    const int64_t first = counting.bit + col;
+    unpack_bits(p + first / 8, ceil_div(first % 8 + n, 8), buffer);
+    return buffer + first % 8;
+  }
+  p += col * counting.stride_x;
+  if (counting.stride_x == 1) return p;
+  if (counting.by_rows()) return fill_row(buffer, n, *p), buffer;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * counting.stride_x];
+  return buffer;
+}
+
+// Those of whole rows, one behind the other. Rows of bits begin with a byte.
+KPFUSED_INLINE void copy_mask(const Counting& counting, int64_t rows, int64_t cols, uint8_t* to) {
+  for (int64_t r = 0; r < rows; ++r, to += cols) {
+    const uint8_t* const bytes = mask_bytes(counting, r, 0, cols, to);
+    if (bytes != to) copy_row(bytes, to, cols);
+  }
 }
 
 // From a bit for each lane.
@@ -241,10 +302,25 @@ KPFUSED_INLINE bool rows_are(bool set, const Counting& counting, int64_t row, in
   return true;
 }
 
+KPFUSED_INLINE bool all_bits_set(const Counting& counting, const PixelRange& range) {
+  const int64_t first = counting.bit + range.col, bytes = range.cols / 8;
+  if (first % 8 != 0 || range.cols % 8 != 0) return false;
+  const uint8_t* bits = counting.mask + range.row * counting.stride_y + first / 8;
+  for (int64_t r = 0; r < range.rows; ++r, bits += counting.stride_y) {
+    uint64_t common = ~uint64_t(0);
+    int64_t i = 0;
+    for (uint64_t word; i + 8 <= bytes; i += 8, common &= word) __builtin_memcpy(&word, bits + i, sizeof(word));
+    for (; i < bytes; ++i) common &= ~uint64_t(0xff) | bits[i];
+    if (~common != 0) return false;
+  }
+  return true;
+}
+
 // Whether all of a range of a mask is set, as most of one is beside its edges. Of bytes that are not as torch writes them,
 // and of narrow ranges, it may say no.
 KPFUSED_INLINE bool all_set(const Counting& counting, const PixelRange& range) {
   if (rows_are(true, counting, range.row, range.rows)) return true;
+  if (counting.in_bits()) return all_bits_set(counting, range);
   typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
   constexpr uint64_t kSet = 0x0101010101010101u;
   if (counting.stride_x != 1 || range.cols < kVectorBytes) return false;
@@ -267,8 +343,24 @@ KPFUSED_INLINE bool all_set(const Counting& counting, const PixelRange& range) {
 // Whether rows of `cols` from (row, col) on are one long row, of the map and of its mask.
 KPFUSED_INLINE bool is_one_row(const Counting& counting, int64_t stride_y, int64_t rows, int64_t cols, int64_t row,
                                int64_t col) {
-  return counting.mask && counting.stride_x == 1 && counting.stride_y == cols && stride_y == cols &&
-         row + rows <= counting.rows && col + cols <= counting.cols;
+  const bool follow = counting.in_bits() ? counting.stride_y * 8 == cols : counting.stride_x == 1 && counting.stride_y == cols;
+  return counting.mask && follow && stride_y == cols && row + rows <= counting.rows && col + cols <= counting.cols;
+}
+
+// `to` gets the n elements from (row, col) on of which the mask is set, and `otherwise` in place of the others.
+template <class T>
+KPFUSED_INLINE void copy_masked(const T* from, T* to, int64_t n, T otherwise, const Counting& counting, int64_t row,
+                                int64_t col) {
+  const auto copy = [&](const uint8_t* mask, int64_t first, int64_t count) __attribute__((always_inline)) {
+    select<true>(mask, from + first, to + first, count, otherwise, [](const auto&, int) {});
+  };
+  constexpr int64_t kBytes = 64;
+  uint8_t bytes[kBytes + kMaskRoom];
+  if (counting.stride_x == 1) return copy(mask_bytes(counting, row, col, n, bytes), 0, n);
+  for (int64_t first = 0; first < n; first += kBytes) {
+    const int64_t count = at_most(kBytes, n - first);
+    copy(mask_bytes(counting, row, col + first, count, bytes), first, count);
+  }
 }
 
 // `to` gets the n elements of a row from (row, col) on that count, and `otherwise` in place of the others. `from` and
@@ -277,22 +369,11 @@ template <class T>
 KPFUSED_INLINE void copy_counting(const T* from, T* to, int64_t n, T otherwise, const Counting& counting, int64_t row,
                                   int64_t col) {
   const int64_t valid = row < counting.rows ? at_most(at_least(counting.cols - col, 0), n) : 0;
-  const uint8_t* mask = counting.mask ? counting.mask + row * counting.stride_y + col * counting.stride_x : nullptr;
-  if (!mask) {
-    if (from != to) copy_row(from, to, valid);
-  } else if (counting.stride_x == 1) {
-    select<true>(mask, from, to, valid, otherwise, [](const auto&, int) {});
-  } else if (counting.by_rows()) {
-    if (*mask == 0) return fill_row(to, n, otherwise);
-    if (from != to) copy_row(from, to, valid);
+  if (counting.mask && !counting.by_rows()) {
+    copy_masked(from, to, valid, otherwise, counting, row, col);
   } else {
-    constexpr int64_t kBytes = 64;
-    uint8_t bytes[kBytes];
-    for (int64_t first = 0; first < valid; first += kBytes) {
-      const int64_t count = at_most(kBytes, valid - first);
-      for (int64_t i = 0; i < count; ++i) bytes[i] = mask[(first + i) * counting.stride_x];
-      select<true>(bytes, from + first, to + first, count, otherwise, [](const auto&, int) {});
-    }
+    if (rows_are(false, counting, row, 1)) return fill_row(to, n, otherwise);
+    if (from != to) copy_row(from, to, valid);
   }
   fill_row(to + valid, n - valid, otherwise);
 }
@@ -302,8 +383,7 @@ template <class T>
 KPFUSED_INLINE void copy_counting_rows(const T* from, int64_t stride_y, int64_t rows, int64_t cols, T* to, T otherwise,
                                        const Counting& counting, int64_t row, int64_t col) {
   if (is_one_row(counting, stride_y, rows, cols, row, col)) {
-    const uint8_t* const mask = counting.mask + row * counting.stride_y;
-    return select<true>(mask, from, to, rows * cols, otherwise, [](const auto&, int) {});
+    return copy_masked(from, to, rows * cols, otherwise, counting, row, col);
   }
   for (int64_t r = 0; r < rows; ++r) {
     copy_counting(from + r * stride_y, to + r * cols, cols, otherwise, counting, row + r, col);

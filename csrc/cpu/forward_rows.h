@@ -156,49 +156,56 @@ class ForwardRows {
     const Counting counting = counting_of(params_.pixels, view_, part.map);
     // Rows are counted by pieces of average width, and none is twice as wide.
     alignas(64) T buffer[2 * kBytes / sizeof(T)];
+    uint8_t bytes[2 * kBytes / sizeof(T) + kMaskRoom];
     S state = nothing();
     for (int64_t i = 0; i < part.chunks.y.count; ++i) {
       for (int64_t j = 0; j < part.chunks.x.count; ++j) {
         const int64_t row = part.row + part.chunks.y.begin(i), col = part.col + part.chunks.x.begin(j);
         const int64_t rows = at_most(part.chunks.y.size(i), counting.rows - row);
         if (rows <= 0 || col >= counting.cols || rows_are(false, counting, row, rows)) continue;
-        state = merge(state, counting_chunk(part, i, j, rows, counting, sharp, state, buffer), sharp.scale, ScalarExp2{});
+        state = merge(state, counting_chunk(part, i, j, rows, counting, sharp, state, buffer, bytes), sharp.scale,
+                      ScalarExp2{});
       }
     }
     return state;
   }
 
   // Its first `rows` rows, in place where what counts is a rectangle, otherwise from a buffer.
-  KPFUSED_INLINE S counting_chunk(const Part& part, int64_t i, int64_t j, int64_t rows, const Counting& counting,
-                                  const Sharpness<A>& sharp, const S& so_far, T* buffer) const {
+  KPFUSED_INLINE S counting_chunk(const Part& part, int64_t i, int64_t j, int64_t rows, Counting counting,
+                                  const Sharpness<A>& sharp, const S& so_far, T* buffer, uint8_t* bytes) const {
     const int64_t y = part.chunks.y.begin(i), x = part.chunks.x.begin(j), row = part.row + y, col = part.col + x;
     int64_t cols = part.chunks.x.size(j);
-    const int64_t valid = at_most(cols, counting.cols - col);
+    counting.begin_at(row, col);
+    const int64_t valid = at_most(cols, counting.cols);
     const T* const p = part.p + y * view_.stride_y + x;
     const A x0 = centred<A>(col, view_.width), y0 = centred<A>(row, view_.height);
     RowsChunk<T> chunk = {p, view_.stride_y, rows, valid, x0, y0, after(part, i, j), view_.stride_y};
-    const uint8_t* const mask = counting.mask + row * counting.stride_y;
-    if (counting.mask && counting.stride_x == 1) chunk.mask = mask + col, chunk.mask_y = counting.stride_y;
     const bool enough = !plan_.flat && valid >= kLanes<A>;
-    if (enough && (!counting.mask || all_set(counting, {row, rows, col, valid}))) return rows_chunk(chunk, sharp, so_far);
+    if (counting.mask && counting.stride_x == 1) chunk.mask = counting.mask, chunk.mask_y = counting.stride_y;
+    if (enough && (!counting.mask || all_set(counting, {0, rows, 0, valid}))) return rows_chunk(chunk, sharp, so_far);
 #if KPFUSED_AVX512
     if constexpr (!kMoments) {
-      if (enough && (chunk.mask || counting.by_rows()) && by_bits(valid)) {
-        return sums_by_bits<kBytes>(chunk, mask, counting.stride_y, sharp);
+      if (enough && counting.stride_x <= 1 && by_bits(valid)) {
+        if (counting.in_bits()) chunk.bits = counting.mask, chunk.bits_y = counting.stride_y;
+        return sums_by_bits<kBytes>(chunk, counting.mask, counting.stride_y, sharp);
       }
     }
 #endif
+    if (counting.mask && counting.stride_x != 1 && !counting.by_rows()) {
+      copy_mask(counting, rows, valid, bytes);
+      chunk.mask = counting.mask = bytes, chunk.mask_y = counting.stride_y = valid, counting.stride_x = 1;
+    }
     if (!plan_.flat) cols = at_least(valid, kLanes<A>);
     chunk.p = buffer, chunk.stride_y = chunk.cols = cols;
     const T otherwise = weightless<T>(sharp.sign);
     A peak;
     if constexpr (std::is_same_v<T, A>) {
       if (chunk.mask) {
-        peak = copy_counting_with_peak(p, view_.stride_y, rows, cols, buffer, otherwise, counting, row, col);
+        peak = copy_counting_with_peak(p, view_.stride_y, rows, cols, buffer, otherwise, counting, 0, 0);
         chunk.peak = &peak;
       }
     }
-    if (!chunk.peak) copy_counting_rows(p, view_.stride_y, rows, cols, buffer, otherwise, counting, row, col);
+    if (!chunk.peak) copy_counting_rows(p, view_.stride_y, rows, cols, buffer, otherwise, counting, 0, 0);
     return plan_.flat ? flat_chunk(buffer, cols, rows, row, sharp, so_far) : rows_chunk(chunk, sharp, so_far);
   }
 

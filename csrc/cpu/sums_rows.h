@@ -30,6 +30,7 @@ struct RowsChunk {
   int64_t mask_y = 0;
   const A* peak = nullptr;        // where it is known
   const uint8_t* bits = nullptr;  // as count_bits() or count_rows() write them; null: all pixels count
+  int64_t bits_y = 0;             // bytes between their rows
 };
 
 // What is fetched of the next chunk and its mask while the vectors from column `first` on of this one's rows are gone through.
@@ -104,36 +105,30 @@ KPFUSED_INLINE Acc<T> peak_of(const RowsChunk<T>& chunk, Acc<T> sign) {
 }
 
 #if KPFUSED_AVX512
-// Writes a bit for each pixel, whether it counts, row after row of whole bytes, and up to seven bytes more. Returns the
-// greatest key of those that do.
-template <class T, bool kNegative>
-Acc<T> count_bits(const RowsChunk<T>& chunk, uint8_t* bits) {
+// The greatest key of the pixels that count. word(row, column, how many) has a bit for each of up to 64, a multiple of eight;
+// where the mask is dense and the map is too, they are one row.
+template <class T, bool kNegative, class Word>
+KPFUSED_INLINE Acc<T> peak_of_counted(const RowsChunk<T>& chunk, bool dense, const Word& word) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>, kWord = 64, kPeaks = 4;
   Vec<A> peak[kPeaks];
   for (int j = 0; j < kPeaks; ++j) peak[j] = splat(Limits<A>::lowest);
-  const bool dense = chunk.mask_y == chunk.cols && chunk.stride_y == chunk.cols;
+  dense = dense && chunk.stride_y == chunk.cols;
   const int64_t rows = dense ? 1 : chunk.rows, cols = dense ? chunk.rows * chunk.cols : chunk.cols;
   const T* p = chunk.p;
-  const uint8_t* mask = chunk.mask;
-  for (int64_t r = 0; r < rows; ++r, p += chunk.stride_y, mask += chunk.mask_y, bits += cols / 8) {
+  for (int64_t r = 0; r < rows; ++r, p += chunk.stride_y) {
     const auto see = [&](int64_t col, int j, __mmask64 lanes) __attribute__((always_inline)) {
       const Vec<A> key = kNegative ? -load(p + col) : load(p + col);
       const LaneWord<A> word = LaneWord<A>(lanes);
       peak[j] = choose_lanes<A>(&word, maximum(key, peak[j]), peak[j]);
     };
-    const auto word = [&](int64_t col, __m512i bytes) __attribute__((always_inline)) {
-      const __mmask64 set = set_bits(bytes);
-      __builtin_memcpy(bits + col / 8, &set, sizeof(set));
-      return set;
-    };
     int64_t col = 0;
     for (; col + kWord <= cols; col += kWord) {
-      __mmask64 set = word(col, _mm512_loadu_si512(mask + col));
+      __mmask64 set = word(r, col, kWord);
       for (int j = 0; j < kWord / L; ++j, set = _kshiftri_mask64(set, L)) see(col + j * L, j % kPeaks, set);
     }
     if (col == cols) continue;
-    const __mmask64 set = word(col, _mm512_maskz_loadu_epi8((1ull << (cols - col)) - 1, mask + col));
+    const __mmask64 set = word(r, col, cols - col);
     for (int64_t i = col; i < cols; i += L) {
       const int64_t at = at_most(i, cols - L);
       see(at, 0, set >> (i - col) << (i - at));
@@ -141,6 +136,30 @@ Acc<T> count_bits(const RowsChunk<T>& chunk, uint8_t* bits) {
   }
   for (int j = 1; j < kPeaks; ++j) peak[0] = maximum(peak[j], peak[0]);
   return reduce_max<A>(peak[0]);
+}
+
+// Writes a bit for each pixel, whether it counts, row after row of whole bytes, and up to seven bytes more. Returns the
+// greatest key of those that do.
+template <class T, bool kNegative>
+Acc<T> count_bits(const RowsChunk<T>& chunk, uint8_t* bits) {
+  const auto word = [&](int64_t row, int64_t col, int64_t n) __attribute__((always_inline)) {
+    const uint8_t* const p = chunk.mask + row * chunk.mask_y + col;
+    const __mmask64 set = set_bits(n == 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((1ull << n) - 1, p));
+    __builtin_memcpy(bits + (row * chunk.cols + col) / 8, &set, sizeof(set));
+    return set;
+  };
+  return peak_of_counted<T, kNegative>(chunk, chunk.mask_y == chunk.cols, word);
+}
+
+// Of a mask that has bits already.
+template <class T, bool kNegative>
+Acc<T> peak_of_bits(const RowsChunk<T>& chunk) {
+  const auto word = [&](int64_t row, int64_t col, int64_t n) __attribute__((always_inline)) {
+    const uint8_t* const p = chunk.bits + row * chunk.bits_y + col / 8;
+    const __m128i bits = n == 64 ? _mm_loadl_epi64((const __m128i*)p) : _mm_maskz_loadu_epi8(__mmask16((1u << n / 8) - 1), p);
+    return __mmask64(_mm_cvtsi128_si64(bits));
+  };
+  return peak_of_counted<T, kNegative>(chunk, chunk.bits_y * 8 == chunk.cols, word);
 }
 
 // Bits and greatest key of a mask that has one byte for each row, from `flags` on: rows that follow each other and count are
@@ -184,7 +203,7 @@ void sum_columns(const RowsChunk<T>& chunk, int64_t first, const Falloff<Acc<T>>
     exp2<A, N>(w, falloff.scale, [&](int j, Vec<A> v) __attribute__((always_inline)) {
       return kCounted ? keep_lanes<A>(bits + ((j < N - 1 ? j * L : last) >> 3), v) : v;
     });
-    if (kCounted) bits += chunk.cols >> 3;
+    if (kCounted) bits += chunk.bits_y;
     if (Tail) w[N - 1] = keep<A>(w[N - 1], mask);
     for (int j = 0; j < N; ++j) column[j] += w[j];
     for (int j = 1; j < N; ++j) w[0] += w[j];
@@ -223,17 +242,19 @@ State<Acc<T>> chunk_sums(const RowsChunk<T>& chunk, const Sharpness<Acc<T>>& sha
 
 #if KPFUSED_AVX512
 // Of the pixels of a mask, where they are, whatever the others hold. `flags`, `flags_y`: those of rows, where the
-// chunk has no mask of its own.
+// chunk has no mask of its own, neither bytes nor bits.
 template <int64_t kBytes, class T>
 KPFUSED_INLINE State<Acc<T>> sums_by_bits(RowsChunk<T> chunk, const uint8_t* flags, int64_t flags_y,
                                           const Sharpness<Acc<T>>& sharp) {
   constexpr int64_t kMost = 2 * kBytes / int64_t(sizeof(T));  // as of a copy
   uint8_t bits[kMost / 8 + 8];
   const auto count = [&](auto negative) {
+    if (chunk.bits) return peak_of_bits<T, negative>(chunk);
     return chunk.mask ? count_bits<T, negative>(chunk, bits) : count_rows<T, negative>(chunk, flags, flags_y, bits);
   };
   const Acc<T> peak = sharp.sign < 0 ? count(std::true_type{}) : count(std::false_type{});
-  chunk.bits = bits, chunk.peak = &peak;
+  if (!chunk.bits) chunk.bits = bits, chunk.bits_y = chunk.cols >> 3;
+  chunk.peak = &peak;
   return chunk_sums(chunk, sharp);
 }
 #endif

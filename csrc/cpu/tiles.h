@@ -128,9 +128,7 @@ class SoftmaxTiles {
     planes_.p = planes_.at(0, box.top, box.left);
     planes_.width = box.right - box.left;
     if (!counting(0)) return;
-    Counting& c = maps_[0].counting;
-    c.rows -= box.top, c.cols -= box.left;
-    if (c.mask) c.mask += box.top * c.stride_y + box.left * c.stride_x;
+    maps_[0].counting.begin_at(box.top, box.left);
   }
 
   // P of the maps at pixels [first, first + count), with zeros up to a whole vector. With `keys`, for distance_at() too.

@@ -116,13 +116,8 @@ class WholeMaps {
     if constexpr (kMasked) {
       const uint8_t* p = counting.mask;
       if (counting.stride_x != 1 || (counting.stride_y != width && counting.rows > 1)) {
-        if (!bytes_) bytes_.reset(new uint8_t[size_t(all_)]);
-        const int64_t rows = softmax_.view.height;
-        for (int64_t r = p == copied_ ? rows : 0; r < rows; ++r) {  // none where the bytes are there already
-          const uint8_t* const row = p + r * counting.stride_y;
-          uint8_t* const to = bytes_.get() + r * width;
-          counting.by_rows() ? fill_row(to, width, *row) : copy_pixels(row, 0, counting.stride_x, to, 0, 1, 1, width, 1);
-        }
+        if (!bytes_) bytes_.reset(new uint8_t[size_t(all_ + kMaskRoom)]);
+        if (p != copied_) copy_mask(counting, softmax_.view.height, width, bytes_.get());
         copied_ = p, p = bytes_.get();
       }
       const Rest rest = rest_of(pixels_);

@@ -55,6 +55,7 @@ struct Settings {
   std::optional<Tensor> mask;        // bool, of the heatmap's shape; strides may be zero
   std::optional<Tensor> valid_size;  // int64 (..., 2), (height, width), leading dimensions as those of beta
   std::optional<double> empty_value;
+  bool mask_in_bits = false;  // as kMaskBits: a copy that kernels along rows read
 };
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
@@ -64,6 +65,7 @@ inline PixelView pixel_view(const Tensor& heatmap, const Settings& settings, con
   PixelView view{nullptr, mask_view, nullptr, 1, 1, false, settings.empty_value.value_or(kNan)};
   view.fills_empty = settings.mask || settings.valid_size || settings.empty_value;
   if (settings.mask) view.mask = static_cast<const uint8_t*>(settings.mask->const_data_ptr());
+  if (settings.mask_in_bits) view.mask_view.stride_x = kMaskBits;
   if (!settings.valid_size) return view;
   const Tensor& size = *settings.valid_size;
   check_device(size, heatmap, "valid_size");
@@ -135,9 +137,10 @@ inline Tensor copied(const Tensor& mask) {
 }
 
 // A copy of a mask in the order of its dimensions, where its last is not the nearest in memory: kernels would touch a line of
-// memory for a few bytes, and do so again for each map that shares it. What it is expanded along it still is. Of the CPU's masks
-// only: on a GPU maps side by side are read at the same time, and find these lines in its cache.
-inline std::optional<Tensor> in_row_order(const Tensor& mask) {
+// memory for a few bytes, and do so again for each map that shares it. What it is expanded along it still is. With `bits` it is
+// one for each pixel, and all strides but the last are those of their bytes. Of the CPU's masks only: on a GPU maps side by side
+// are read at the same time, and find these lines in its cache.
+inline std::optional<Tensor> in_row_order(const Tensor& mask, bool bits) {
   const auto sizes = mask.sizes(), strides = mask.strides();
   const int64_t dims = mask.dim(), width = sizes[dims - 1];
   if (strides[dims - 1] <= 1 || width == 1 || mask.numel() == 0) return std::nullopt;
@@ -151,13 +154,15 @@ inline std::optional<Tensor> in_row_order(const Tensor& mask) {
     if (strides[d] == 1) columns = d;
     dense[static_cast<size_t>(d)] = bytes, bytes *= sizes[d];
   }
+  // Rows are whole bytes of bits, and so is all that they make up.
+  for (int64_t d = 0; bits && d < dims - 1; ++d) dense[static_cast<size_t>(d)] /= 8;
   cpu::ByteMatrices m{};
-  m.rows = width, m.from_row = strides[dims - 1], m.cols = 1;
+  m.bits = bits, m.rows = width, m.from_row = strides[dims - 1], m.cols = 1;
   if (columns >= 0) m.cols = sizes[columns], m.to_col = dense[static_cast<size_t>(columns)];
   for (int64_t d = dims - 1; d-- > 0;) {
     const int64_t to = dense[static_cast<size_t>(d)];
     if (to == 0 || d == columns) continue;
-    if (m.dims == 0 && strides[d] == m.rows * m.from_row && to == m.rows) {
+    if (m.dims == 0 && strides[d] == m.rows * m.from_row && to == (bits ? m.rows / 8 : m.rows)) {
       m.rows *= sizes[d];  // rows that follow each other are one
     } else if (m.dims == cpu::ByteMatrices::kExtents) {
       return std::nullopt;
@@ -167,7 +172,7 @@ inline std::optional<Tensor> in_row_order(const Tensor& mask) {
   }
   Tensor result = empty_strided(mask, sizes.data(), dense.data(), dims, ScalarType::Bool);
   m.from = static_cast<const uint8_t*>(mask.const_data_ptr()), m.to = static_cast<uint8_t*>(result.mutable_data_ptr());
-  cpu::prefer_huge_pages(m.to, static_cast<size_t>(bytes));
+  cpu::prefer_huge_pages(m.to, static_cast<size_t>(bits ? bytes / 8 : bytes));
   cpu::transpose(m);
   return result;
 }
@@ -206,14 +211,17 @@ inline Layout layout_of(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* ta
 }
 
 // Likewise; and a copy of a mask that lies otherwise than kernels go, along rows or along channels.
-inline Layout readable(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* target = nullptr, const Tensor* values = nullptr) {
+inline Layout readable(Tensor& heatmap, Settings& settings, Tensor* target = nullptr, const Tensor* values = nullptr) {
+  std::optional<Tensor>& mask = settings.mask;
   const Layout layout = layout_of(heatmap, mask, target, values);
-  if (!mask || !layout.in_place) return layout;
+  if (!mask || settings.mask_in_bits || !layout.in_place) return layout;
   const MapView& maps = layout.first;
-  if (maps.stride_x != 1 && layout.mask.stride_inner() == 1 && layout.mask.even(maps.inner)) return layout;
-  const std::optional<Tensor> copy = in_row_order(*mask);
+  const bool rows = maps.stride_x == 1;
+  if (!rows && layout.mask.stride_inner() == 1 && layout.mask.even(maps.inner)) return layout;
+  const bool bits = rows && maps.width % 8 == 0;
+  const std::optional<Tensor> copy = in_row_order(*mask, bits);
   if (!copy) return layout;
-  mask = copy;
+  mask = copy, settings.mask_in_bits = bits;
   return layout_of(heatmap, mask, target, values);
 }
 

@@ -32,7 +32,7 @@ struct Gradient {
       : heatmap(std::move(input)), result(kpfused::empty_like(heatmap)), grad_heatmap(result),
         settings(std::move(given)) {
     STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
-    const Layout layout = readable(heatmap, settings.mask, &grad_heatmap);
+    const Layout layout = readable(heatmap, settings, &grad_heatmap);
     params = common_params<BackwardParams>(heatmap, layout, settings);
     params.with_moments = with_moments;
     check_of_maps(stats, with_moments ? kMomentStats : kStats, "stats");

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> forward(Tensor heatmap, std::optional<Tensor> beta, d
                                    std::optional<double> empty_value) {
   STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
   Settings settings{beta, beta_value, coordinates, mask, valid_size, empty_value};
-  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings.mask), settings);
+  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings), settings);
   Tensor result = empty(heatmap, leading_sizes(heatmap, {2}), accumulator_of(p.dtype));
   Tensor stats = empty(heatmap, leading_sizes(heatmap, {kStats}), accumulator_of(p.dtype));
   p.coordinates = result.mutable_data_ptr();
@@ -34,7 +34,7 @@ MomentTensors moments_forward(Tensor heatmap, std::optional<Tensor> beta, double
                               std::optional<double> empty_value) {
   STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
   Settings settings{beta, beta_value, coordinates, mask, valid_size, empty_value};
-  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings.mask), settings);
+  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings), settings);
   const ScalarType dtype = accumulator_of(p.dtype);
   Tensor mean = empty(heatmap, leading_sizes(heatmap, {2}), dtype);
   Tensor covariance = empty(heatmap, leading_sizes(heatmap, {2, 2}), dtype);

@@ -165,10 +165,10 @@ class Steps {
 
   // Of heatmap, mask, what is to be written and values; where they cannot be read together, of copies, which replace them.
   Layout layout_of(Tensor* target, Tensor* values) {
-    Layout layout = readable(readable_, settings_.mask, target, values);
+    Layout layout = readable(readable_, settings_, target, values);
     if (!layout.in_place && values) {
       *values = torch::stable::contiguous(*values);
-      layout = readable(readable_, settings_.mask, target, values);
+      layout = readable(readable_, settings_, target, values);
     }
     if (values) kept_.push_back(*values);
     kept_.push_back(readable_);

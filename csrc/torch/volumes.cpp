@@ -73,7 +73,7 @@ VolumeTensors forward(Tensor heatmap, std::optional<Tensor> beta, double beta_va
   STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
   const Volumes volumes(heatmap, setting);
   Settings settings = of_slices({beta, beta_value, setting, mask, valid_size, empty_value}, volumes);
-  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings.mask), settings);
+  auto p = common_params<ForwardParams>(heatmap, readable(heatmap, settings), settings);
   const ScalarType dtype = accumulator_of(p.dtype);
   Tensor slice_stats = empty(heatmap, leading_sizes(heatmap, {kMomentStats}), dtype);
   Tensor slice_peaks = empty(heatmap, leading_sizes(heatmap, {2}), ScalarType::Long);

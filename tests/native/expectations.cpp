@@ -315,8 +315,8 @@ void test_expectations() {
         const Case c = {dtype, layout, s[0], s[1], s[2], s[3]};
         for (Lie kind : {Lie::like_maps, Lie::rows}) run_expectation(c, -1.5, Counted::all, kind, 1);
         for (int64_t n : {2, 3, 7}) run_expectation(c, -1.5, n == 3 ? Counted::all : Counted::mask, Lie::image, n);
-        for (int i = 0; i < 3; ++i) run_expectation(c, 1, kCounted[1 + turn++ % (kCountings - 1)], Lie::like_maps, 1);
-        for (int i = 0; i < 2; ++i) run_coordinates_and_window(c, kCounted[turn++ % kCountings], 2);
+        for (int i = 0; i < 3; ++i) run_expectation(c, 1, kCounted[1 + turn++ % (kLaneCountings - 1)], Lie::like_maps, 1);
+        for (int i = 0; i < 2; ++i) run_coordinates_and_window(c, kCounted[turn++ % kLaneCountings], 2);
         ++turn;  // six for each case: all kinds have their turn
       }
     }

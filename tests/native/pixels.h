@@ -15,6 +15,7 @@ namespace native {
 // rows_of_mask: a mask of whole rows. pixels_of_mask: one of which the channels of a pixel stand side by side;
 // channels_of_mask: as the last of some more. grouped_mask: one that groups of channels have in common, as the volumes of some
 // keypoints. sizes: of samples; sizes_of_maps: of each map, some of which have none.
+// bits_of_mask: a bit for each pixel, of maps whose pixels stand side by side.
 enum class Counted {
   all,
   mask,
@@ -25,7 +26,8 @@ enum class Counted {
   grouped_mask,
   sizes,
   sizes_of_maps,
-  both
+  both,
+  bits_of_mask
 };
 constexpr Counted kCounted[] = {Counted::all,
                                Counted::mask,
@@ -36,8 +38,10 @@ constexpr Counted kCounted[] = {Counted::all,
                                Counted::grouped_mask,
                                Counted::sizes,
                                Counted::sizes_of_maps,
-                               Counted::both};
+                               Counted::both,
+                               Counted::bits_of_mask};
 constexpr int64_t kCountings = sizeof(kCounted) / sizeof(kCounted[0]);
+constexpr int64_t kLaneCountings = kCountings - 1;  // where lanes are channels
 
 // What maps without weight give where not all pixels count.
 constexpr double kEmpty = -5;
@@ -64,7 +68,9 @@ struct Pixels {
     const size_t size = size_t(map / view.divisor % view.modulus * 2);
     if (view.sizes && (y >= sizes[size] || x >= sizes[size + 1])) return false;
     const MaskView& of = view.mask_view;
-    return !view.mask || mask[size_t(first + of.offset(map) + y * of.stride_y + x * of.stride_x)];
+    if (!view.mask) return true;
+    const int64_t row = first + of.offset(map) + y * of.stride_y;
+    return of.stride_x == kMaskBits ? mask[size_t(row + x / 8)] >> x % 8 & 1 : mask[size_t(row + x * of.stride_x)] != 0;
   }
 
  private:
@@ -90,8 +96,18 @@ struct Pixels {
       bytes = c.outer * own * pixels;
       view.mask_view = {3, {own, groups, c.outer}, {pixels, 0, own * pixels}, c.width, 1};
     }
+    const bool bits = kind == Counted::bits_of_mask && c.view().stride_x == 1;
+    if (bits) {
+      const int64_t row = (c.width + 7) / 8, plane = c.height * row;
+      bytes = maps * plane;
+      view.mask_view = {2, {c.inner, c.outer}, {plane, plane * c.inner}, row, kMaskBits};
+    }
     mask.reset(new uint8_t[size_t(bytes)]);
-    for (int64_t i = 0; i < bytes; ++i) mask[size_t(i)] = uniform() < 0.6 && i * maps / bytes != 3;
+    for (int64_t i = 0; i < bytes; ++i) {
+      uint8_t value = 0;
+      for (int b = 0; b < (bits ? 8 : 1); ++b) value |= uint8_t((uniform() < 0.6) << b);
+      mask[size_t(i)] = i * maps / bytes == 3 ? 0 : value;
+    }
     view.mask = mask.get() + first;
   }
 
