@@ -14,7 +14,7 @@ constexpr int kByteSquare = 16;
 // Of a column of the copy, rows from i on, eight for each byte of their bits.
 KPFUSED_INLINE void put_bits(const ByteMatrices& m, const uint8_t* bits, int64_t count, uint8_t* column, int64_t i) {
   if (!m.bits) return unpack_bits(bits, count, column + i);
-  if (count == kByteSquare) return void(__builtin_memcpy(column + i / 8, bits, kByteSquare));  // one vector
+  if (count == kByteSquare) return void(__builtin_memcpy(column + i / 8, bits, kByteSquare));  // of constant size: one store
   __builtin_memcpy(column + i / 8, bits, size_t(count));
 }
 
@@ -66,8 +66,8 @@ KPFUSED_INLINE void pack_rows(const uint8_t* from, int64_t from_row, uint8_t* to
 // Up to so many columns of a square are taken from it byte by byte.
 constexpr int64_t kFewColumns = 3;
 
-// 8 * count rows from i on, and columns [first, past), read as kPacked of them from `col` on. Of what comes `ahead` bytes after
-// these rows, each eight fetch a share.
+// 8 * count rows from i on, and columns [first, past), read as kPacked of them from `col` on. Of what lies `ahead` bytes
+// from the first of these rows on, each eight fetch a share.
 KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t i, int64_t count,
                                      int64_t col, int64_t first, int64_t past, int64_t ahead, int64_t share) {
   alignas(kPacked) uint8_t packed[kByteSquare][kPacked];
@@ -182,18 +182,21 @@ KPFUSED_INLINE int64_t gather_column(const ByteMatrices& m, const uint8_t* from,
   return i;
 }
 
-// Rows [begin, end), in whole eights where the copy is bits.
+// Rows [begin, end), in whole eights where the copy is bits. What is in `m` is read ahead of loops that write bytes: compilers
+// would read it anew after each.
 KPFUSED_INLINE void copy_one_by_one(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += m.bits ? 8 : 1) {
-    for (int64_t j = 0; j < m.cols; ++j) {
-      const uint8_t* const p = from + i * m.from_row + j;
-      if (m.bits) {
-        uint8_t bits = 0;
-        for (int k = 0; k < 8; ++k) bits = uint8_t(bits | (p[k * m.from_row] != 0) << k);
-        to[j * m.to_col + i / 8] = bits;
-      } else {
-        to[j * m.to_col + i] = *p != 0;
-      }
+  const int64_t cols = m.cols, from_row = m.from_row, to_col = m.to_col;
+  if (!m.bits) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < cols; ++j) to[j * to_col + i] = from[i * from_row + j] != 0;
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; i += 8) {
+    for (int64_t j = 0; j < cols; ++j) {
+      uint8_t bits = 0;
+      for (int k = 0; k < 8; ++k) bits = uint8_t(bits | (from[(i + k) * from_row + j] != 0) << k);
+      to[j * to_col + i / 8] = bits;
     }
   }
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Pixels that do not count: a mask, or beyond the valid size. Rows go through a buffer in the nearest cache, in which these
-// pixels hold a logit of no weight, and their gradients are set to zero afterwards; with mask registers, sums take bits of a
-// mask in place of that. What counts as a whole is read in place. Where lanes are channels, words say which of them count
-// (lane_words.h), or the bytes of the mask themselves, or kernels skip pixels of which no channel does.
+// Pixels that do not count: a mask, of bytes or of bits, or beyond the valid size. Rows go through a buffer in the nearest
+// cache, in which these pixels hold a logit of no weight, and their gradients are set to zero afterwards; with mask registers,
+// sums take bits of a mask in place of that. What counts as a whole is read in place. Where lanes are channels, words say
+// which of them count (lane_words.h), or the bytes of the mask themselves, or kernels skip pixels of which no channel does.
 #pragma once
 
 #include <type_traits>
@@ -190,9 +190,11 @@ KPFUSED_INLINE void unpack_bits(const uint8_t* bits, int64_t count, uint8_t* to)
   }
 }
 
+// What unpacking bits may write beyond the pixels that are asked for: up to seven on either side.
+constexpr int64_t kMaskRoom = 16;
+
 // The bytes of n pixels of a mask from (row, col) on: where they are side by side its own, elsewhere in `buffer`, which has
 // kMaskRoom more.
-constexpr int64_t kMaskRoom = 16;
 KPFUSED_INLINE const uint8_t* mask_bytes(const Counting& counting, int64_t row, int64_t col, int64_t n, uint8_t* buffer) {
   const uint8_t* p = counting.mask + row * counting.stride_y;
   if (counting.in_bits()) {
@@ -207,11 +209,12 @@ KPFUSED_INLINE const uint8_t* mask_bytes(const Counting& counting, int64_t row, 
   return buffer;
 }
 
-// Those of whole rows, one behind the other. Rows of bits begin with a byte.
+// Those of whole rows, one behind the other.
 KPFUSED_INLINE void copy_mask(const Counting& counting, int64_t rows, int64_t cols, uint8_t* to) {
   for (int64_t r = 0; r < rows; ++r, to += cols) {
     const uint8_t* const bytes = mask_bytes(counting, r, 0, cols, to);
-    if (bytes != to) copy_row(bytes, to, cols);
+    if (counting.stride_x == 1) copy_row(bytes, to, cols);
+    else if (bytes != to) __builtin_memmove(to, bytes, size_t(cols));  // of bits that do not begin with a byte
   }
 }
 
@@ -260,8 +263,9 @@ KPFUSED_INLINE Vec<A> keep_lanes(const void* word, Vec<A> v) {
 constexpr int kSelected = 4;
 
 // to[i] = mask[i] ? from[i] : otherwise, vectors of which seen(v, j) sees, j of kSelected in turn: what follows on each
-// other need not wait. Also reads what is not taken. `from` and `to` may be the same. With kFetch what comes next is fetched.
-template <bool kFetch, class T, class Seen>
+// other need not wait. Also reads what is not taken. `from` and `to` may be the same. With kFetch what comes next is fetched,
+// and with kFetchMask that of the mask.
+template <bool kFetch, bool kFetchMask, class T, class Seen>
 KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n, T otherwise, const Seen& seen) {
   constexpr int L = kElements<T>;
   using V = BitsVector<T>;
@@ -274,7 +278,7 @@ KPFUSED_INLINE void select(const uint8_t* mask, const T* from, T* to, int64_t n,
     v = choose<T>(mask + i, v, other);
     __builtin_memcpy(to + i, &v, sizeof(v));
     if (kFetch) prefetch(from + i, kReadAhead);
-    if (kFetch && j == 0) prefetch(mask + i, kReadAhead);
+    if (kFetchMask && j == 0) prefetch(mask + i, kReadAhead);
     seen(v, j);
   };
   int64_t i = 0;
@@ -351,15 +355,15 @@ KPFUSED_INLINE bool is_one_row(const Counting& counting, int64_t stride_y, int64
 template <class T>
 KPFUSED_INLINE void copy_masked(const T* from, T* to, int64_t n, T otherwise, const Counting& counting, int64_t row,
                                 int64_t col) {
-  const auto copy = [&](const uint8_t* mask, int64_t first, int64_t count) __attribute__((always_inline)) {
-    select<true>(mask, from + first, to + first, count, otherwise, [](const auto&, int) {});
-  };
+  const auto unseen = [](const auto&, int) {};
   constexpr int64_t kBytes = 64;
   uint8_t bytes[kBytes + kMaskRoom];
-  if (counting.stride_x == 1) return copy(mask_bytes(counting, row, col, n, bytes), 0, n);
+  const auto mask_at = [&](int64_t first, int64_t count) { return mask_bytes(counting, row, col + first, count, bytes); };
+  if (counting.stride_x == 1) return select<true, true>(mask_at(0, n), from, to, n, otherwise, unseen);
   for (int64_t first = 0; first < n; first += kBytes) {
     const int64_t count = at_most(kBytes, n - first);
-    copy(mask_bytes(counting, row, col + first, count, bytes), first, count);
+    const uint8_t* const mask = mask_at(first, count);
+    select<true, false>(mask, from + first, to + first, count, otherwise, unseen);
   }
 }
 
@@ -405,7 +409,7 @@ KPFUSED_INLINE A copy_counting_with_peak(const A* from, int64_t stride_y, int64_
   int64_t valid = at_most(at_least(counting.cols - col, 0), cols);
   if (is_one_row(counting, stride_y, rows, cols, row, col)) valid = cols *= rows, rows = 1;
   for (int64_t r = 0; r < rows; ++r, from += stride_y, to += cols, mask += counting.stride_y) {
-    select<false>(mask, from, to, valid, otherwise, seen);
+    select<false, false>(mask, from, to, valid, otherwise, seen);
     fill_row(to + valid, cols - valid, otherwise);
   }
   for (int j = 1; j < kSelected; ++j) peak[0] = maximum(peak[j], peak[0]);

@@ -185,7 +185,7 @@ class ForwardRows {
     if (enough && (!counting.mask || all_set(counting, {0, rows, 0, valid}))) return rows_chunk(chunk, sharp, so_far);
 #if KPFUSED_AVX512
     if constexpr (!kMoments) {
-      if (enough && counting.stride_x <= 1 && by_bits(valid)) {
+      if (enough && counting.stride_x <= 1 && counting.bit == 0 && by_bits(valid)) {
         if (counting.in_bits()) chunk.bits = counting.mask, chunk.bits_y = counting.stride_y;
         return sums_by_bits<kBytes>(chunk, counting.mask, counting.stride_y, sharp);
       }
@@ -193,14 +193,14 @@ class ForwardRows {
 #endif
     if (counting.mask && counting.stride_x != 1 && !counting.by_rows()) {
       copy_mask(counting, rows, valid, bytes);
-      chunk.mask = counting.mask = bytes, chunk.mask_y = counting.stride_y = valid, counting.stride_x = 1;
+      counting.mask = bytes, counting.stride_y = valid, counting.stride_x = 1;
     }
     if (!plan_.flat) cols = at_least(valid, kLanes<A>);
     chunk.p = buffer, chunk.stride_y = chunk.cols = cols;
     const T otherwise = weightless<T>(sharp.sign);
     A peak;
     if constexpr (std::is_same_v<T, A>) {
-      if (chunk.mask) {
+      if (counting.mask && counting.stride_x == 1) {
         peak = copy_counting_with_peak(p, view_.stride_y, rows, cols, buffer, otherwise, counting, 0, 0);
         chunk.peak = &peak;
       }

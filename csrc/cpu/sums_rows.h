@@ -29,7 +29,7 @@ struct RowsChunk {
   const uint8_t* mask = nullptr;  // its own; what lies below it is fetched meanwhile
   int64_t mask_y = 0;
   const A* peak = nullptr;        // where it is known
-  const uint8_t* bits = nullptr;  // as count_bits() or count_rows() write them; null: all pixels count
+  const uint8_t* bits = nullptr;  // a mask's own, or from count_bits() or count_rows(); null: all pixels count
   int64_t bits_y = 0;             // bytes between their rows
 };
 
@@ -119,8 +119,8 @@ KPFUSED_INLINE Acc<T> peak_of_counted(const RowsChunk<T>& chunk, bool dense, con
   for (int64_t r = 0; r < rows; ++r, p += chunk.stride_y) {
     const auto see = [&](int64_t col, int j, __mmask64 lanes) __attribute__((always_inline)) {
       const Vec<A> key = kNegative ? -load(p + col) : load(p + col);
-      const LaneWord<A> word = LaneWord<A>(lanes);
-      peak[j] = choose_lanes<A>(&word, maximum(key, peak[j]), peak[j]);
+      const LaneWord<A> few = LaneWord<A>(lanes);
+      peak[j] = choose_lanes<A>(&few, maximum(key, peak[j]), peak[j]);
     };
     int64_t col = 0;
     for (; col + kWord <= cols; col += kWord) {

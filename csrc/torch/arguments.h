@@ -65,7 +65,6 @@ inline PixelView pixel_view(const Tensor& heatmap, const Settings& settings, con
   PixelView view{nullptr, mask_view, nullptr, 1, 1, false, settings.empty_value.value_or(kNan)};
   view.fills_empty = settings.mask || settings.valid_size || settings.empty_value;
   if (settings.mask) view.mask = static_cast<const uint8_t*>(settings.mask->const_data_ptr());
-  if (settings.mask_in_bits) view.mask_view.stride_x = kMaskBits;
   if (!settings.valid_size) return view;
   const Tensor& size = *settings.valid_size;
   check_device(size, heatmap, "valid_size");
@@ -138,8 +137,8 @@ inline Tensor copied(const Tensor& mask) {
 
 // A copy of a mask in the order of its dimensions, where its last is not the nearest in memory: kernels would touch a line of
 // memory for a few bytes, and do so again for each map that shares it. What it is expanded along it still is. With `bits` it is
-// one for each pixel, and all strides but the last are those of their bytes. Of the CPU's masks only: on a GPU maps side by side
-// are read at the same time, and find these lines in its cache.
+// one for each pixel, and all strides but the last are those of their bytes. Of the CPU's masks only: on a GPU maps side by
+// side are read at the same time, and find these lines in its cache.
 inline std::optional<Tensor> in_row_order(const Tensor& mask, bool bits) {
   const auto sizes = mask.sizes(), strides = mask.strides();
   const int64_t dims = mask.dim(), width = sizes[dims - 1];
@@ -213,7 +212,12 @@ inline Layout layout_of(Tensor& heatmap, std::optional<Tensor>& mask, Tensor* ta
 // Likewise; and a copy of a mask that lies otherwise than kernels go, along rows or along channels.
 inline Layout readable(Tensor& heatmap, Settings& settings, Tensor* target = nullptr, const Tensor* values = nullptr) {
   std::optional<Tensor>& mask = settings.mask;
-  const Layout layout = layout_of(heatmap, mask, target, values);
+  const auto fold = [&] {
+    Layout layout = layout_of(heatmap, mask, target, values);
+    if (settings.mask_in_bits) layout.mask.stride_x = kMaskBits;
+    return layout;
+  };
+  const Layout layout = fold();
   if (!mask || settings.mask_in_bits || !layout.in_place) return layout;
   const MapView& maps = layout.first;
   const bool rows = maps.stride_x == 1;
@@ -222,7 +226,7 @@ inline Layout readable(Tensor& heatmap, Settings& settings, Tensor* target = nul
   const std::optional<Tensor> copy = in_row_order(*mask, bits);
   if (!copy) return layout;
   mask = copy, settings.mask_in_bits = bits;
-  return layout_of(heatmap, mask, target, values);
+  return fold();
 }
 
 // What forward and backward share of their parameters.

@@ -321,6 +321,16 @@ void test_expectations() {
       }
     }
   }
+  // Bits of which every row is whole bytes.
+  for (Dtype dtype : kDtypes) {
+    for (Counted counted : {Counted::bits_of_mask, Counted::bits_and_sizes}) {
+      for (Layout layout : {Layout::contiguous, Layout::sliced}) {
+        const Case c = {dtype, layout, 1, 5, 9, 16};
+        for (Lie kind : {Lie::rows, Lie::image}) run_expectation(c, 1, counted, kind, 2);
+        run_coordinates_and_window(c, counted, 2);
+      }
+    }
+  }
   // Rows under a mask in pieces as narrow as they get.
   run_expectation({Dtype::float64, Layout::contiguous, 1, 1, 210, 160}, 1, Counted::mask, Lie::like_maps, 1);
   for (Layout layout : {Layout::contiguous, Layout::channels_last}) {  // cut into parts

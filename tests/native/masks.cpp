@@ -15,8 +15,8 @@
 namespace native {
 namespace {
 
-// Two matrices, one behind the other in memory that ends with them, and copies whose columns lie apart, as bytes or as bits. Rows
-// overlap where the gap between them is less than none.
+// Two matrices, one behind the other in memory that ends with them, and copies whose columns lie apart, as bytes or as bits.
+// Rows overlap where the gap between them is less than none.
 void run_transpose(int64_t rows, int64_t cols, int64_t gap, bool bits = false) {
   const int64_t in_byte = bits ? 8 : 1, to_col = rows / in_byte + 5, to_size = cols * to_col;
   const int64_t from_row = cols + gap, from_size = (rows - 1) * from_row + cols;

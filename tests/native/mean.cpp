@@ -157,6 +157,13 @@ void test_masks() {
       }
     }
   }
+  // Bits of several chunks, with rows whole and cut, and of parts.
+  const int64_t of_bits[][2] = {{140, 128}, {3, 8200}, {300, 264}};
+  for (const auto& s : of_bits) {
+    for (Counted counted : {Counted::bits_of_mask, Counted::bits_and_sizes}) {
+      run_case({Dtype::float32, Layout::contiguous, 1, 1, s[0], s[1]}, 1, true, false, counted);
+    }
+  }
 }
 
 // Every misalignment an element may have: the maps are a part of a larger allocation, and end with it.

@@ -137,6 +137,9 @@ void test_moments_and_masks() {
       run_moments({Dtype::float32, layout, 1, 1, 1, 70001}, 0.5, counted);
     }
   }
+  for (Counted counted : {Counted::bits_of_mask, Counted::bits_and_sizes}) {
+    run_moments({Dtype::float32, Layout::contiguous, 1, 1, 140, 128}, 1, counted);
+  }
   // Several chunks of which the pixels stand abreast.
   run_moments({Dtype::float64, Layout::channels_last, 1, 3, 200, 160}, 1, Counted::all);
   for (Counted counted : {Counted::both, Counted::sizes_of_maps}) {

@@ -15,7 +15,7 @@ namespace native {
 // rows_of_mask: a mask of whole rows. pixels_of_mask: one of which the channels of a pixel stand side by side;
 // channels_of_mask: as the last of some more. grouped_mask: one that groups of channels have in common, as the volumes of some
 // keypoints. sizes: of samples; sizes_of_maps: of each map, some of which have none.
-// bits_of_mask: a bit for each pixel, of maps whose pixels stand side by side.
+// bits_of_mask: a bit for each pixel, of maps whose pixels stand side by side; bits_and_sizes: with sizes too.
 enum class Counted {
   all,
   mask,
@@ -27,7 +27,8 @@ enum class Counted {
   sizes,
   sizes_of_maps,
   both,
-  bits_of_mask
+  bits_of_mask,
+  bits_and_sizes
 };
 constexpr Counted kCounted[] = {Counted::all,
                                Counted::mask,
@@ -39,9 +40,10 @@ constexpr Counted kCounted[] = {Counted::all,
                                Counted::sizes,
                                Counted::sizes_of_maps,
                                Counted::both,
-                               Counted::bits_of_mask};
+                               Counted::bits_of_mask,
+                               Counted::bits_and_sizes};
 constexpr int64_t kCountings = sizeof(kCounted) / sizeof(kCounted[0]);
-constexpr int64_t kLaneCountings = kCountings - 1;  // where lanes are channels
+constexpr int64_t kLaneCountings = kCountings - 2;  // where lanes are channels: without the last two
 
 // What maps without weight give where not all pixels count.
 constexpr double kEmpty = -5;
@@ -61,7 +63,8 @@ struct Pixels {
     view.fills_empty = kind != Counted::all;
     view.empty_value = kEmpty;
     if (kind != Counted::all && kind != Counted::sizes && kind != Counted::sizes_of_maps) draw_mask();
-    if (kind == Counted::sizes || kind == Counted::sizes_of_maps || kind == Counted::both) draw_sizes(columns);
+    const bool both = kind == Counted::both || kind == Counted::bits_and_sizes;
+    if (kind == Counted::sizes || kind == Counted::sizes_of_maps || both) draw_sizes(columns);
   }
 
   bool at(int64_t map, int64_t y, int64_t x) const {
@@ -96,7 +99,7 @@ struct Pixels {
       bytes = c.outer * own * pixels;
       view.mask_view = {3, {own, groups, c.outer}, {pixels, 0, own * pixels}, c.width, 1};
     }
-    const bool bits = kind == Counted::bits_of_mask && c.view().stride_x == 1;
+    const bool bits = (kind == Counted::bits_of_mask || kind == Counted::bits_and_sizes) && c.view().stride_x == 1;
     if (bits) {
       const int64_t row = (c.width + 7) / 8, plane = c.height * row;
       bytes = maps * plane;
