@@ -45,8 +45,8 @@ def soft_argmax2d(
             ``"unit"`` i/n; ``"unit_centered"`` i/n - 1/2.
         mask: bool, True where a pixel counts, broadcastable to ``heatmap``: ``(B, 1, H, W)`` for one per image,
             ``(B, K, 1, 1)`` for a flag per keypoint. Not expanded in memory; on CPU one that lies in another order than
-            the maps is copied, a bit for each pixel beside contiguous maps whose W is a multiple of 8. Other pixels may
-            hold anything, NaN too; their gradient is exactly zero.
+            the maps is copied, beside contiguous maps a bit for each pixel. Other pixels may hold anything, NaN too;
+            their gradient is exactly zero.
         valid_size: (height, width) of the part of the map that counts, from its first pixel on, for batches padded to
             one size. Each is a number or an integer tensor that broadcasts against the leading dimensions, ``(B, 1)``
             for one per image of ``(B, K, H, W)``; tensors are clamped to the map. The rest may hold anything and costs

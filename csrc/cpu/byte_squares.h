@@ -51,11 +51,11 @@ KPFUSED_INLINE void turn(const ByteRow (&rows)[kByteSquare], ByteRow (&columns)[
 // Columns that are packed at once.
 constexpr int kPacked = KPFUSED_AVX512 || KPFUSED_AVX2 ? 2 * kByteSquare : kByteSquare;
 
-// Of these columns a bit for each of eight rows, the lowest for the first.
-KPFUSED_INLINE void pack_rows(const uint8_t* from, int64_t from_row, uint8_t* to) {
+// Of these columns a bit for each of up to eight rows, the lowest for the first.
+KPFUSED_INLINE void pack_rows(const uint8_t* from, int64_t from_row, int rows, uint8_t* to) {
   typedef uint8_t Row __attribute__((vector_size(kPacked)));
   Row bits = {};
-  for (int i = 8; i-- > 0;) {
+  for (int i = rows; i-- > 0;) {
     Row row;
     __builtin_memcpy(&row, from + i * from_row, sizeof(row));
     bits = bits + bits + ones(row);
@@ -66,14 +66,16 @@ KPFUSED_INLINE void pack_rows(const uint8_t* from, int64_t from_row, uint8_t* to
 // Up to so many columns of a square are taken from it byte by byte.
 constexpr int64_t kFewColumns = 3;
 
-// 8 * count rows from i on, and columns [first, past), read as kPacked of them from `col` on. Of what lies `ahead` bytes
-// from the first of these rows on, each eight fetch a share.
+// 8 * count rows from i on, or fewer of the last eight, and columns [first, past), read as kPacked of them from `col` on. Of
+// what lies `ahead` bytes from the first of these rows on, each eight fetch a share.
 KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t i, int64_t count,
-                                     int64_t col, int64_t first, int64_t past, int64_t ahead, int64_t share) {
+                                     int64_t last_rows, int64_t col, int64_t first, int64_t past, int64_t ahead,
+                                     int64_t share) {
   alignas(kPacked) uint8_t packed[kByteSquare][kPacked];
   for (int64_t k = 0; k < count; ++k) {
     const uint8_t* const eight = from + (i + k * 8) * m.from_row + col;
-    pack_rows(eight, m.from_row, packed[k]);
+    k < count - 1 || last_rows == 8 ? pack_rows(eight, m.from_row, 8, packed[k])
+                                    : pack_rows(eight, m.from_row, int(last_rows), packed[k]);
     for (int64_t b = 0; b < share; b += 64) {
       prefetch(from + i * m.from_row, ahead + k * share + b);
       if (first == 0) prefetch_near(eight, kReadAhead / 4 + b);
@@ -96,14 +98,18 @@ KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from,
   }
 }
 
-// Rows from `begin` on of one matrix, in whole eights; returns how far it got. Where rows are narrower than a square, bytes
-// between them and of the next ones are read too, within the matrix.
-KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
-  const int64_t wide = at_least(m.cols, kPacked), last = (m.rows - 1) * m.from_row + m.cols;
-  if (last < wide) return begin;
-  const int64_t readable = at_most(end, (last - wide) / m.from_row + 1);
+// Rows from `begin` on of one matrix, in whole eights where the copy is not bits; returns how far it got. Where rows are
+// narrower than a square, bytes between them and of what comes next are read too, of `readable` from the matrix on.
+KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from, int64_t readable, uint8_t* to, int64_t begin,
+                                      int64_t end) {
+  const int64_t wide = at_least(m.cols, kPacked);
+  if (readable < wide) return begin;
+  const int64_t whole = at_most(end, (readable - wide) / m.from_row + 1);
+  // Eights, of which the last may have fewer rows.
+  const int64_t eights = m.bits && whole == end ? ceil_div(end - begin, 8) : (whole - begin) / 8;
   int64_t i = begin;
-  for (int64_t count; (count = at_most((readable - i) / 8, kByteSquare)) > 0; i += count * 8) {
+  for (int64_t left = eights, count; (count = at_most(left, kByteSquare)) > 0; left -= count, i += count * 8) {
+    const int64_t last_rows = at_most(end - i - (count - 1) * 8, 8);
     // Of rows that lie far apart most lines would be fetched in vain.
     const int64_t eight = m.from_row < m.cols + 64 ? 8 * m.from_row : 0, share = eight / ceil_div(m.cols, kPacked);
     int64_t ahead = at_least(count * eight, kReadAhead);
@@ -111,11 +117,11 @@ KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from
       // The last ones begin with columns of those before them.
       const int64_t col = at_most(j, wide - kPacked), past = at_most(j + kPacked, m.cols);
       // A count that the compiler knows is unrolled.
-      count == kByteSquare ? transpose_square(m, from, to, i, kByteSquare, col, j, past, ahead, share)
-                           : transpose_square(m, from, to, i, count, col, j, past, ahead, share);
+      count == kByteSquare ? transpose_square(m, from, to, i, kByteSquare, last_rows, col, j, past, ahead, share)
+                           : transpose_square(m, from, to, i, count, last_rows, col, j, past, ahead, share);
     }
   }
-  return i;
+  return at_most(i, end);
 }
 #endif
 #endif
@@ -166,24 +172,24 @@ KPFUSED_INLINE uint64_t bits_apart(const uint8_t* p) {
 KPFUSED_INLINE int64_t gather_column(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
   if (m.from_row != 2 && m.from_row != 4) return begin;
   int64_t i = begin;
-  for (; i + 64 <= end; i += 64) {
+  for (int64_t count; (count = at_most(end - i, 64)) == 64 || (m.bits && count > 0); i += count) {
     const uint8_t* p = from + i * m.from_row;
     prefetch_run(p, 64 * m.from_row, kReadAhead);
     uint8_t last[64 * 4];
-    if (i + 64 == m.rows) {  // what lies behind the last may not be there
-      __builtin_memcpy(last, p, size_t(63 * m.from_row + 1));
+    if (i + count == m.rows) {  // what lies behind the last may not be there
+      __builtin_memcpy(last, p, size_t((count - 1) * m.from_row + 1));
       p = last;
     }
     const uint64_t bits = m.from_row == 2 ? bits_apart<2>(p) : bits_apart<4>(p);
     uint8_t bytes[8];
     __builtin_memcpy(bytes, &bits, sizeof(bytes));
-    put_bits(m, bytes, 8, to, i);
+    put_bits(m, bytes, ceil_div(count, 8), to, i);
   }
   return i;
 }
 
-// Rows [begin, end), in whole eights where the copy is bits. What is in `m` is read ahead of loops that write bytes: compilers
-// would read it anew after each.
+// Rows [begin, end), from a whole eight on where the copy is bits. What is in `m` is read ahead of loops that write bytes:
+// compilers would read it anew after each.
 KPFUSED_INLINE void copy_one_by_one(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) {
   const int64_t cols = m.cols, from_row = m.from_row, to_col = m.to_col;
   if (!m.bits) {
@@ -195,7 +201,7 @@ KPFUSED_INLINE void copy_one_by_one(const ByteMatrices& m, const uint8_t* from, 
   for (int64_t i = begin; i < end; i += 8) {
     for (int64_t j = 0; j < cols; ++j) {
       uint8_t bits = 0;
-      for (int k = 0; k < 8; ++k) bits = uint8_t(bits | (from[(i + k) * from_row + j] != 0) << k);
+      for (int64_t k = 0; k < at_most(end - i, 8); ++k) bits = uint8_t(bits | (from[(i + k) * from_row + j] != 0) << k);
       to[j * to_col + i / 8] = bits;
     }
   }
@@ -204,8 +210,8 @@ KPFUSED_INLINE void copy_one_by_one(const ByteMatrices& m, const uint8_t* from, 
 void transpose(const ByteMatrices& m) {
   constexpr int64_t kRows = 8 * kByteSquare;  // of a square, and whole lines of most copies
   const int64_t block = at_least(kGrainElements / m.cols / kRows * kRows, kRows), blocks = ceil_div(m.rows, block);
-  int64_t matrices = 1;
-  for (int d = 0; d < m.dims; ++d) matrices *= m.size[d];
+  int64_t matrices = 1, bytes = (m.rows - 1) * m.from_row + m.cols;
+  for (int d = 0; d < m.dims; ++d) matrices *= m.size[d], bytes += (m.size[d] - 1) * m.from_step[d];
   const int64_t grain = at_least(kGrainElements / (at_most(m.rows, block) * m.cols), 1);
   parallel_for(matrices * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -221,7 +227,7 @@ void transpose(const ByteMatrices& m) {
         i = gather_column(m, from, to, i, end_row);
       } else {
 #ifdef KPFUSED_BYTE_SQUARES
-        i = transpose_rows(m, from, to, i, end_row);
+        i = transpose_rows(m, from, bytes - (from - m.from), to, i, end_row);
 #endif
       }
       copy_one_by_one(m, from, to, i, end_row);

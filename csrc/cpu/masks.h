@@ -8,8 +8,8 @@
 namespace kpfused::cpu {
 
 // Matrices of bytes: element (i, j) is at from[i * from_row + j], and that of the copy at to[j * to_col + i], zero where the
-// other is and elsewhere one. Or the copy is bits, an eighth as large: then it is bit i % 8 of to[j * to_col + i / 8], and rows
-// are a multiple of eight.
+// other is and elsewhere one. Or the copy is bits, an eighth as large: then it is bit i % 8 of to[j * to_col + i / 8], and those
+// beyond the last row may be anything.
 struct ByteMatrices {
   static constexpr int kExtents = 6;
 

@@ -147,21 +147,20 @@ inline std::optional<Tensor> in_row_order(const Tensor& mask, bool bits) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(mask.get(), &device_type));
   if (device_type != aoti_torch_device_type_cpu()) return std::nullopt;
   std::vector<int64_t> dense(static_cast<size_t>(dims), 0);
-  int64_t columns = -1, bytes = 1;
-  for (int64_t d = dims; d-- > 0;) {
+  int64_t columns = -1, bytes = bits ? (width + 7) / 8 : width;
+  dense.back() = 1;
+  for (int64_t d = dims - 1; d-- > 0;) {
     if (sizes[d] == 1 || strides[d] == 0) continue;
     if (strides[d] == 1) columns = d;
     dense[static_cast<size_t>(d)] = bytes, bytes *= sizes[d];
   }
-  // Rows are whole bytes of bits, and so is all that they make up.
-  for (int64_t d = 0; bits && d < dims - 1; ++d) dense[static_cast<size_t>(d)] /= 8;
   cpu::ByteMatrices m{};
   m.bits = bits, m.rows = width, m.from_row = strides[dims - 1], m.cols = 1;
   if (columns >= 0) m.cols = sizes[columns], m.to_col = dense[static_cast<size_t>(columns)];
   for (int64_t d = dims - 1; d-- > 0;) {
     const int64_t to = dense[static_cast<size_t>(d)];
     if (to == 0 || d == columns) continue;
-    if (m.dims == 0 && strides[d] == m.rows * m.from_row && to == (bits ? m.rows / 8 : m.rows)) {
+    if (m.dims == 0 && strides[d] == m.rows * m.from_row && (bits ? to * 8 : to) == m.rows) {
       m.rows *= sizes[d];  // rows that follow each other are one
     } else if (m.dims == cpu::ByteMatrices::kExtents) {
       return std::nullopt;
@@ -171,7 +170,7 @@ inline std::optional<Tensor> in_row_order(const Tensor& mask, bool bits) {
   }
   Tensor result = empty_strided(mask, sizes.data(), dense.data(), dims, ScalarType::Bool);
   m.from = static_cast<const uint8_t*>(mask.const_data_ptr()), m.to = static_cast<uint8_t*>(result.mutable_data_ptr());
-  cpu::prefer_huge_pages(m.to, static_cast<size_t>(bits ? bytes / 8 : bytes));
+  cpu::prefer_huge_pages(m.to, static_cast<size_t>(bytes));
   cpu::transpose(m);
   return result;
 }
@@ -220,9 +219,8 @@ inline Layout readable(Tensor& heatmap, Settings& settings, Tensor* target = nul
   const Layout layout = fold();
   if (!mask || settings.mask_in_bits || !layout.in_place) return layout;
   const MapView& maps = layout.first;
-  const bool rows = maps.stride_x == 1;
-  if (!rows && layout.mask.stride_inner() == 1 && layout.mask.even(maps.inner)) return layout;
-  const bool bits = rows && maps.width % 8 == 0;
+  const bool bits = maps.stride_x == 1;
+  if (!bits && layout.mask.stride_inner() == 1 && layout.mask.even(maps.inner)) return layout;
   const std::optional<Tensor> copy = in_row_order(*mask, bits);
   if (!copy) return layout;
   mask = copy, settings.mask_in_bits = bits;
