@@ -3,7 +3,8 @@
 // what there was, and a column's bits are what is wanted, or become bytes again.
 #pragma once
 
-#include "counting.h"
+#include "maps.h"
+#include "mask_vectors.h"
 #include "masks.h"
 #include "parallel.h"
 
