@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kpfused import SpatialMoments, reference
 
 inf = torch.inf
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Why these sizes: one pixel; one row; one column; below one vector; vector tails of every kernel (odd widths); widths
 # of whole vectors for every dtype; sizes in use; a map of several chunks on the CPU (256 x 256).

@@ -13,7 +13,6 @@ import kpfused
 from kpfused import reference
 from tests import cases
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Of values for heatmaps (B, K, H, W): what they share, and how they lie.
 VALUES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "map": lambda b, k: (b, k, 3),

@@ -22,7 +22,6 @@ from tests import cases
 OPS = torch.ops.kpfused
 FORWARD = (OPS.soft_argmax2d.default, OPS._soft_argmax2d.default)
 BACKWARD = (OPS.soft_argmax2d_backward.default, OPS._soft_argmax2d_backward.default)
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +222,7 @@ def backward_arguments(forward: tuple[Any, ...], needs_grad_beta: bool) -> tuple
 SAMPLES: list[tuple[tuple[int, ...], str, torch.dtype, Any]] = [
     *[((2, 3, 6, 8), layout, torch.float32, (3,)) for layout in cases.LAYOUTS],
     *[((2, 3, 6, 8), layout, torch.float32, None) for layout in cases.LAYOUTS],
-    *[((2, 3, 6, 8), layout, dtype, ()) for dtype in DTYPES[1:] for layout in ("contiguous", "channels_last")],
+    *[((2, 3, 6, 8), layout, dtype, ()) for dtype in cases.DTYPES[1:] for layout in ("contiguous", "channels_last")],
     *[((1, 3, 6, 8), layout, torch.float32, (1, 3)) for layout in ("channels_last", "sliced_channels_last")],
     *[((2, 1, 6, 8), layout, torch.float32, (2, 1)) for layout in ("channels_last", "transposed")],
     *[((2, 4, 3, 6, 8), layout, torch.float32, (2, 4, 3)) for layout in cases.LAYOUTS],

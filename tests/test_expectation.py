@@ -14,13 +14,13 @@ import kpfused
 from kpfused import reference
 from tests import cases
 from tests.cases import PIXELS, on
-from tests.expectations import DTYPES, FUNCTIONS, VALUES, accumulator, check, close, inputs_of, values_for
+from tests.expectations import FUNCTIONS, VALUES, accumulator, check, close, inputs_of, values_for
 
 SHAPES = [(2, 3, 1, 1), (2, 3, 1, 9), (3, 9, 5, 7), (2, 17, 24, 41), (1, 11, 64, 48), (2, 2, 200, 190)]
 MAP = torch.zeros(2, 3, 4, 5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "sliced_channels_last", "every_other"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", VALUES)

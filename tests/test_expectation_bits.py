@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kpfused
 from tests import cases
-from tests.expectations import DTYPES, accumulator
+from tests.expectations import accumulator
 
 
 @pytest.mark.parametrize("kind", ["none", "own", "of_image", "of_all"])
@@ -49,7 +49,7 @@ def test_a_map_gives_the_same_bits_alone(
         assert torch.equal(again, of_all)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(2, 1), (3, 3), (7, 7), (8, 16), (10, 12), (37, 41), (64, 48), (96, 72)], ids=str)
 @pytest.mark.parametrize("pixels", ["whole", "all", "strided", "size_of_image", "both"])
 @pytest.mark.parametrize("leading", [(2, 5), (1, 5)], ids=["own", "of_keypoints"])

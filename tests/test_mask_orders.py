@@ -17,7 +17,6 @@ from benchmarks.memory import peak_bytes_beyond
 from tests import cases
 
 Layout = Callable[[Tensor], Tensor]
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EXACT = {"rtol": 0.0, "atol": 0.0}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "soft_argmax2d": kpfused.soft_argmax2d,
@@ -90,7 +89,7 @@ def test_masks_in_any_order(device: str, function: str, shape: tuple[int, int, i
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
-        *itertools.product(DTYPES, [(2, 3, 5, 8), (1, 2, 33, 64)]),
+        *itertools.product(cases.DTYPES, [(2, 3, 5, 8), (1, 2, 33, 64)]),
         (torch.float32, (1, 1, 140, 128)),
         (torch.bfloat16, (1, 1, 3, 8200)),
         (torch.float32, (1, 1, 300, 264)),

@@ -15,7 +15,6 @@ import kpfused
 from kpfused import SpatialMoments, reference
 from tests import cases
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FIELDS = [name for name in SpatialMoments._fields if name != "peak"]
 
 
@@ -33,7 +32,7 @@ def check(heatmap: Tensor, beta: Tensor | float = 1.0, coordinates: str = "pixel
     cases.assert_gradients(grad, wanted, max(heatmap.shape[-2:]) ** 2 * 4 if coordinates == "pixel" else 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
 def test_shapes_layouts_and_dtypes(device: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:

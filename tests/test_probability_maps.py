@@ -11,12 +11,12 @@ import kpfused
 from kpfused import reference
 from tests import cases
 from tests.cases import PIXELS, on
-from tests.expectations import DTYPES, accumulator, check
+from tests.expectations import accumulator, check
 
 
 @pytest.mark.parametrize("coordinates", reference.COORDINATES)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_probability_maps(device: str, dtype: torch.dtype, layout: str, coordinates: str) -> None:
     for shape in [(2, 3, 1, 9), (2, 17, 24, 41), (1, 2, 300, 310), (7, 9)]:
         p = cases.LAYOUTS[layout](reference.spatial_softmax2d(cases.random(shape)).to(dtype).to(device))

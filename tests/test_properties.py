@@ -15,7 +15,7 @@ import kpfused
 from tests import cases, expectations
 from tests.conftest import DEVICES
 
-DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
+DTYPES = st.sampled_from(cases.DTYPES)
 SEEDS = st.integers(0, 2**31)
 
 

@@ -15,8 +15,6 @@ import kpfused
 from kpfused import kernels, ops, reference
 from tests import cases
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
 
 def check(heatmap: Tensor, beta: Tensor | float = 1.0, coordinates: str = "pixel") -> None:
     """Forward and backward of one heatmap, whose memory layout and dtype are part of the case."""
@@ -40,7 +38,7 @@ def check(heatmap: Tensor, beta: Tensor | float = 1.0, coordinates: str = "pixel
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_shapes_layouts_and_dtypes(device: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     check(cases.LAYOUTS[layout](cases.random(shape).to(device, dtype)))
 

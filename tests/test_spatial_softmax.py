@@ -10,10 +10,10 @@ import kpfused
 from kpfused import reference
 from tests import cases
 from tests.cases import PIXELS, on
-from tests.expectations import DTYPES, check, close
+from tests.expectations import check, close
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
 def test_softmax(device: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
