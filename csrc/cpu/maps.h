@@ -214,8 +214,9 @@ KPFUSED_INLINE void copy_row(const T* from, T* to, int64_t n) {
     __builtin_memcpy(to + i, vector, sizeof(vector));
   };
   if (n < kElements) return void(__builtin_memcpy(to, from, size_t(n) * sizeof(T)));
-  for (int64_t i = 0; i + kElements <= n; i += kElements) move(i);
-  move(n - kElements);
+  int64_t i = 0;
+  for (; i + kElements <= n; i += kElements) move(i);
+  if (i < n) move(n - kElements);
 }
 template <class T>
 KPFUSED_INLINE void fill_row(T* to, int64_t n, T value) {

@@ -49,16 +49,19 @@ class WholeMaps {
   void run(int64_t begin, int64_t end) {
     MapWalk walk(softmax_.view, begin);
     for (int64_t n = begin; n < end; ++n, walk.advance()) {
+      MapWalk next = walk;
+      if (n + 1 < end) next.advance();
       beta_ = beta_of<A>(softmax_.beta, n);
       take_pixels(n);
       // What fills the last vector weighs nothing.
       const A nothing = A(-INFINITY) * sharpness(beta_).sign;
       const T* const heatmap = static_cast<const T*>(softmax_.heatmap) + walk.offset();
-      heatmap_ = under_mask(run_of(within_size(heatmap, nothing, 0), nothing, last_heatmap_), nothing);
+      const T* const within = within_size(heatmap, next.offset() - walk.offset(), nothing, 0);
+      heatmap_ = under_mask(run_of(within, nothing, last_heatmap_), nothing);
       if (steps_.expectation) {
-        take_values(steps_.expectation->values, walk);
+        take_values(steps_.expectation->values, walk, next);
       } else if (steps_.heatmap) {
-        take_values(steps_.heatmap->values, walk);
+        take_values(steps_.heatmap->values, walk, next);
       }
       A factor = A(1);  // from what p holds to P
       bool empty;
@@ -126,24 +129,31 @@ class WholeMaps {
     }
   }
 
-  // A map or one channel of its values, in one of some buffers with `fill` beyond a valid size that is narrower.
-  const T* within_size(const T* p, A fill, int64_t buffer) {
-    const int64_t width = softmax_.view.width;
-    if (cols_ == width) return p;
-    if (!buffers_) buffers_ = make_lines<T>((1 + kCopiedChannels) * all_);
-    T* const to = buffers_.get() + buffer * all_;
+  // A map or one channel of its values, in one of some buffers with `fill` beyond a valid size that is narrower. That of the
+  // next map lies `to_next` further on.
+  const T* within_size(const T* p, int64_t to_next, A fill, int64_t buffer) {
+    if (!is_narrow()) return p;
+    constexpr int64_t kVector = kElements<T>;
+    const int64_t width = softmax_.view.width, cols = cols_, room = all_ + kVector;
+    if (!buffers_) buffers_ = make_lines<T>((1 + kCopiedChannels) * room);
+    T* const to = buffers_.get() + buffer * room;
+    next_[buffer] = p + to_next;
+    T beyond[kVector];
+    for (int64_t i = 0; i < kVector; ++i) beyond[i] = as_element<T>(fill);
     for (int64_t i = 0; i < pixels_; i += width) {
-      prefetch_run(p + i, cols_, kReadAhead);
-      copy_row(p + i, to + i, cols_);
-      fill_row(to + i + cols_, width - cols_, as_element<T>(fill));
+      copy_row(p + i, to + i, cols);
+      // What the last of these writes behind a row, the next row writes again.
+      for (int64_t j = cols; j < width; j += kVector) __builtin_memcpy(to + i + j, beyond, sizeof(beyond));
     }
     return to;
   }
 
+  bool is_narrow() const { return cols_ < softmax_.view.width; }
+
   // Of a result, zero beyond the valid size.
   void clear_beyond(T* to) const {
     const int64_t width = softmax_.view.width;
-    for (int64_t i = cols_; cols_ < width && i < pixels_; i += width) clear_row(to + i, width - cols_);
+    for (int64_t i = cols_; is_narrow() && i < pixels_; i += width) clear_row(to + i, width - cols_);
     if (pixels_ < all_) clear_row(to + pixels_, all_ - pixels_);
   }
 
@@ -191,16 +201,25 @@ class WholeMaps {
     of_ = falloff(sharpness(beta_), peak);
     A sum = A(0);
     for_tiles([&](int64_t first, int64_t whole) {
-      fetch_values(first, whole);
+      fetch(first, whole);
       if constexpr (kMasked) prefetch_run(mask_.p + first, whole, at_most(ahead, pixels_));
       sum += weights(heatmap.from(first), whole, of_, factor, ahead, p_.get() + first);
     });
     return sum;
   }
 
-  // What values will be read of soon.
-  KPFUSED_INLINE void fetch_values(int64_t first, int64_t count) const {
+  // What will be read of values soon; or of the next map, where it is copied as a whole before anything is done with it.
+  KPFUSED_INLINE void fetch(int64_t first, int64_t count) const {
+    if (is_narrow()) return fetch_next(first, count);
     for (int64_t c = 0; c < channels_; ++c) prefetch_run(place(values_[c], first), count, kReadAhead);
+  }
+  // Inlined with its lambda: GCC takes a call that only fetches for one without effect, and leaves it out.
+  KPFUSED_INLINE void fetch_next(int64_t first, int64_t count) const {
+    const int64_t width = softmax_.view.width;
+    for_pieces(first, count, width, [&](int64_t, int64_t row, int64_t col, int64_t n) __attribute__((always_inline)) {
+      const int64_t at = row * width + col, some = at_most(n, cols_ - col);
+      for (int64_t c = 0; c <= channels_; ++c) prefetch_run(next_[c] + at, some, 0);
+    });
   }
 
   // With a mask, also leaves the map in p_, with what does not count filled.
@@ -244,11 +263,12 @@ class WholeMaps {
   }
 
   // Channels of the map at hand.
-  void take_values(const Values& of, const MapWalk& walk) {
+  void take_values(const Values& of, const MapWalk& walk, const MapWalk& next) {
     const ValueView& view = of.view;
     const T* p = static_cast<const T*>(of.data) + walk.offset(view);
+    const int64_t to_next = next.offset(view) - walk.offset(view);
     for (int64_t c = 0; c < view.channels; ++c, p += view.stride_channel) {
-      values_[c] = run_of(within_size(p, A(0), 1 + c), A(0), last_values_[c]);
+      values_[c] = run_of(within_size(p, to_next, A(0), 1 + c), A(0), last_values_[c]);
     }
     channels_ = view.channels;
   }
@@ -373,6 +393,7 @@ class WholeMaps {
   std::unique_ptr<uint8_t[]> bytes_;  // of a mask that is no run
   const uint8_t* copied_ = nullptr;
   Lines<T> buffers_;  // of a narrower valid size: the heatmap, and channels of values
+  const T* next_[1 + kCopiedChannels];  // what will be copied there of the next map
 };
 
 }  // namespace kpfused::cpu::KPFUSED_ISA
