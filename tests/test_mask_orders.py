@@ -63,7 +63,11 @@ def everything(function: str, lay: Layout, heatmap: Tensor, mask: Tensor, **keyw
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(2, 3, 5, 6), (2, 17, 8, 9), (1, 33, 16, 16), (3, 16, 4, 16), (2, 2, 33, 64), (2, 3, 40, 130), (1, 2, 260, 261)],
+    # Planes of 2048 bytes, which copies keep apart, and others.
+    [
+        *[(2, 3, 5, 6), (2, 17, 8, 9), (1, 33, 16, 16), (3, 16, 4, 16), (2, 3, 32, 64)],
+        *[(2, 2, 33, 64), (2, 3, 40, 130), (1, 2, 260, 261)],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -91,6 +95,7 @@ def test_masks_in_any_order(device: str, function: str, shape: tuple[int, int, i
     [
         *itertools.product(cases.DTYPES, [(2, 3, 5, 8), (1, 2, 33, 64)]),
         (torch.float32, (1, 1, 140, 128)),
+        (torch.float32, (2, 3, 128, 128)),  # planes of 2048 bytes
         (torch.bfloat16, (1, 1, 3, 8200)),
         (torch.float32, (1, 1, 300, 264)),
         (torch.float32, (1, 1, 2, 70400)),
