@@ -125,6 +125,22 @@ def test_masks_of_whole_bytes_of_bits(
         torch.testing.assert_close(got, want, **EXACT)
 
 
+def test_copies_of_masks_leave_sums_over_maps_as_they_are(device: str) -> None:
+    """Gradients of values that all maps share are added up run by run of maps, and copies do not part the runs."""
+    heatmap = cases.random((6, 12, 64, 64)).to(device, torch.float32)
+    values = cases.random((2, 64, 64)).to(device, torch.float32).requires_grad_()
+    mask = torch.rand(heatmap.shape, device=device) < 0.6
+
+    def gradient(mask: Tensor) -> Tensor:
+        result = kpfused.spatial_expectation2d(heatmap, values, mask=mask)
+        return torch.autograd.grad(result, values, cases.upstream_of(result).to(result.dtype))[0]
+
+    wanted = gradient(mask)
+    for given in orders(mask):
+        if given.stride(-1) > 1:  # others are read in place
+            assert torch.equal(gradient(given), wanted)
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_masks_in_any_order_beside_values_in_any(device: str, layout: str) -> None:
     """Copies of heatmap and values are read where they cannot be read together."""

@@ -113,6 +113,7 @@ KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from
     const int64_t last_rows = at_most(end - i - (count - 1) * 8, 8);
     // Of rows that lie far apart most lines would be fetched in vain.
     const int64_t eight = m.from_row < m.cols + 64 ? 8 * m.from_row : 0, share = eight / ceil_div(m.cols, kPacked);
+    // Further ahead than elsewhere: bytes go by faster than weights are made of elements.
     int64_t ahead = at_least(count * eight, 2 * kReadAhead);
     for (int64_t j = 0; j < m.cols; j += kPacked, ahead += count * share) {
       // The last ones begin with columns of those before them.

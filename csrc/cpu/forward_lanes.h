@@ -59,9 +59,6 @@ class ForwardLanes {
   }
 
  private:
-  // Bytes of a chunk, as of rows.
-  static constexpr int64_t kBytes = kMoments ? 2 * kChunkBytes : kChunkBytes;
-
   // In place of what a kind of counting needs none of.
   struct Nothing {
     Nothing() = default;
@@ -115,7 +112,7 @@ class ForwardLanes {
     if (rows == 0 || cols == 0) return clear(channels, lanes);
     const int64_t n_lanes = channels * abreast_, stride_x = view_.stride_x * abreast_;
     const int64_t groups = cols / abreast_, rest = cols - groups * abreast_;
-    const Tiling chunks = lane_chunks<T>(kCounts, rows, at_least(groups, 1), n_lanes, abreast_, kBytes);
+    const Tiling chunks = lane_chunks<T>(kCounts, rows, at_least(groups, 1), n_lanes, abreast_, kMoments);
     const auto begin = [&](int64_t n) -> Origin {
       if (n == chunks.count()) return next;
       const int64_t y = chunks.y.begin(n / chunks.x.count), x = chunks.x.begin(n % chunks.x.count);

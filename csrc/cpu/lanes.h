@@ -106,17 +106,17 @@ struct ColumnList {
 };
 
 // Bytes of a chunk whose pixels stand abreast: what is done at the end of one is work for all its lanes. Three quarters where
-// lanes count by themselves, since a mask is read meanwhile; of moments, which have more to do then, it is all of them.
+// lanes count by themselves, since a mask is read meanwhile.
 constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 
-// Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, `bytes` are read twice in a row: those
-// of a few vectors.
+// Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, those of a few vectors are read twice in
+// a row. Moments have more to do at the end of a chunk (`long_end`), which then is as large as may be.
 template <class T>
 KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast,
-                                  int64_t bytes = kChunkBytes) {
+                                  bool long_end = false) {
   const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
-  const bool fewer = counts == Counts::by_lanes && bytes == kChunkBytes;
-  const int64_t abreast_bytes = fewer ? kAbreastBytes / 4 * 3 : kAbreastBytes;
+  const int64_t bytes = long_end ? 2 * kChunkBytes : kChunkBytes;
+  const int64_t abreast_bytes = counts == Counts::by_lanes && !long_end ? kAbreastBytes / 4 * 3 : kAbreastBytes;
   int64_t groups = (abreast == 1 ? bytes / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
   if (counts == Counts::listed) groups = at_most(groups, kListed);
   if (counts == Counts::by_lanes) groups = at_most(groups, kChunkWords / ceil_div(lanes, kLanes<Acc<T>>));

@@ -130,7 +130,7 @@ class WholeMaps {
   }
 
   // A map or one channel of its values, in one of some buffers with `fill` beyond a valid size that is narrower. That of the
-  // next map lies `to_next` further on.
+  // next map lies `to_next` further on, which is kept for fetch_next().
   const T* within_size(const T* p, int64_t to_next, A fill, int64_t buffer) {
     if (!is_narrow()) return p;
     constexpr int64_t kVector = kElements<T>;
@@ -142,7 +142,7 @@ class WholeMaps {
     for (int64_t i = 0; i < kVector; ++i) beyond[i] = as_element<T>(fill);
     for (int64_t i = 0; i < pixels_; i += width) {
       copy_row(p + i, to + i, cols);
-      // What the last of these writes behind a row, the next row writes again.
+      // What the last of these writes behind a row, the next row writes again; behind the last row there is room.
       for (int64_t j = cols; j < width; j += kVector) __builtin_memcpy(to + i + j, beyond, sizeof(beyond));
     }
     return to;

@@ -138,8 +138,10 @@ inline Tensor copied(const Tensor& mask) {
 // A copy of a mask in the order of its dimensions, where its last is not the nearest in memory: kernels would touch a line of
 // memory for a few bytes, and do so again for each map that shares it. What it is expanded along it still is. With `bits` it is
 // one for each pixel, and all strides but the last are those of their bytes. Of the CPU's masks only: on a GPU maps side by
-// side are read at the same time, and find these lines in its cache.
+// side are read at the same time, and find these lines in its cache. Planes that are written side by side do not begin an even
+// number of kilobytes apart, where they would share a few places of the nearest cache.
 inline std::optional<Tensor> in_row_order(const Tensor& mask, bool bits) {
+  constexpr int64_t kCrowded = 2048, kLine = 64;
   const auto sizes = mask.sizes(), strides = mask.strides();
   const int64_t dims = mask.dim(), width = sizes[dims - 1];
   if (strides[dims - 1] <= 1 || width == 1 || mask.numel() == 0) return std::nullopt;
@@ -153,8 +155,8 @@ inline std::optional<Tensor> in_row_order(const Tensor& mask, bool bits) {
     if (sizes[d] == 1 || strides[d] == 0) continue;
     if (strides[d] == 1) {
       columns = d;
-      // All columns are written side by side: that many bytes apart, they would share a few places of the nearest cache.
-      if (bytes % 2048 == 0) bytes += 64;
+      // Of the innermost maps only: those further out then still follow each other evenly, as in any other order.
+      if (d == dims - 3 && bytes % kCrowded == 0) bytes += kLine;
     }
     dense[static_cast<size_t>(d)] = bytes, bytes *= sizes[d];
   }
