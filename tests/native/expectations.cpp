@@ -91,8 +91,8 @@ struct Call {
   Accumulators stats, coordinates, expectation, grad, grad_beta;
   Buffer grad_heatmap, softmax_map;
 
-  Call(const Case& c, double b, Counted counted, const ValueView& v)
-      : beta(b), h(heatmap_of(c, false)), pixels(c, counted), values(c, v), grad_values(c, v),
+  Call(const Case& c, double b, Counted counted, const ValueView& v, int64_t columns)
+      : beta(b), h(heatmap_of(c, false)), pixels(c, counted, columns), values(c, v), grad_values(c, v),
         stats(c.dtype, kStats * c.maps()), coordinates(c.dtype, 2 * c.maps()),
         expectation(c.dtype, v.channels * c.maps()), grad(c.dtype, v.channels * c.maps()), grad_beta(c.dtype, c.maps()),
         grad_heatmap(c.dtype, h.view, kUntouched), softmax_map(c.dtype, h.view, kUntouched) {
@@ -176,10 +176,10 @@ void compare(const Case& c, const Call& call, int64_t map, std::vector<double>& 
   check(near(call.grad_beta[map], dbeta, 40 * unit * size), name + " gradient of beta");
 }
 
-void run_expectation(const Case& c, double beta, Counted counted, Lie kind, int64_t channels) {
+void run_expectation(const Case& c, double beta, Counted counted, Lie kind, int64_t channels, int64_t columns = 0) {
   const std::string name = c.name() + " values in " + kLieNames[int(kind)] + " " + std::to_string(channels) +
                            " counted " + std::to_string(int(counted));
-  Call call(c, beta, counted, lie(kind, c, channels));
+  Call call(c, beta, counted, lie(kind, c, channels), columns);
   call.run();
   std::vector<double> wanted(size_t(call.values.size() / element_size(c.dtype)), 0);
   for (int64_t map = 0; map < c.maps(); ++map) compare(c, call, map, wanted, name);
@@ -330,6 +330,11 @@ void test_expectations() {
         run_coordinates_and_window(c, counted, 2);
       }
     }
+  }
+  // Of narrower valid sizes, all rows of the map and of as many channels as are copied, to the end of the last buffer.
+  for (Dtype dtype : kDtypes) {
+    const Case c = {dtype, Layout::contiguous, 1, 3, 5, 17};
+    for (int64_t columns : {1, 8, 16}) run_expectation(c, 1, Counted::sizes, Lie::rows, 3, columns);
   }
   // Rows under a mask in pieces as narrow as they get.
   run_expectation({Dtype::float64, Layout::contiguous, 1, 1, 210, 160}, 1, Counted::mask, Lie::like_maps, 1);
