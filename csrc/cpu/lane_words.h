@@ -105,6 +105,10 @@ class LaneWords {
   ChunkWords<A> of(const PixelRange& range, int64_t next) {
     const bool sized = !same_size_ || range.row + range.rows > first_.rows || range.col + range.cols > first_.cols;
     if (!first_.mask && !sized) return {};
+    if (!sized && first_.stride_y == 0 && first_.stride_x == 0) {  // flags of maps: all pixels have the words of one
+      masked({range.row, 1, range.col, abreast_});
+      return all_count(vectors_) ? ChunkWords<A>{} : ChunkWords<A>{words_, 0, 0, {}};
+    }
     const int64_t pixels = range.cols / abreast_, words = range.rows * pixels * vectors_;
     if (first_.mask) masked(range);
     if (sized) within_size(range);
