@@ -102,9 +102,21 @@ def test_channels_side_by_side_give_a_map_the_same_bits_alone(device: str) -> No
         assert torch.equal(kpfused.spatial_expectation2d(heatmap[i], values[i]), together[i])
 
 
-def test_any_number_of_threads(device: str) -> None:
-    heatmap = cases.random((2, 5, 300, 310)).float().to(device).requires_grad_()
-    values = cases.random((2, 5, 2, 300, 310)).float().to(device).requires_grad_()
+@pytest.mark.parametrize(
+    ("shape", "of_values"),
+    [
+        ((2, 5, 300, 310), (2, 5, 2)),
+        # Keypoints that share values are taken together: as many as there is room for, and leave each thread its part.
+        ((1, 27, 30, 31), (1, 1, 40)),
+        ((1, 27, 100, 110), (1, 1, 40)),
+        ((1, 27, 200, 210), (1, 1, 17)),
+    ],
+    ids=str,
+)
+def test_any_number_of_threads(device: str, shape: tuple[int, ...], of_values: tuple[int, ...]) -> None:
+    """And a keypoint alone."""
+    heatmap = cases.random(shape).float().to(device).requires_grad_()
+    values = cases.random((*of_values, *shape[-2:])).float().to(device).requires_grad_()
 
     def everything() -> tuple[Tensor, ...]:
         mean = kpfused.spatial_expectation2d(heatmap, values)
@@ -112,9 +124,13 @@ def test_any_number_of_threads(device: str) -> None:
 
     threads = torch.get_num_threads()
     want = everything()
+    alone = slice(shape[1] - 2, shape[1] - 1)
+    mean = kpfused.spatial_expectation2d(heatmap[:, alone], values if of_values[1] == 1 else values[:, alone])
+    assert torch.equal(mean, want[0][:, alone])
     try:
-        torch.set_num_threads(1)
-        for got, expected in zip(everything(), want, strict=True):
-            assert torch.equal(got, expected)
+        for count in (1, 3, 4):
+            torch.set_num_threads(count)
+            for got, expected in zip(everything(), want, strict=True):
+                assert torch.equal(got, expected)
     finally:
         torch.set_num_threads(threads)

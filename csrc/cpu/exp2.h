@@ -56,15 +56,10 @@ struct Exp2Constants<double> {
 };
 
 // Keeps a product out of fused multiply-adds. The weight goes into two sums: as a product it is computed once and added
-// on units of its own, fused it would be computed twice. An empty statement about a register where that is all it takes:
-// GCC 12 takes vectors of 64 bytes apart, element by element, for its own word for it.
+// on units of its own, fused it would be computed twice. GCC 12 takes vectors of 64 bytes apart, element by element, for its
+// own word for it.
 #if KPFUSED_AVX512
-template <class V>
-KPFUSED_INLINE V product(V v) {
-  asm("" : "+v"(v));
-  return v;
-}
-#define KPFUSED_PRODUCT(x) product(x)
+#define KPFUSED_PRODUCT(x) in_register(x)
 #elif defined(__has_builtin)
 #if __has_builtin(__builtin_assoc_barrier)
 #define KPFUSED_PRODUCT(x) __builtin_assoc_barrier(x)

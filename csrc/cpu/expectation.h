@@ -18,9 +18,13 @@ KPFUSED_INLINE const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
                            : steps.values->softmax;
 }
 
-// Maps that a work item takes at once: those that share cache lines or values.
+// Maps that a work item takes at once: those that share cache lines, as many as are transposed at once; or those that share
+// values, which are read again for the next ones, as long as all threads have their part.
 KPFUSED_INLINE int64_t maps_at_once(const MapView& view, bool share_values) {
-  return is_channels_last(view) || share_values ? at_most(view.inner, kTileMaps) : 1;
+  constexpr int64_t kTransposed = 8, kFew = 8;
+  if (!share_values) return is_channels_last(view) ? at_most(view.inner, kTransposed) : 1;
+  const int64_t blocks = at_most(ceil_div(threads(), view.outer), ceil_div(view.inner, kFew));
+  return ceil_div(view.inner, at_least(blocks, ceil_div(view.inner, kTileMaps)));
 }
 
 // Items (outer, block of maps, part), each with some channels to a pixel: make() once for the items of a thread, and what
@@ -69,32 +73,6 @@ void sum_expectations(const ExpectationParams& params, int64_t parts) {
   const int64_t maps = params.softmax.view.maps();
   sum_parts<A>(params.workspace, maps, parts, params.values.view.channels, params.expectation);
   for (int64_t n = 0; n < maps; ++n) fill_empty<A>(params, n);
-}
-
-// E of a window: nothing but the window is read.
-template <class T>
-void window_mass(const ExpectationParams& params) {
-  using A = Acc<T>;
-  const SoftmaxParams& softmax = params.softmax;
-  const A most = most_of<A>(params.values, softmax.pixels);
-  parallel_for(softmax.view.maps(), 64, [&](int64_t begin, int64_t end) {
-    SoftmaxTiles<T> tiles(softmax);
-    for (int64_t n = begin; n < end; ++n) {
-      const Box box = window_of<A>(params.values, softmax.view, stats_of<A>(softmax, n), n);
-      const int64_t pixels = (box.right - box.left) * (box.bottom - box.top);
-      tiles.start(n, 1);
-      tiles.narrow(box);
-      A mass = A(0);
-      for (int64_t first = 0; first < pixels; first += kTile<A>) {
-        const int64_t count = at_most(pixels - first, kTile<A>);
-        tiles.load(first, count);
-        mass += sum_of(tiles.p(0), whole_vectors<A>(count));
-      }
-      // A map of NaN has no mass, even where nothing of it counts within the window.
-      static_cast<A*>(params.expectation)[n] = is_finite(tiles.map(0).inverse) ? mass > most ? most : mass : A(NAN);
-      fill_empty<A>(params, n);
-    }
-  });
 }
 
 // The gradient of channel c of map n, where i = n * channels + c.

@@ -11,6 +11,7 @@
 #include "lane_maps.h"
 #include "parallel.h"
 #include "whole_maps.h"
+#include "window.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -179,7 +180,7 @@ void expectation_of(const ExpectationSteps& steps) {
   }
   if (same && are_whole_maps<T>(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
   // Of a few maps at least it is better to keep P than to take more of them at once.
-  const int64_t kept = kKept<Acc<T>> / (view.height * view.width);
+  const int64_t kept = kKeptTogether<Acc<T>> / (view.height * view.width);
   if (steps.stats && kept >= 4) at_once = at_most(at_once, kept);
   if (same) return run_blocks<T>(steps, view, at_once, channels);
   if (steps.stats) stats_of<T>(*steps.stats, softmax_of(steps));

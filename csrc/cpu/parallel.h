@@ -9,6 +9,9 @@ namespace kpfused::cpu {
 
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 
+// How many of its threads may run at once.
+int64_t threads();
+
 // Calls body on disjoint ranges that cover [0, count), each at least `grain` long where count allows it.
 void parallel_ranges(int64_t count, int64_t grain, RangeBody body, void* context);
 

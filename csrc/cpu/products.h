@@ -70,7 +70,8 @@ KPFUSED_INLINE void add_products(const A* const* p, const R* v, int64_t pixels, 
     Vec<A> of_channel[C];
     for (int c = 0; c < C; ++c) of_channel[c] = load_at(v[c], i);
     for (int m = 0; m < M; ++m) {
-      const Vec<A> of_map = load_vector(p[m] + i);
+      Vec<A> of_map = load_vector(p[m] + i);
+      if constexpr (C > 1) of_map = in_register(of_map);  // not read again for every channel
       for (int c = 0; c < C; ++c) sum[u][m][c] += of_map * of_channel[c];
     }
   };

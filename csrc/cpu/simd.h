@@ -85,6 +85,15 @@ KPFUSED_INLINE void store_vector(A* p, Vec<A> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// The same vector, which compilers then know nothing of but that a register holds it.
+template <class V>
+KPFUSED_INLINE V in_register(V v) {
+#if KPFUSED_AVX512 || KPFUSED_AVX2
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // 0, 1, 2, ...
 template <class A>
 KPFUSED_INLINE Vec<A> iota() {

@@ -10,7 +10,7 @@
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
-constexpr int kTileMaps = 8, kTileChannels = 16;
+constexpr int kTileMaps = 24, kTileChannels = 16;
 
 // What P needs of one map.
 template <class A>
@@ -60,9 +60,12 @@ KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, 
   return total<A>(sum);
 }
 
-// P of whole maps that is kept stays in the second-level cache.
+// P of whole maps that is kept stays in the second-level cache. Several that share values have more room: what they save is
+// another reading of the values.
 template <class A>
 constexpr int64_t kKept = 262144 / int64_t(sizeof(A));
+template <class A>
+constexpr int64_t kKeptTogether = 2 * kKept<A>;
 
 // P of some maps side by side, tile by tile.
 template <class T>
@@ -88,7 +91,7 @@ class SoftmaxTiles {
     }
   }
 
-  bool can_keep(int count) const { return pixels() * count <= kKept<A>; }
+  bool can_keep(int count) const { return pixels() * count <= (count > 1 ? kKeptTogether<A> : kKept<A>); }
 
   // Of maps whose stats are not known yet: they are found on the way to P, which is kept if asked for, and written, but for the
   // mean.
@@ -164,7 +167,7 @@ class SoftmaxTiles {
     kept_ = 0;
     ahead_ = kReadAhead;
     room_ = keep && can_keep(count) ? pixels() : 0;
-    if (room_ && !memory_) memory_ = make_lines<A>(kKept<A> + kTileMaps * L);
+    if (room_ && !memory_) memory_ = make_lines<A>(kKeptTogether<A> + kTileMaps * L);
     const T* const heatmap = static_cast<const T*>(params_.heatmap);
     planes_ = {heatmap + map_offset(view, first_map), view.stride_inner, view.stride_y, view.stride_x, view.width};
     for (int m = 0; m < count; ++m) {
@@ -269,7 +272,10 @@ class ValueTiles {
       for (int64_t c = first_channel; c < channels; c += group.channels) {
         const int some = int(at_most(channels - c, group.channels));
         for (int i = 0; i < maps * some; ++i) counting_[i] = tiles.counting(m + i / some);
-        load(first_map + m, maps * some, group.stride, c, first, pixels);
+        // Of many channels, what is further on in their planes would have left the caches again before its turn.
+        const int64_t next = c + some < channels ? some * group.stride : pixels - c * group.stride;
+        const int64_t ahead = channels > kTileChannels ? next : kReadAhead / int64_t(sizeof(T));
+        load(first_map + m, maps * some, group.stride, c, first, pixels, ahead);
         for (int i = 0; i < maps; ++i) of(m + i, sharing, c, some, run_ + i * some);
       }
     }
@@ -278,7 +284,7 @@ class ValueTiles {
   // E of as many channels as are whole vectors of one pixel, which then need not be transposed; returns their number.
   int64_t add_channels(const SoftmaxTiles<T>& tiles, int64_t first_map, int count, int64_t first, int64_t pixels, A* sums,
                        int64_t stride) {
-    constexpr int64_t L = kLanes<A>, kMost = kTileChannels * kTile<A> / kTileMaps;
+    constexpr int64_t L = kLanes<A>, kMost = kTileChannels * kTile<A> / kTileMaps / L * L;
     const ValueView& view = values_.view;
     const int64_t channels = view.channels / L * L;
     // What does not count may be NaN, and no weight of zero takes that away.
@@ -311,8 +317,8 @@ class ValueTiles {
     return {from, stride, view.stride_y, view.stride_x, softmax_.view.width};
   }
 
-  // `count` planes, from `channel` of map n on.
-  void load(int64_t n, int count, int64_t stride, int64_t channel, int64_t first, int64_t pixels) {
+  // `count` planes, from `channel` of map n on, and what lies `ahead` is fetched meanwhile.
+  void load(int64_t n, int count, int64_t stride, int64_t channel, int64_t first, int64_t pixels, int64_t ahead) {
     const int64_t whole = whole_vectors<A>(pixels);
     for (int i = 0; i < count; ++i) run_[i] = buffer_[i];
     if (values_.kind == ValueKind::window) {
@@ -325,7 +331,9 @@ class ValueTiles {
     const Planes<const T> planes = planes_of(n, channel, stride);
     const T none[kTileChannels] = {};
     // Hardware follows a plane no further than to the end of a page, and takes it up again too late.
-    for (int i = 0; i < count && planes.dense(); ++i) prefetch_run(planes.at(i, 0, 0) + first, pixels, kReadAhead);
+    for (int i = 0; i < count && planes.dense(); ++i) {
+      prefetch_run(planes.at(i, 0, 0) + first, pixels, ahead * int64_t(sizeof(T)));
+    }
     if constexpr (std::is_same_v<T, A>) {
       read_planes<T>(planes, count, first, pixels, counting_, none, buffer_[0], run_);
     } else {

@@ -307,6 +307,14 @@ void test_expectations() {
       }
     }
   }
+  // More maps that share values than are taken at once.
+  for (Dtype dtype : kDtypes) {
+    for (Layout layout : kLayouts) {
+      for (Lie kind : {Lie::shared_by_sample, Lie::shared_by_all}) {
+        run_expectation({dtype, layout, 1, 27, 9, 31}, 1, kCounted[turn++ % kCountings], kind, 41);
+      }
+    }
+  }
   // Lanes that are channels, of one pixel or of several abreast, in one block or in two, in one part or in several.
   const int64_t of_lanes[][4] = {{2, 17, 6, 16}, {3, 5, 4, 32}, {2, 33, 9, 7}, {1, 260, 5, 3}, {1, 20, 130, 64}};
   for (Dtype dtype : kDtypes) {

@@ -17,6 +17,8 @@
 #include "cpu/soft_argmax2d.h"
 #include "tests.h"
 
+int64_t kpfused::cpu::threads() { return native::threads; }
+
 // As many threads as `threads` says, whatever the grain: tests want the seams.
 void kpfused::cpu::parallel_ranges(int64_t count, int64_t, RangeBody body, void* context) {
   const int threads = native::threads;
