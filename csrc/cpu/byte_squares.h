@@ -67,35 +67,38 @@ KPFUSED_INLINE void pack_rows(const uint8_t* from, int64_t from_row, int rows, u
 // Up to so many columns of a square are taken from it byte by byte.
 constexpr int64_t kFewColumns = 3;
 
-// 8 * count rows from i on, or fewer of the last eight, and columns [first, past), read as kPacked of them from `col` on. Of
-// what lies `ahead` bytes from the first of these rows on, each eight fetch a share.
-KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t i, int64_t count,
-                                     int64_t last_rows, int64_t col, int64_t first, int64_t past, int64_t ahead,
-                                     int64_t share) {
+// What is transposed at once.
+struct ByteSquare {
+  int64_t row, last_rows;    // eights of rows from this one on, of which the last may have fewer
+  int64_t col, first, past;  // columns [first, past), read as kPacked of them from `col` on
+  int64_t ahead, share;      // of what lies `ahead` bytes from the first row on, each eight fetch a share
+};
+
+KPFUSED_INLINE void transpose_square(const ByteMatrices& m, const uint8_t* from, uint8_t* to, int64_t eights, ByteSquare at) {
   alignas(kPacked) uint8_t packed[kByteSquare][kPacked];
-  for (int64_t k = 0; k < count; ++k) {
-    const uint8_t* const eight = from + (i + k * 8) * m.from_row + col;
-    k < count - 1 || last_rows == 8 ? pack_rows(eight, m.from_row, 8, packed[k])
-                                    : pack_rows(eight, m.from_row, int(last_rows), packed[k]);
-    for (int64_t b = 0; b < share; b += 64) {
-      prefetch(from + i * m.from_row, ahead + k * share + b);
-      if (first == 0) prefetch_near(eight, kReadAhead / 4 + b);
+  for (int64_t k = 0; k < eights; ++k) {
+    const uint8_t* const eight = from + (at.row + k * 8) * m.from_row + at.col;
+    k < eights - 1 || at.last_rows == 8 ? pack_rows(eight, m.from_row, 8, packed[k])
+                                        : pack_rows(eight, m.from_row, int(at.last_rows), packed[k]);
+    for (int64_t b = 0; b < at.share; b += 64) {
+      prefetch(from + at.row * m.from_row, at.ahead + k * at.share + b);
+      if (at.first == 0) prefetch_near(eight, kReadAhead / 4 + b);
     }
   }
-  for (int at = 0; at < kPacked; at += kByteSquare) {
-    const int64_t begin = at_least(first, col + at), end = at_most(past, col + at + kByteSquare);
+  for (int j = 0; j < kPacked; j += kByteSquare) {
+    const int64_t col = at.col + j, begin = at_least(at.first, col), end = at_most(at.past, col + kByteSquare);
     alignas(kByteSquare) uint8_t columns[kByteSquare][kByteSquare];
     if (end - begin > kFewColumns) {
       ByteRow rows[kByteSquare] = {}, turned[kByteSquare];
-      for (int64_t k = 0; k < count; ++k) __builtin_memcpy(&rows[k], packed[k] + at, sizeof(rows[k]));
+      for (int64_t k = 0; k < eights; ++k) __builtin_memcpy(&rows[k], packed[k] + j, sizeof(rows[k]));
       turn<4>(rows, turned);
       __builtin_memcpy(columns, turned, sizeof(columns));
     } else {
       for (int64_t c = begin; c < end; ++c) {
-        for (int64_t k = 0; k < count; ++k) columns[c - col - at][k] = packed[k][c - col];
+        for (int64_t k = 0; k < eights; ++k) columns[c - col][k] = packed[k][j + c - col];
       }
     }
-    for (int64_t c = begin; c < end; ++c) put_bits(m, columns[c - col - at], count, to + c * m.to_col, i);
+    for (int64_t c = begin; c < end; ++c) put_bits(m, columns[c - col], eights, to + c * m.to_col, at.row);
   }
 }
 
@@ -118,9 +121,9 @@ KPFUSED_INLINE int64_t transpose_rows(const ByteMatrices& m, const uint8_t* from
     for (int64_t j = 0; j < m.cols; j += kPacked, ahead += count * share) {
       // The last ones begin with columns of those before them.
       const int64_t col = at_most(j, wide - kPacked), past = at_most(j + kPacked, m.cols);
+      const ByteSquare at = {i, last_rows, col, j, past, ahead, share};
       // A count that the compiler knows is unrolled.
-      count == kByteSquare ? transpose_square(m, from, to, i, kByteSquare, last_rows, col, j, past, ahead, share)
-                           : transpose_square(m, from, to, i, count, last_rows, col, j, past, ahead, share);
+      count == kByteSquare ? transpose_square(m, from, to, kByteSquare, at) : transpose_square(m, from, to, count, at);
     }
   }
   return at_most(i, end);

@@ -86,7 +86,7 @@ class CoordinateRows {
     Counting& c = at.counting;
     const int64_t rows = view_.height, cols = view_.width;
     if (!flat_ || c.rows != rows || c.cols != cols) return c.by_rows() ? take<false, false>(at) : take<kMasked, false>(at);
-    if (kMasked && (c.stride_x != 1 || (c.stride_y != cols && rows > 1))) {
+    if (kMasked && !c.is_run(rows, cols)) {
       copy_mask(c, rows, cols, mask_);
       c.mask = mask_, c.stride_x = 1;
     }

@@ -35,6 +35,10 @@ struct Counting {
     mask += row * stride_y + (in_bits() ? first / 8 : col * stride_x);
     if (in_bits()) bit = first % 8;
   }
+  // Whether these rows of a mask are one run of bytes.
+  KPFUSED_INLINE bool is_run(int64_t of_rows, int64_t of_cols) const {
+    return stride_x == 1 && (stride_y == of_cols || of_rows <= 1);
+  }
   // Whether a mask has one byte for all of a row, as flags of keypoints have.
   KPFUSED_INLINE bool by_rows() const { return mask && stride_x == 0; }
 };

@@ -58,8 +58,7 @@ class ForwardRows {
     const T* next;  // where to read on afterwards
   };
 
-  // Bytes of a chunk. What is done at the end of its columns is more with moments.
-  static constexpr int64_t kBytes = kMoments ? 2 * kChunkBytes : kChunkBytes;
+  static constexpr int64_t kBytes = chunk_bytes(kMoments);
 
   // Whether bits of a mask are what the sums take, rather than a copy of what counts: they are whole bytes for each row.
   bool by_bits(int64_t cols) const { return KPFUSED_AVX512 && !kMoments && !plan_.flat && cols % 8 == 0; }

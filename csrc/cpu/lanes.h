@@ -110,14 +110,13 @@ struct ColumnList {
 constexpr int64_t kAbreastBytes = 8 * kChunkBytes;
 
 // Chunks of groups of pixels, each with all lanes. Where pixels do not stand abreast, those of a few vectors are read twice in
-// a row. Moments have more to do at the end of a chunk (`long_end`), which then is as large as may be.
+// a row. Moments have a long end of a chunk.
 template <class T>
 KPFUSED_INLINE Tiling lane_chunks(Counts counts, int64_t rows, int64_t cols, int64_t lanes, int64_t abreast,
                                   bool long_end = false) {
   const int64_t at_once = at_most(lanes, kLaneVectors * kLanes<Acc<T>>);
-  const int64_t bytes = long_end ? 2 * kChunkBytes : kChunkBytes;
   const int64_t abreast_bytes = counts == Counts::by_lanes && !long_end ? kAbreastBytes / 4 * 3 : kAbreastBytes;
-  int64_t groups = (abreast == 1 ? bytes / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
+  int64_t groups = (abreast == 1 ? chunk_bytes(long_end) / at_once : abreast_bytes / lanes) / int64_t(sizeof(T));
   if (counts == Counts::listed) groups = at_most(groups, kListed);
   if (counts == Counts::by_lanes) groups = at_most(groups, kChunkWords / ceil_div(lanes, kLanes<Acc<T>>));
   return tile(rows, cols, groups, 1);

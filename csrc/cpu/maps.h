@@ -146,6 +146,9 @@ struct FlatTable {
   A shift(int64_t row, int64_t height) const { return A(0.5 * double(2 * row + rows - height)); }
 };
 
+// Bytes of a chunk: with more to do at the end of one, as with moments, twice as many.
+constexpr int64_t chunk_bytes(bool long_end = false) { return long_end ? 2 * kChunkBytes : kChunkBytes; }
+
 // What is left to do when all rows of a few columns have gone by costs as much as some rows.
 constexpr int64_t kChunkRows = 4;
 
@@ -158,7 +161,7 @@ struct RowPlan {
   explicit RowPlan(const MapView& view) : flat(is_flat<Acc<T>>(view)), parts(part_tiling(view)) {}
 
   // `bytes`: what stays near from its first reading to the second.
-  Tiling chunks(int64_t rows, int64_t cols, int64_t bytes = kChunkBytes) const {
+  Tiling chunks(int64_t rows, int64_t cols, int64_t bytes = chunk_bytes()) const {
     if (flat) return tile(rows, cols, kTable<Acc<T>>, kRowMultiple);
     const int64_t elements = bytes / int64_t(sizeof(T));
     const Cut x = cut(cols, elements / at_most(rows, kChunkRows), kRowMultiple);
@@ -227,8 +230,9 @@ KPFUSED_INLINE void fill_row(T* to, int64_t n, T value) {
   }
   T vector[kElements];
   for (int64_t i = 0; i < kElements; ++i) vector[i] = value;
-  for (int64_t i = 0; i + kElements <= n; i += kElements) __builtin_memcpy(to + i, vector, sizeof(vector));
-  __builtin_memcpy(to + n - kElements, vector, sizeof(vector));
+  int64_t i = 0;
+  for (; i + kElements <= n; i += kElements) __builtin_memcpy(to + i, vector, sizeof(vector));
+  if (i < n) __builtin_memcpy(to + n - kElements, vector, sizeof(vector));
 }
 template <class T>
 KPFUSED_INLINE void clear_row(T* to, int64_t n) {

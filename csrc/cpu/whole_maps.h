@@ -47,9 +47,8 @@ class WholeMaps {
         p_(make_lines<A>(whole_vectors<A>(all_))) {}
 
   void run(int64_t begin, int64_t end) {
-    MapWalk walk(softmax_.view, begin);
+    MapWalk walk(softmax_.view, begin), next(softmax_.view, begin);
     for (int64_t n = begin; n < end; ++n, walk.advance()) {
-      MapWalk next = walk;
       if (n + 1 < end) next.advance();
       beta_ = beta_of<A>(softmax_.beta, n);
       take_pixels(n);
@@ -118,7 +117,7 @@ class WholeMaps {
     cols_ = counting.cols, pixels_ = cols_ > 0 ? counting.rows * width : 0;
     if constexpr (kMasked) {
       const uint8_t* p = counting.mask;
-      if (counting.stride_x != 1 || (counting.stride_y != width && counting.rows > 1)) {
+      if (!counting.is_run(counting.rows, width)) {
         if (!bytes_) bytes_.reset(new uint8_t[size_t(all_ + kMaskRoom)]);
         if (p != copied_) copy_mask(counting, softmax_.view.height, width, bytes_.get());
         copied_ = p, p = bytes_.get();
@@ -139,7 +138,8 @@ class WholeMaps {
     T* const to = buffers_.get() + buffer * room;
     next_[buffer] = p + to_next;
     T beyond[kVector];
-    for (int64_t i = 0; i < kVector; ++i) beyond[i] = as_element<T>(fill);
+    const T value = as_element<T>(fill);
+    for (int64_t i = 0; i < kVector; ++i) beyond[i] = value;
     for (int64_t i = 0; i < pixels_; i += width) {
       copy_row(p + i, to + i, cols);
       // What the last of these writes behind a row, the next row writes again; behind the last row there is room.
@@ -293,8 +293,9 @@ class WholeMaps {
         decltype(read(values_[0])) tile[kSome];
         for (int i = 0; i < some; ++i) {
           tile[i] = read(values_[c + i]).from(first);
-          // Beyond the end of a plane is the next one, of this map or the next, whose beginning weigh() is too late for.
-          prefetch_run(place(tile[i], 0), whole, kReadAhead);
+          // Beyond the end of a plane is the next one, of this map or the next, whose beginning weigh() is too late for; of
+          // maps of one tile it has fetched all.
+          if (pixels_ > kTile<A>) prefetch_run(place(tile[i], 0), whole, kReadAhead);
         }
         const A* const p = p_.get() + first;
         add_all_products(&p, 1, tile, some, whole, sums + c, channels_);
