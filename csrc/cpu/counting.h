@@ -41,6 +41,8 @@ struct Counting {
   }
   // Whether a mask has one byte for all of a row, as flags of keypoints have.
   KPFUSED_INLINE bool by_rows() const { return mask && stride_x == 0; }
+  // Or one for all of the map.
+  KPFUSED_INLINE bool by_maps() const { return by_rows() && stride_y == 0; }
 };
 
 KPFUSED_INLINE Counting counting_of(const PixelView& pixels, const MapView& view, int64_t map) {

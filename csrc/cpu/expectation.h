@@ -21,9 +21,12 @@ KPFUSED_INLINE const SoftmaxParams& softmax_of(const ExpectationSteps& steps) {
 // Maps that a work item takes at once: those that share cache lines, as many as are transposed at once; or those that share
 // values, which are read again for the next ones, as long as all threads have their part.
 KPFUSED_INLINE int64_t maps_at_once(const MapView& view, bool share_values) {
-  constexpr int64_t kTransposed = 8, kFew = 8;
+  constexpr int64_t kTransposed = 8;
+  constexpr int64_t kFew = 8;  // fewer are not worth another reading of the values
+  static_assert(kTransposed <= kTileChannels, "values of maps side by side, of one channel, are a group of planes");
   if (!share_values) return is_channels_last(view) ? at_most(view.inner, kTransposed) : 1;
-  const int64_t blocks = at_most(ceil_div(threads(), view.outer), ceil_div(view.inner, kFew));
+  const int64_t others = view.outer * pixel_parts(view).count;
+  const int64_t blocks = at_most(ceil_div(threads(), others), ceil_div(view.inner, kFew));
   return ceil_div(view.inner, at_least(blocks, ceil_div(view.inner, kTileMaps)));
 }
 
@@ -339,9 +342,9 @@ struct ExpectationValuesKernel {
         }
       }
       end_run();
-      for (int64_t c = 0; c < channels(); c += kTileMaps) {
-        const int some = int(at_most(channels() - c, kTileMaps));
-        const A* plane[kTileMaps];
+      for (int64_t c = 0; c < channels(); c += kTileChannels) {
+        const int some = int(at_most(channels() - c, kTileChannels));
+        const A* plane[kTileChannels];
         for (int i = 0; i < some; ++i) plane[i] = sums + (c + i) * kTile<A>;
         write_planes<T>(plane, planes(outer, inner, c, params.value_view.stride_channel), some, first, pixels);
       }

@@ -181,7 +181,7 @@ void expectation_of(const ExpectationSteps& steps) {
   if (same && are_whole_maps<T>(steps, softmax_of(steps))) return run_whole_maps<T>(steps, channels);
   // Of a few maps at least it is better to keep P than to take more of them at once.
   const int64_t kept = kKeptTogether<Acc<T>> / (view.height * view.width);
-  if (steps.stats && kept >= 4) at_once = at_most(at_once, kept);
+  if (steps.stats && kept >= 4) at_once = at_most(at_once, ceil_div(view.inner, ceil_div(view.inner, kept)));
   if (same) return run_blocks<T>(steps, view, at_once, channels);
   if (steps.stats) stats_of<T>(*steps.stats, softmax_of(steps));
   if (steps.expectation) {

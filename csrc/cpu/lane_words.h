@@ -105,7 +105,8 @@ class LaneWords {
   ChunkWords<A> of(const PixelRange& range, int64_t next) {
     const bool sized = !same_size_ || range.row + range.rows > first_.rows || range.col + range.cols > first_.cols;
     if (!first_.mask && !sized) return {};
-    if (!sized && first_.stride_y == 0 && first_.stride_x == 0) {  // flags of maps: all pixels have the words of one
+    // All pixels have the words of the first, unless a size parts them.
+    if (!sized && first_.by_maps()) {
       masked({range.row, 1, range.col, abreast_});
       return all_count(vectors_) ? ChunkWords<A>{} : ChunkWords<A>{words_, 0, 0, {}};
     }

@@ -9,7 +9,7 @@ namespace kpfused::cpu {
 
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 
-// How many of its threads may run at once.
+// How many threads of the pool may run at once.
 int64_t threads();
 
 // Calls body on disjoint ranges that cover [0, count), each at least `grain` long where count allows it.

@@ -85,10 +85,11 @@ KPFUSED_INLINE void store_vector(A* p, Vec<A> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-// The same vector, which compilers then know nothing of but that a register holds it.
+// The same vector, of which compilers then know no more than that a register holds it: they do not read it again, nor make it
+// part of another operation. For operations of x86, which can take an operand from memory.
 template <class V>
 KPFUSED_INLINE V in_register(V v) {
-#if KPFUSED_AVX512 || KPFUSED_AVX2
+#if KPFUSED_AVX512 || KPFUSED_AVX2 || KPFUSED_SSE2
   asm("" : "+v"(v));
 #endif
   return v;

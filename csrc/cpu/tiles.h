@@ -60,12 +60,13 @@ KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, 
   return total<A>(sum);
 }
 
-// P of whole maps that is kept stays in the second-level cache. Several that share values have more room: what they save is
-// another reading of the values.
+// P of whole maps that is kept stays in the second-level cache. Several at once have more room, since those that share values
+// save another reading of them; not more than twice as much, so that each would be kept alone too, on which its bits depend.
 template <class A>
 constexpr int64_t kKept = 262144 / int64_t(sizeof(A));
 template <class A>
 constexpr int64_t kKeptTogether = 2 * kKept<A>;
+static_assert(kKeptTogether<float> <= 2 * kKept<float>);
 
 // P of some maps side by side, tile by tile.
 template <class T>
@@ -272,10 +273,7 @@ class ValueTiles {
       for (int64_t c = first_channel; c < channels; c += group.channels) {
         const int some = int(at_most(channels - c, group.channels));
         for (int i = 0; i < maps * some; ++i) counting_[i] = tiles.counting(m + i / some);
-        // Of many channels, what is further on in their planes would have left the caches again before its turn.
-        const int64_t next = c + some < channels ? some * group.stride : pixels - c * group.stride;
-        const int64_t ahead = channels > kTileChannels ? next : kReadAhead / int64_t(sizeof(T));
-        load(first_map + m, maps * some, group.stride, c, first, pixels, ahead);
+        load(first_map + m, maps * some, group.stride, c, first, pixels);
         for (int i = 0; i < maps; ++i) of(m + i, sharing, c, some, run_ + i * some);
       }
     }
@@ -317,8 +315,18 @@ class ValueTiles {
     return {from, stride, view.stride_y, view.stride_x, softmax_.view.width};
   }
 
-  // `count` planes, from `channel` of map n on, and what lies `ahead` is fetched meanwhile.
-  void load(int64_t n, int count, int64_t stride, int64_t channel, int64_t first, int64_t pixels, int64_t ahead) {
+  // How far further on what is fetched meanwhile lies, of plane i from `channel` on: hardware follows a plane to the end of a
+  // page, and takes it up again too late. Where there are many channels it would leave the caches again before its turn: there
+  // it is the same tile of the next channels, and the next tile of the first ones after the last.
+  int64_t ahead_of_plane(int64_t channel, int64_t i, int64_t pixels) const {
+    const ValueView& view = values_.view;
+    if (view.channels <= kTileChannels) return kReadAhead / int64_t(sizeof(T));
+    const bool last = channel + kTileChannels + i >= view.channels;
+    return last ? pixels - channel * view.stride_channel : kTileChannels * view.stride_channel;
+  }
+
+  // `count` planes, from `channel` of map n on.
+  void load(int64_t n, int count, int64_t stride, int64_t channel, int64_t first, int64_t pixels) {
     const int64_t whole = whole_vectors<A>(pixels);
     for (int i = 0; i < count; ++i) run_[i] = buffer_[i];
     if (values_.kind == ValueKind::window) {
@@ -330,9 +338,8 @@ class ValueTiles {
     }
     const Planes<const T> planes = planes_of(n, channel, stride);
     const T none[kTileChannels] = {};
-    // Hardware follows a plane no further than to the end of a page, and takes it up again too late.
     for (int i = 0; i < count && planes.dense(); ++i) {
-      prefetch_run(planes.at(i, 0, 0) + first, pixels, ahead * int64_t(sizeof(T)));
+      prefetch_run(planes.at(i, 0, 0) + first, pixels, ahead_of_plane(channel, i, pixels) * int64_t(sizeof(T)));
     }
     if constexpr (std::is_same_v<T, A>) {
       read_planes<T>(planes, count, first, pixels, counting_, none, buffer_[0], run_);
