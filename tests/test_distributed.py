@@ -6,14 +6,16 @@ To start processes is slow, so that each world starts once and runs all cases.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,12 +32,18 @@ from tests.distributed import World, cases_of
 WORLDS = [("gloo", 2), ("gloo", 4), ("nccl", 2)]
 SECONDS = 180  # for one world, on a busy machine
 COLLECTIVE = timedelta(seconds=30)  # how long a rank waits for one that has failed
+TORCH = str(Path(torch.__file__).parent)
+LAST_WORDS = 4000  # characters of what a rank printed before it crashed
 
 Report: TypeAlias = dict[str, str]  # case: how it failed, or nothing
 
 
 def run_rank(rank: int, size: int, backend: str, folder: Path) -> None:
     """All cases, up to the first that fails: after it, ranks may be at different collectives."""
+    with (folder / f"{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    faulthandler.enable()
     torch.set_num_threads(1)
     device = "cuda" if backend == "nccl" else "cpu"
     if device == "cuda":
@@ -50,12 +58,29 @@ def run_rank(rank: int, size: int, backend: str, folder: Path) -> None:
             case(world)
             torch.distributed.barrier()
             report[name] = ""
-        except Exception:
-            report[name] = f"rank {rank}:\n{traceback.format_exc()}"
+        except Exception as error:
+            report[name] = f"rank {rank} at {datetime.now():%T.%f}:\n{told(error)}"
         (folder / f"{rank}.json").write_text(json.dumps(report))
         if report[name]:
             return
     torch.distributed.destroy_process_group()
+
+
+def told(error: Exception) -> str:
+    """Where, without torch's own frames, which would hide the rank that failed first behind those that it left."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(TORCH)]
+    return "".join(traceback.format_list(frames) + traceback.format_exception_only(error))
+
+
+def report_of(rank: int, size: int, folder: Path, code: int | None) -> Report:
+    """With the case that a rank crashed in, of which it tells nothing, and the others only that it has gone."""
+    file, log = folder / f"{rank}.json", folder / f"{rank}.log"
+    report: Report = json.loads(file.read_text()) if file.exists() else {}
+    left = [case for case in cases_of(size) if case not in report]
+    if code and left:
+        words = log.read_text(errors="replace")[-LAST_WORDS:] if log.exists() else ""
+        report[left[0]] = f"rank {rank}: exit code {code}\n{words}"
+    return report
 
 
 @functools.cache
@@ -72,8 +97,7 @@ def run_world(backend: str, size: int) -> list[Report]:
             process.join(max(0.0, end - time.monotonic()))
             process.kill()  # nothing, where it has ended
             process.join()
-        files = [folder / f"{rank}.json" for rank in range(size)]
-        return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+        return [report_of(rank, size, folder, process.exitcode) for rank, process in enumerate(processes)]
 
 
 @pytest.mark.parametrize(
