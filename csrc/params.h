@@ -211,17 +211,21 @@ struct Values {
   const int64_t* centre;  // [maps, 2], (x, y); null: the pixel nearest to the mean that stats have
 };
 
-// The spatial softmax P that three kernels are about. Of expectations of coordinates the heatmap is a probability map already:
-// its pixels then are P, and beta, stats and empty maps mean nothing.
+// What a map holds. logits: P is their softmax. softmax: that P itself, where its gradient has no need of the logits; not of
+// beta, for which there is none, nor of values. probabilities: P, of which it is not known what it came from, so that beta,
+// stats and empty maps mean nothing.
+enum class Holds : int { logits, softmax, probabilities };
+
+// The spatial softmax P that three kernels are about.
 struct SoftmaxParams {
   Dtype dtype;  // of heatmap, values and their gradients
+  Holds holds;
   const void* heatmap;
   MapView view;
   PixelView pixels;
   BetaView beta;
   const void* stats;  // [maps, stats_stride], of which the first are Stats, as forward left them
   int64_t stats_stride;
-  bool is_probability;
 };
 
 // Expectation: E_c = sum_i P_i V_ci.

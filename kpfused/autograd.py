@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kpfused.dtensor import refuse_distributed
-from kpfused.kernels import Kernel, Settings
+from kpfused.dtensor import is_distributed, refuse_distributed
+from kpfused.kernels import OF_RESULT, Kernel, Settings, accumulator_dtype
 
 
 def _eager(kernel: Kernel) -> Any:
@@ -22,9 +22,12 @@ def _eager(kernel: Kernel) -> Any:
     One for each kernel, and with all that is no tensor in one argument: every argument costs, and every attribute.
     """
     launch, keep, has_one_result = kernel.launch_forward, kernel.keep, kernel.has_one_result
+    takes_result = kernel.composition_of_result is not None
 
     def forward(ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> Tensor | tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
+        if takes_result:
+            heatmap, settings = _source(kernel, ctx, heatmap, output[0], settings)
         ctx.settings = settings if len(settings) == 2 else _without_tensors(settings)
         ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
         if has_one_result:  # more of them cost twice: here, and where each is told of its gradient
@@ -52,12 +55,15 @@ def _plain(kernel: Kernel, forward: Callable[..., Any], backward: Callable[..., 
     """Both directions of one result and its stats, spelt out for what most calls are, in which all pixels count: to
     go through tuples of any length takes time that ``benchmarks.host_time`` shows."""
     launch, launch_backward, is_grad_enabled = kernel.launch_forward, kernel.launch_backward, torch.is_grad_enabled
+    takes_result = kernel.composition_of_result is not None
 
     def plain_forward(ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> Any:
         if len(settings) > 2:
             return forward(ctx, heatmap, beta, settings)
         number, setting = ctx.settings = settings
         result, stats = launch(heatmap, beta, number, setting)
+        if takes_result:
+            heatmap, ctx.settings = _source(kernel, ctx, heatmap, result, settings)
         ctx.save_for_backward(heatmap, stats, beta)
         return result
 
@@ -73,11 +79,21 @@ def _plain(kernel: Kernel, forward: Callable[..., Any], backward: Callable[..., 
 
 
 def _keep(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    heatmap, beta, *settings = inputs
+    heatmap, beta, *rest = inputs
+    heatmap, settings = _source(kernel, ctx, heatmap, output[0], tuple(rest))
     ctx.settings = _without_tensors(settings)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
     ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *settings[2:4])
+
+
+def _source(kernel: Kernel, ctx: Any, heatmap: Tensor, result: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
+    """What backward reads: the heatmap, or the result, which those who go on with it keep as well. Of half precision
+    it has lost digits, and beta's gradient is not to be had from it."""
+    takes_result = kernel.composition_of_result is not None and heatmap.dtype == accumulator_dtype(heatmap.dtype)
+    if not takes_result or ctx.needs_input_grad[1] or is_distributed(heatmap):
+        return heatmap, settings
+    return result, (settings[0], OF_RESULT, *settings[2:])
 
 
 def _without_tensors(settings: Sequence[Any]) -> Settings:
@@ -100,8 +116,8 @@ def _backward_of(kernel: Kernel, op: Any, launch: Any = None) -> Callable[..., t
             return (None,) * len(ctx.needs_input_grad)
         settings, saved, of_beta = ctx.settings, ctx.saved_tensors, ctx.needs_input_grad[1]
         if forward_ad._current_level >= 0:  # forward over reverse: the kernels drop tangents
-            sources = (saved[0], saved[own - 1])
-            gradients = _composed_gradients(kernel, grads, *sources, *settings[:2], *saved[own:], *settings[4:])
+            rest = (*saved[own - 1 : own], *settings[:2], *saved[own:], *settings[4:])
+            gradients = _composed_gradients(kernel, grads, saved[0], saved[1 : own - 1], *rest)
         else:
             use = op if launch is None or is_grad_enabled() else launch
             if len(saved) == own:  # all pixels count; slices that leave nothing out cost as much as those that do
@@ -121,9 +137,16 @@ def sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _composed_gradients(
-    kernel: Kernel, grads: tuple[Tensor | None, ...], heatmap: Tensor, beta: Tensor | None, *settings: Any
+    kernel: Kernel,
+    grads: tuple[Tensor | None, ...],
+    heatmap: Tensor,
+    kept: Sequence[Tensor],
+    beta: Tensor | None,
+    *settings: Any,
 ) -> tuple[Tensor, ...]:
     """What the backward op computes, in differentiable PyTorch; no second gradient where there is no beta tensor."""
+    if kernel.composition_of_result is not None and settings[1] == OF_RESULT:
+        return kernel.composition_of_result(*grads, heatmap, *kept, beta, *settings)
     used = [i for i, grad in zip(kernel.differentiable, grads, strict=True) if grad is not None]
 
     def forward(heatmap: Tensor, beta: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -137,9 +160,10 @@ def _composed_gradients(
 
 def _keep_second(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
+    kept = rest[: len(kernel.kept)]
     beta, ctx.beta_value, ctx.setting, _, *pixels = rest[len(kernel.kept) :]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(heatmap, beta, *grads, *pixels[:2])
+    ctx.save_for_backward(heatmap, *kept, beta, *grads, *pixels[:2])
     ctx.empty_value = pixels[2:]
     ctx.rest = (None,) * (3 + len(pixels))
 
@@ -148,7 +172,8 @@ def _second_gradients(
     kernel: Kernel, ctx: Any, upstream_heatmap: Tensor | None, upstream_beta: Tensor | None
 ) -> tuple[Any, ...]:
     """Second derivatives, through the composition: rare enough not to need a kernel."""
-    heatmap, beta, *saved = ctx.saved_tensors
+    heatmap, *saved = ctx.saved_tensors
+    kept, (beta, *saved) = saved[: len(kernel.kept)], saved[len(kernel.kept) :]
     refuse_distributed(heatmap)
     grads, pixels = saved[: kernel.grads], (*saved[kernel.grads :], *ctx.empty_value)
     given = [i for i, grad in enumerate(grads) if grad is not None]
@@ -160,7 +185,7 @@ def _second_gradients(
             filled[i] = grad
         heatmap, *some_beta = inputs[len(given) :]
         settings = (ctx.beta_value, ctx.setting, *pixels)
-        return _composed_gradients(kernel, tuple(filled), heatmap, some_beta[0] if some_beta else None, *settings)
+        return _composed_gradients(kernel, tuple(filled), heatmap, kept, some_beta[0] if some_beta else None, *settings)
 
     gradients, pull = torch.func.vjp(first, *inputs)  # type: ignore[misc]
     upstream = (upstream_heatmap, upstream_beta)[: len(gradients)]

@@ -182,8 +182,9 @@ def spatial_softmax2d(
         Probabilities of the shape, dtype and memory format of ``heatmap``, computed in float32 (float64 for float64)
         and rounded once.
 
-    Gradients reach ``heatmap``, and ``beta`` or ``temperature`` where it is a tensor. Backward keeps the heatmap and
-    four numbers a map, not the probabilities.
+    Gradients reach ``heatmap``, and ``beta`` or ``temperature`` where it is a tensor. Backward keeps four numbers a map
+    and the probabilities, as ``torch.softmax`` does: they are not to be changed in place before it. In half precision,
+    and where ``beta`` or ``temperature`` requires a gradient, it keeps the heatmap instead.
 
     Raises:
         TypeError: as in :func:`soft_argmax2d`.

@@ -21,6 +21,7 @@ from kpfused.results import SpatialMoments
 
 HAS_CUDA = bool(_C.build_info()["cuda"])
 _PEAK = SpatialMoments._fields.index("peak")
+OF_RESULT = 1
 _STATS, _MOMENT_STATS, _VOLUME_STATS = 4, 8, 13  # kStats, kMomentStats and kVolumeStats of csrc/params.h
 
 Settings = tuple[Any, ...]
@@ -75,6 +76,10 @@ class Kernel:
     of_slices: tuple[int, ...] | None = None
     """Of an op on volumes, outputs that every slice has, where all others lack the dimension of depth; None of an op on
     maps."""
+    composition_of_result: Callable[..., tuple[Tensor, ...]] | None = None
+    """Of an op whose backward can take the result in place of the heatmap, with ``OF_RESULT`` for its setting, for the
+    gradient of the heatmap alone: that, in differentiable PyTorch, of ``(grad, result, *kept, beta, beta_value,
+    setting, mask, valid_size, empty_value)``."""
 
     def __post_init__(self) -> None:
         ops = torch.ops.kpfused
@@ -161,6 +166,18 @@ def _compose_spatial_softmax2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor,
     return (reference.spatial_softmax2d(heatmap, beta, **keywords).to(heatmap.dtype),)
 
 
+def _compose_gradient_of_softmax(grad: Tensor, p: Tensor, stats: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    """``beta P (g - sum of P g)``, and zero of pixels that do not count and of empty maps."""
+    beta, keywords = settings_of_reference(*settings)
+    counts = reference.counting(p, keywords["mask"], keywords["valid_size"])
+    if counts is not None or keywords["empty_value"] is not None:
+        left_out = (stats[..., 1] == 0)[..., None, None]  # the sum of weights
+        left_out = left_out if counts is None else left_out | ~counts
+        grad, p = grad.masked_fill(left_out, 0), p.masked_fill(left_out, 0)
+    beta = beta[..., None, None] if isinstance(beta, Tensor) else beta
+    return (beta * p * (grad - (p * grad).sum((-2, -1), keepdim=True)),)
+
+
 def _compose_expectation2d(heatmap: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     _, keywords = settings_of_reference(*settings)
     del keywords["empty_value"]
@@ -214,7 +231,14 @@ MOMENTS3D = Kernel(
     accepts=lambda setting: max(setting, ~setting) in range(len(reference.COORDINATES)),
     of_slices=(6, 7),
 )
-SOFTMAX2D = Kernel("spatial_softmax2d", _compose_spatial_softmax2d, sizes=(None, (_STATS,)), constant=(1,), kept=(1,))
+SOFTMAX2D = Kernel(
+    "spatial_softmax2d",
+    _compose_spatial_softmax2d,
+    sizes=(None, (_STATS,)),
+    constant=(1,),
+    kept=(1,),
+    composition_of_result=_compose_gradient_of_softmax,
+)
 # beta means nothing to it, and there are no stats to keep.
 EXPECTATION2D = Kernel("expectation2d", _compose_expectation2d, sizes=((2,), (0,)), constant=(1,), kept=(1,))
 # Its setting: pixels along a side of the window, an odd number, around the mean; negative, around the peak.

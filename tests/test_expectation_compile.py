@@ -69,3 +69,6 @@ def test_opcheck(device: str, layout: str) -> None:
             grad = torch.randn_like(result).requires_grad_()
             backward = (grad, heatmap, stats, number, 1.0, index, number is not None)
             torch.library.opcheck(getattr(ops, f"{op.__name__}_backward").default, (*backward, *pixels))
+        result, stats = (t.detach() for t in ops.spatial_softmax2d(heatmap, beta, 0.0, 0, *pixels))
+        of_result = (torch.randn_like(result).requires_grad_(), result.requires_grad_(), stats, beta, 0.0, 1, False)
+        torch.library.opcheck(ops.spatial_softmax2d_backward.default, (*of_result, *pixels))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,8 +39,43 @@ def test_gradcheck_with_masks(device: str) -> None:
     for keywords in ({"mask": mask}, {"valid_size": sizes}, {"mask": mask, "valid_size": sizes}):
         assert gradcheck(lambda h, v, k=keywords: kpfused.spatial_expectation2d(h, v, **k), (heatmap, values))
         assert gradgradcheck(lambda h, v, k=keywords: kpfused.spatial_expectation2d(h, v, **k), (heatmap, values))
+    numbers = torch.tensor([0.7, -1.3, 2.0], dtype=torch.float64, device=device)
+    empty = (torch.arange(3, device=device) > 0)[:, None, None]  # nothing of the first keypoint counts
+    last = (cases.random((2, 3, 4, 5)).to(device) > 0) & empty
+    for keywords in (
+        {},
+        {"beta": numbers},
+        {"mask": mask},
+        {"valid_size": sizes, "beta": -1.5},
+        {"mask": last, "valid_size": sizes, "empty_value": 0.5, "beta": numbers},
+        {"empty_value": 0.0},
+    ):
         assert gradcheck(lambda h, k=keywords: kpfused.spatial_softmax2d(h, **k), heatmap)
         assert gradgradcheck(lambda h, k=keywords: kpfused.spatial_softmax2d(h, **k), heatmap)
+
+
+def test_nested_derivatives_of_the_softmax(device: str) -> None:
+    """Of its own result: the inner gradient is the heatmap's alone, the outer one beta's too, backward and forward."""
+    heatmap, weight = cases.random((2, 4, 5)).to(device), cases.random((2, 4, 5)).to(device)
+    beta, mask = torch.tensor([0.7, -1.3], dtype=torch.float64, device=device), torch.rand(4, 5, device=device) < 0.7
+
+    def nested(softmax: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        def loss(h: Tensor, b: Tensor) -> Tensor:
+            return (softmax(h, b, mask=mask) * weight).square().sum()
+
+        def slope(h: Tensor, b: Tensor) -> Tensor:
+            return torch.func.grad(loss)(h, b)
+
+        of_heatmap, of_beta = torch.func.jacrev(slope, (0, 1))(heatmap, beta)
+        forward = torch.func.jacfwd(slope, (0, 1))(heatmap, beta)
+        leaf, number = heatmap.clone().requires_grad_(), beta.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(leaf, beta), leaf, create_graph=True)
+        (eager,) = torch.autograd.grad((first * weight).sum(), leaf)
+        (first,) = torch.autograd.grad(loss(leaf, number), leaf, create_graph=True)
+        return of_heatmap, of_beta, *forward, eager, *torch.autograd.grad((first * weight).sum(), (leaf, number))
+
+    for got, want in zip(nested(kpfused.spatial_softmax2d), nested(reference.spatial_softmax2d), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_only_what_is_asked_for(device: str) -> None:

@@ -48,3 +48,75 @@ def test_softmax_of_pixels_that_count(device: str, pixels: str, layout: str, emp
     (grad,) = torch.autograd.grad(result, heatmap, cases.upstream_of(result))
     assert (grad[~counts] == 0).all()
     assert grad.isfinite().all()
+
+
+PIXELS_OR_ALL = {"all": None, **PIXELS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("pixels", PIXELS_OR_ALL)
+@pytest.mark.parametrize("elsewhere", [-3.0, torch.inf])
+@pytest.mark.parametrize("shape", [(2, 9, 12, 17), (2, 33, 7, 5), (3, 2, 1, 1), (1, 1, 300, 301)], ids=str)
+def test_gradient_from_the_result_and_from_the_heatmap(
+    device: str, shape: tuple[int, ...], elsewhere: float, pixels: str, layout: str, dtype: torch.dtype
+) -> None:
+    """Backward reads the heatmap where beta wants a gradient, and the result where it does not.
+
+    ``elsewhere``: the gradient that comes in where pixels do not count.
+    """
+    of_pixels = PIXELS_OR_ALL[pixels]
+    keywords = {} if of_pixels is None else on(device, of_pixels(shape))
+    heatmap = cases.LAYOUTS[layout](cases.random(shape).to(device, dtype)).requires_grad_()
+    beta = torch.tensor(-1.5, device=device, dtype=dtype)
+    upstream = cases.upstream_of(heatmap).to(dtype)
+    counts = reference.counting(heatmap, keywords.get("mask"), keywords.get("valid_size"))
+    if counts is not None:
+        upstream = upstream.masked_fill(~counts, elsewhere)
+    gradients = [
+        torch.autograd.grad(kpfused.spatial_softmax2d(heatmap, b, **keywords), heatmap, upstream)[0]
+        for b in (beta, beta.clone().requires_grad_())
+    ]
+    assert gradients[0].stride() == gradients[1].stride()
+    close(gradients[0], gradients[1].double(), size=0.0)
+
+
+def saved_by_backward(heatmap: torch.Tensor, *args: object) -> list[torch.Tensor]:
+    """What it keeps of the size of the map."""
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        kpfused.spatial_softmax2d(heatmap, *args)
+    return [t for t in kept if t.shape == heatmap.shape]
+
+
+def test_backward_keeps_one_map(device: str) -> None:
+    heatmap = cases.random((2, 3, 8, 9)).to(device).requires_grad_()
+    (kept,) = saved_by_backward(heatmap)
+    torch.testing.assert_close(kept, kpfused.spatial_softmax2d(heatmap), rtol=0, atol=0)
+    beta = torch.tensor(2.0, device=device, requires_grad=True)
+    half = heatmap.detach().bfloat16().requires_grad_()
+    for source, args in [(heatmap, (beta,)), (half, ())]:
+        (kept,) = saved_by_backward(source, *args)
+        torch.testing.assert_close(kept, source.detach(), rtol=0, atol=0)
+
+
+def test_changed_in_place(device: str) -> None:
+    """As with ``torch.softmax``: the result is what backward reads, and the heatmap is not."""
+    heatmap = cases.random((2, 3, 8, 9)).to(device).requires_grad_()
+    logits = heatmap * 2
+    upstream = cases.upstream_of(heatmap).float()
+    (expected,) = torch.autograd.grad(kpfused.spatial_softmax2d(heatmap * 2), heatmap, upstream)
+    result = kpfused.spatial_softmax2d(logits)
+    logits.zero_()
+    assert torch.equal(torch.autograd.grad(result, heatmap, upstream)[0], expected)
+    result = kpfused.spatial_softmax2d(heatmap * 2)
+    result.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_beta_has_no_gradient_from_the_result(device: str) -> None:
+    heatmap = cases.random((2, 3, 8, 9)).to(device)
+    result, stats = torch.ops.kpfused.spatial_softmax2d(heatmap, None, 1.0, 0)
+    with pytest.raises(RuntimeError, match="the gradient of beta needs the heatmap"):
+        torch.ops.kpfused.spatial_softmax2d_backward(heatmap, result, stats, None, 1.0, 1, True)

@@ -17,12 +17,14 @@ class DealtMaps : public LaneRuns<T> {
   using typename Base::A;
   using Base::L;
 
-  // Valid sizes, beyond which values are not to be read, are left to tiles.
+  // Valid sizes, beyond which values are not to be read, are left to tiles; and maps that hold P, which come with one channel.
   static bool fit(const ExpectationSteps& steps) {
     const int64_t channels = channels_of(steps);
-    bool sized = false;
-    Base::for_views(steps, [&](const SoftmaxParams& softmax, const auto&) { sized = sized || softmax.pixels.sizes; });
-    return channels > 1 && channels <= kDealt && !sized && Base::are_lanes(steps);
+    bool left = false;
+    Base::for_views(steps, [&](const SoftmaxParams& softmax, const auto&) {
+      left = left || softmax.pixels.sizes || softmax.holds == Holds::softmax;
+    });
+    return channels > 1 && channels <= kDealt && !left && Base::are_lanes(steps);
   }
 
   DealtMaps(const ExpectationSteps& steps, const SoftmaxParams& softmax)

@@ -65,7 +65,7 @@ template <class A>
 void fill_empty(const ExpectationParams& params, int64_t n) {
   const SoftmaxParams& p = params.softmax;
   const int64_t channels = params.values.view.channels;
-  if (p.is_probability || !is_empty(p.pixels, stats_of<A>(p, n).sum)) return;
+  if (p.holds == Holds::probabilities || !is_empty(p.pixels, stats_of<A>(p, n).sum)) return;
   A* const of_map = static_cast<A*>(params.expectation) + n * channels;
   for (int64_t c = 0; c < channels; ++c) of_map[c] = A(p.pixels.empty_value);
 }

@@ -160,7 +160,7 @@ void expectation_of(const ExpectationSteps& steps) {
     if (steps.stats) forward(*steps.stats);
     return window_mass<T>(*steps.expectation);
   }
-  if (softmax_of(steps).is_probability) return coordinates_of<T>(steps);
+  if (softmax_of(steps).holds == Holds::probabilities) return coordinates_of<T>(steps);
   const MapView& view = softmax_of(steps).view;
   if (run_in_lanes<LaneMaps<T>>(steps) || run_in_lanes<DealtMaps<T>>(steps)) return;
   int64_t at_once = kTileMaps, channels = 1;

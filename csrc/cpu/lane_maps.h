@@ -27,8 +27,13 @@ class LaneMaps : public LaneRuns<T> {
 
   void run(int64_t begin, int64_t end) {
     this->for_items(begin, end, [&](const Item& at) {
-      if (steps_.expectation) expect(at);
-      this->with_gradients([&](auto heatmap, auto beta, auto values) { write<heatmap, beta, values>(at); });
+      if (softmax_.holds == Holds::softmax) {
+        if (steps_.expectation) expect<true>(at);
+        if (steps_.heatmap) write<true, false, false, true>(at);
+      } else {
+        if (steps_.expectation) expect<false>(at);
+        this->with_gradients([&](auto heatmap, auto beta, auto values) { write<heatmap, beta, values, false>(at); });
+      }
     });
   }
 
@@ -42,6 +47,8 @@ class LaneMaps : public LaneRuns<T> {
   using Base::abreast_, Base::empty_, Base::empty_maps_, Base::lanes_, Base::parts_, Base::softmax_, Base::steps_, Base::view_;
   using Base::add_row, Base::clear_sums, Base::for_runs, Base::is_run, Base::pixels, Base::read, Base::sum_of, Base::to_p;
 
+  // kHeld: the maps hold P.
+  template <bool kHeld>
   void expect(const Item& at) {
     const ExpectationParams& params = *steps_.expectation;
     const auto heatmap = read(softmax_.heatmap, view_, at), values = read(params.values.data, params.values.view, at);
@@ -57,9 +64,10 @@ class LaneMaps : public LaneRuns<T> {
           Vec<A> p[N];
           for (int j = 0; j < N; ++j) {
             prefetch(h_at + j * heatmap.stride_x, kReadAhead), prefetch(v_at + j * values.stride_x, kReadAhead);
-            p[j] = distance(counted.load(h_at + j * heatmap.stride_x), lane.of);
+            p[j] = counted.load(h_at + j * heatmap.stride_x);
+            if (!kHeld) p[j] = distance(p[j], lane.of);
           }
-          to_p(lane, p);
+          if (!kHeld) to_p(lane, p);
           // A product by itself with a mask and without: a channel's bits do not depend on what counts of others.
           Vec<A> sum = lane.row;
           for (int j = 0; j < N; ++j) sum += KPFUSED_PRODUCT(counted.keep(j, p[j] * counted.load(v_at + j * values.stride_x)));
@@ -76,8 +84,9 @@ class LaneMaps : public LaneRuns<T> {
   }
 
   // Gradients of the heatmap, beta and values; or of values alone.
-  template <bool kHeatmap, bool kBeta, bool kValues>
+  template <bool kHeatmap, bool kBeta, bool kValues, bool kHeld>
   void write(const Item& at) {
+    static_assert(!kHeld || !kBeta, "how far a pixel lies below the peak is not known");
     const int64_t first_map = at.outer * view_.inner + at.first;
     for_lanes<A>(at.channels, abreast_, [&](int64_t g, int i, int64_t, int64_t c) {
       const int64_t n = first_map + c;
@@ -109,9 +118,10 @@ class LaneMaps : public LaneRuns<T> {
           Lane& lane = lanes_[g];
           Vec<A> below[N], p[N];
           for (int j = 0; j < N; ++j) {
-            p[j] = below[j] = distance(counted.load(h + (c + j) * heatmap.stride_x + k), lane.of);
+            p[j] = counted.load(h + (c + j) * heatmap.stride_x + k);
+            if (!kHeld) p[j] = below[j] = distance(p[j], lane.of);
           }
-          to_p(lane, p);
+          if (!kHeld) to_p(lane, p);
           for (int j = 0; kValues && j < N; ++j) {
             T* const pixel = out_values + (c + j) * to_values.stride_x + k;
             prefetch_for_write(pixel, kWriteAhead);

@@ -161,7 +161,7 @@ class LaneRuns {
       const PixelRange all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
       const PixelRange valid = valid_of(softmax_.pixels, view_, all, outer * view_.inner + first);
       const Item at = {outer, first, channels, part, all, valid};
-      if (!softmax_.is_probability) load_maps(at);
+      if (softmax_.holds != Holds::probabilities) load_maps(at);
       if (!softmax_.pixels.all()) {
         words_.emplace(softmax_.pixels, view_, abreast_words_, outer * view_.inner + first, channels, abreast_);
       }

@@ -60,6 +60,15 @@ KPFUSED_INLINE A weights(const R& run, int64_t count, const Falloff<A>& of_map, 
   return total<A>(sum);
 }
 
+// p[i] = run[i] of a map that holds P.
+template <class A, class R>
+KPFUSED_INLINE void copy_run(const R& run, int64_t count, int64_t ahead, A* p) {
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    prefetch(place(run, i), ahead);
+    store_vector(p + i, load_at(run, i));
+  }
+}
+
 // P of whole maps that is kept stays in the second-level cache. Several at once have more room, since those that share values
 // save another reading of them; not more than twice as much, so that each would be kept alone too, on which its bits depend.
 template <class A>
@@ -160,6 +169,7 @@ class SoftmaxTiles {
 
  private:
   int64_t pixels() const { return params_.view.height * params_.view.width; }
+  bool is_held() const { return params_.holds == Holds::softmax; }
 
   // Where maps lie, and all that is known of them before their stats are.
   void place(int64_t first_map, int count, bool keep) {
@@ -196,14 +206,18 @@ class SoftmaxTiles {
     const Counting* of_maps[kTileMaps];
     for (int m = 0; m < count_; ++m) {
       of_maps[m] = counting(m);
-      otherwise[m] = of_maps[m] ? weightless<T>(maps_[m].of.sign) : T{};
+      otherwise[m] = of_maps[m] && !is_held() ? weightless<T>(maps_[m].of.sign) : T{};
     }
     read_planes<T>(planes_, count_, first, count, of_maps, otherwise, buffer_[0], run_);
   }
 
   void load_map(const SoftmaxMap<A>& map, const Counting* counting, const T* run, int64_t first, int64_t count, A* p) const {
     const int64_t whole = whole_vectors<A>(count);
-    weights(run, whole, map.of, map.inverse, ahead_, p);
+    if (is_held()) {
+      copy_run(run, whole, ahead_, p);
+    } else {
+      weights(run, whole, map.of, map.inverse, ahead_, p);
+    }
     // A map of NaN has it even where nothing weighs.
     if (counting && map.inverse != map.inverse) clear_uncounted(p, *counting, planes_.width, first, count);
     for (int64_t i = count; i < whole; ++i) p[i] = A(0);

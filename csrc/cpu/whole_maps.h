@@ -9,6 +9,7 @@
 #pragma once
 
 #include "expectation.h"
+#include "softmax_gradient.h"
 
 namespace kpfused::cpu::KPFUSED_ISA {
 
@@ -37,6 +38,7 @@ template <class T, bool kMasked>
 class WholeMaps {
  public:
   using A = Acc<T>;
+  using Rest = LastVector<T>;
   using PixelRun = std::conditional_t<kMasked, MaskedRun<T>, Run<T>>;
   static constexpr int L = kLanes<A>;
 
@@ -47,13 +49,15 @@ class WholeMaps {
         p_(make_lines<A>(whole_vectors<A>(all_))) {}
 
   void run(int64_t begin, int64_t end) {
+    const bool of_softmax = is_softmax_gradient(steps_);
     MapWalk walk(softmax_.view, begin), next(softmax_.view, begin);
     for (int64_t n = begin; n < end; ++n, walk.advance()) {
       if (n + 1 < end) next.advance();
+      if (of_softmax && write_softmax_gradient<T>(steps_, n, walk)) continue;
       beta_ = beta_of<A>(softmax_.beta, n);
       take_pixels(n);
       // What fills the last vector weighs nothing.
-      const A nothing = A(-INFINITY) * sharpness(beta_).sign;
+      const A nothing = is_held() ? A(0) : A(-INFINITY) * sharpness(beta_).sign;
       const T* const heatmap = static_cast<const T*>(softmax_.heatmap) + walk.offset();
       const T* const within = within_size(heatmap, next.offset() - walk.offset(), nothing, 0);
       heatmap_ = under_mask(run_of(within, nothing, last_heatmap_), nothing);
@@ -72,7 +76,7 @@ class WholeMaps {
         const Stats<A> stats = stats_of<A>(softmax_, n);
         empty = is_empty(softmax_.pixels, stats.sum);
         inverse_ = A(1) / stats.sum;
-        if (!empty) weigh(heatmap_, stats.peak, inverse_, kReadAhead);
+        if (!empty) is_held() ? copy_softmax() : void(weigh(heatmap_, stats.peak, inverse_, kReadAhead));
       }
       if (empty) {
         write_empty(n, walk);
@@ -95,7 +99,7 @@ class WholeMaps {
 
   // A run of the map's pixels, with `fill` behind them up to a whole vector: the last one is put together in a buffer.
   KPFUSED_INLINE Run<T> run_of(const T* p, A fill, T* buffer) const {
-    const Rest rest = rest_of(pixels_);
+    const Rest rest = Rest::of(pixels_);
     if (rest.pixels > 0) store(buffer, load_first(p + rest.begin, rest.pixels, splat(fill)));
     return {p, buffer, rest.pixels > 0 ? rest.begin : -1};
   }
@@ -122,7 +126,7 @@ class WholeMaps {
         if (p != copied_) copy_mask(counting, softmax_.view.height, width, bytes_.get());
         copied_ = p, p = bytes_.get();
       }
-      const Rest rest = rest_of(pixels_);
+      const Rest rest = Rest::of(pixels_);
       for (int64_t i = 0; i < rest.pixels; ++i) last_mask_[i] = p[rest.begin + i];
       mask_ = {p, last_mask_, rest.pixels > 0 ? rest.begin : -1};
     }
@@ -148,6 +152,7 @@ class WholeMaps {
     return to;
   }
 
+  bool is_held() const { return softmax_.holds == Holds::softmax; }
   bool is_narrow() const { return cols_ < softmax_.view.width; }
 
   // Of a result, zero beyond the valid size.
@@ -162,19 +167,6 @@ class WholeMaps {
     if constexpr (kMasked) return (Vec<A>)choose<A>(mask_.at(i), (BitsVector<A>)v, BitsVector<A>{});
     return v;
   }
-
-  // Where the last vector of a map begins, if it is not whole, and how many pixels it has. Taken out of the object ahead of
-  // loops that write: compilers would read it anew after every vector.
-  struct Rest {
-    int64_t begin, pixels;
-
-    // Vector i of a result.
-    KPFUSED_INLINE void put(Vec<A> v, T* to, int64_t i) const {
-      prefetch_for_write(to + i, kWriteAhead);
-      i == begin ? store_first(to + i, pixels, v) : store(to + i, v);
-    }
-  };
-  static Rest rest_of(int64_t pixels) { return {pixels / L * L, pixels % L}; }
 
   // What find_peak() leaves of a run under a mask.
   struct Filled {
@@ -206,6 +198,16 @@ class WholeMaps {
       sum += weights(heatmap.from(first), whole, of_, factor, ahead, p_.get() + first);
     });
     return sum;
+  }
+
+  // P, of a map that holds it, into p_.
+  void copy_softmax() {
+    of_ = falloff(sharpness(beta_), A(0));
+    for_tiles([&](int64_t first, int64_t whole) {
+      fetch(first, whole);
+      if constexpr (kMasked) prefetch_run(mask_.p + first, whole, at_most(kReadAhead, pixels_));
+      copy_run(heatmap_.from(first), whole, kReadAhead, p_.get() + first);
+    });
   }
 
   // What will be read of values soon; or of the next map, where it is copied as a whole before anything is done with it.
@@ -311,7 +313,7 @@ class WholeMaps {
     const Vec<A> minus_mean = splat(-kernel.mean_of(n)), beta = splat(beta_);
     const auto start = [&](int64_t) { return minus_mean; };
     const Falloff<Vec<A>> of = in_lanes(of_);
-    const Rest rest = rest_of(pixels_);
+    const Rest rest = Rest::of(pixels_);
     A of_beta = A(0);
     for_tiles([&](int64_t first, int64_t whole) {
       Run<T> values[kTileChannels];
@@ -340,7 +342,7 @@ class WholeMaps {
     const ExpectationValuesParams& params = *steps_.values;
     const ExpectationValuesKernel<T> kernel{params};
     const ValueView& view = params.value_view;
-    const Rest rest = rest_of(pixels_);
+    const Rest rest = Rest::of(pixels_);
     T* to = static_cast<T*>(params.grad_values) + walk.offset(view);
     for (int64_t c = 0; c < view.channels; ++c, to += view.stride_channel) {
       const A upstream = kernel.upstream(n, c);
@@ -363,7 +365,7 @@ class WholeMaps {
   // What an empty map gives, and its gradients.
   void write_empty(int64_t n, const MapWalk& walk) const {
     const auto fill = [&](T* to, A with) {
-      const Rest rest = rest_of(all_);
+      const Rest rest = Rest::of(all_);
       for (int64_t i = 0; i < all_; i += L) rest.put(splat(with), to, i);
     };
     if (steps_.expectation) fill_empty<A>(*steps_.expectation, n);

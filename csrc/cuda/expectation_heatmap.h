@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
   const CountedPixels counted = counted_pixels(of.pixels, of.view, n);
   const Softmax<A> softmax = softmax_of<A>(of, n);
   const MapValues<T> values(p.values, of, n, value_box<A>(p.values, of, n), area.first_row());
-  const A beta = of.is_probability ? A(1) : beta_of<A>(of.beta, n);
+  const bool plain = of.holds == Holds::probabilities;  // dh_i = sum_c g_c V_ci
+  const A beta = plain ? A(1) : beta_of<A>(of.beta, n);
   const A* const grad = static_cast<const A*>(p.grad) + n * channels;
   const bool ones = !p.grad;
   const A* const mean = static_cast<const A*>(p.expectation) + n * channels;
@@ -43,14 +44,14 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
     for (int row = 0; row < rows; row += N * plan.ty) {
       const int left = valid < rows ? valid - row : rows - row;
       A logit[N], q[N] = {};
-      load_logits(h, step, softmax.is_probability ? 0 : left, plan.ty, logit);
+      load_logits(h, step, plain ? 0 : left, plan.ty, logit);
       const T* value = row_values;
       for (int64_t c = 0; c < channels; c += C, value += C * p.values.view.stride_channel) {
         A v[N][C];
         const int some = some_channels(channels - c, C);
         values.load(column, value, some, row, left, plan.ty, v);
         const auto add = [&](int j) {
-          const A g = ones ? A(1) : grad[c + j], e = softmax.is_probability ? A(0) : mean[c + j];
+          const A g = ones ? A(1) : grad[c + j], e = plain ? A(0) : mean[c + j];
 #pragma unroll
           for (int i = 0; i < N; ++i) q[i] += g * (v[i][j] - e);
         };
@@ -65,9 +66,9 @@ __global__ void __launch_bounds__(plan_detail::kRowThreads, kExpectationBlocks<T
       count_rows(counted, mask, left, plan.ty, counts);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const A wq = of.is_probability ? q[i] : softmax(logit[i]) * q[i];
+        const A wq = plain ? q[i] : softmax(logit[i]) * q[i];
         // Selected: beside a pixel that does not count, values may be NaN.
-        if (counts[i] && !of.is_probability) dbeta += finite_distance(softmax.distance(logit[i])) * wq;
+        if (counts[i] && !plain) dbeta += finite_distance(softmax.distance(logit[i])) * wq;
         const A dh[1] = {counts[i] ? beta * wq : A(0)};
         if (i * plan.ty < rows - row) store<T, 1>(to + i * out_step, narrow(dh, T{}));
       }

@@ -75,7 +75,7 @@ struct Sharing {
         if (k < maps && !counts_at(counted_pixels(of.pixels, of.view, n + k * near_maps), y, x)) bits &= ~(1u << k);
       }
     }
-    if (!of.is_probability) {
+    if (of.holds == Holds::logits) {
       Stats<A> stats[N];
       A beta[N];
 #pragma unroll

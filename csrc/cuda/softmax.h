@@ -7,15 +7,15 @@
 
 namespace kpfused::cuda {
 
-// What P needs of one map; of a probability map nothing.
+// What P needs of one map; nothing of one that holds it.
 template <class A>
 struct Softmax {
   A sign, scale, peak, inverse;  // 1 / sum
-  bool is_probability, empty;
+  bool is_held, empty;
 
   KPFUSED_DEVICE A distance(A logit) const { return logit * sign - peak; }
   KPFUSED_DEVICE A operator()(A logit) const {
-    return is_probability ? logit : Exp2{}(distance(logit) * scale) * inverse;
+    return is_held ? logit : Exp2{}(distance(logit) * scale) * inverse;
   }
 };
 
@@ -32,9 +32,10 @@ KPFUSED_DEVICE Softmax<A> softmax_of(const Stats<A>& stats, A beta) {
 
 template <class A>
 KPFUSED_DEVICE Softmax<A> softmax_of(const SoftmaxParams& p, int64_t n) {
-  if (p.is_probability) return {A(1), A(1), A(0), A(1), true, false};
+  if (p.holds == Holds::probabilities) return {A(1), A(1), A(0), A(1), true, false};
   const Stats<A> stats = stats_of<A>(p, n);
   Softmax<A> softmax = softmax_of(stats, beta_of<A>(p.beta, n));
+  softmax.is_held = p.holds == Holds::softmax;
   softmax.empty = is_empty(p.pixels, stats.sum);
   return softmax;
 }

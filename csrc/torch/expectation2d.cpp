@@ -23,7 +23,7 @@ template <class Backend>
 Pair expectation_forward(Tensor heatmap, Tensor values, std::optional<Tensor> beta, double beta_value,
                          std::optional<Tensor> mask, std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   check_values(heatmap, values);
-  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value});
   Tensor stats = steps.add_stats(), result = steps.add_expectation(of(values));
   steps.run();
   return {result, stats};
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> expectation_backward(
     double beta_value, bool needs_grad_heatmap, bool needs_grad_values, bool needs_grad_beta, std::optional<Tensor> mask,
     std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   check_values(heatmap, values);
-  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value});
   steps.use_stats(stats);
   const int64_t channels = values.size(values.dim() - 3);
   steps.check_of_maps(expectation, channels, "expectation");
@@ -60,21 +60,24 @@ std::tuple<Tensor, Tensor, Tensor> expectation_backward(
 template <class Backend>
 Pair softmax_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
                      std::optional<Tensor> mask, std::optional<Tensor> valid_size, std::optional<double> empty_value) {
-  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
+  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value});
   Tensor stats = steps.add_stats(), result = kpfused::empty_like(heatmap), as_values = one_channel(result);
   steps.add_values_gradient(as_values, nullptr);
   steps.run();
   return {result, stats};
 }
 
+// `of_result`: the result of forward takes the heatmap's place, for the gradient of the heatmap alone.
 template <class Backend>
 Pair softmax_backward(Tensor grad, Tensor heatmap, Tensor stats, std::optional<Tensor> beta, double beta_value,
-                      int64_t coordinates, bool needs_grad_beta, std::optional<Tensor> mask,
+                      int64_t of_result, bool needs_grad_beta, std::optional<Tensor> mask,
                       std::optional<Tensor> valid_size, std::optional<double> empty_value) {
   STD_TORCH_CHECK(grad.dim() == heatmap.dim(), "grad must be of the shape of heatmap");
+  STD_TORCH_CHECK(!of_result || !needs_grad_beta, "the gradient of beta needs the heatmap, not the result");
   const Tensor values = one_channel(grad);
   check_values(heatmap, values);
-  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, false);
+  const Holds holds = of_result ? Holds::softmax : Holds::logits;
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, holds);
   steps.use_stats(stats);
   const Tensor mean = steps.add_expectation(of(values));
   Pair result = steps.add_heatmap_gradient(of(values), &mean, nullptr, needs_grad_beta);
@@ -89,7 +92,7 @@ template <class Backend>
 Pair coordinates_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value, int64_t coordinates,
                          std::optional<Tensor> mask, std::optional<Tensor> valid_size,
                          std::optional<double> empty_value) {
-  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
+  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, Holds::probabilities);
   Tensor result = steps.add_expectation(kOfCoordinates);
   steps.run();
   return {result, empty(heatmap, leading_sizes(heatmap, {0}), accumulator_of(dtype_of(heatmap)))};
@@ -99,7 +102,7 @@ template <class Backend>
 Pair coordinates_backward(Tensor grad, Tensor heatmap, Tensor, std::optional<Tensor> beta, double beta_value,
                           int64_t coordinates, bool needs_grad_beta, std::optional<Tensor> mask,
                           std::optional<Tensor> valid_size, std::optional<double> empty_value) {
-  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, true);
+  Steps<Backend> steps(heatmap, {beta, beta_value, coordinates, mask, valid_size, empty_value}, Holds::probabilities);
   steps.check_of_maps(grad, 2, "grad");
   grad = torch::stable::contiguous(grad);
   Pair result = steps.add_heatmap_gradient(kOfCoordinates, nullptr, &grad, false);
@@ -129,7 +132,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> window_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_value,
                                                   int64_t window, std::optional<Tensor> mask,
                                                   std::optional<Tensor> valid_size, std::optional<double> empty_value) {
-  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value});
   const auto [stats, peak] = steps.add_moments();
   const Tensor mass = steps.add_expectation(window_of(window, heatmap, stats, peak));
   steps.run();
@@ -141,7 +144,7 @@ template <class Backend>
 Tensor window_mass_at(Tensor heatmap, Tensor stats, Tensor pixel, std::optional<Tensor> beta, double beta_value,
                       int64_t window, std::optional<Tensor> mask, std::optional<Tensor> valid_size,
                       std::optional<double> empty_value) {
-  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value});
   steps.use_stats(stats, kMomentStats);
   const Tensor mass = steps.add_expectation(window_of(window, heatmap, stats, pixel));
   steps.run();
@@ -152,7 +155,7 @@ template <class Backend>
 Pair window_backward(Tensor grad, Tensor heatmap, Tensor mass, Tensor stats, Tensor peak, std::optional<Tensor> beta,
                      double beta_value, int64_t window, bool needs_grad_beta, std::optional<Tensor> mask,
                      std::optional<Tensor> valid_size, std::optional<double> empty_value) {
-  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, false);
+  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value});
   steps.use_stats(stats, kMomentStats);
   steps.check_of_maps(mass, 1, "mass");
   steps.check_of_maps(grad, 1, "grad_mass");
@@ -168,8 +171,8 @@ Pair window_backward(Tensor grad, Tensor heatmap, Tensor mass, Tensor stats, Ten
 #define KPFUSED_MAP_FORWARD(result)                                                                             \
   "(Tensor heatmap, Tensor? beta, float beta_value, int coordinates, " KPFUSED_PIXELS ") -> (Tensor " result \
   ", Tensor stats)"
-#define KPFUSED_MAP_BACKWARD(grad)                                                                               \
-  "(Tensor " grad ", Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, int coordinates, "            \
+#define KPFUSED_MAP_BACKWARD(grad, setting)                                                                      \
+  "(Tensor " grad ", Tensor heatmap, Tensor stats, Tensor? beta, float beta_value, int " setting ", "            \
   "bool needs_grad_beta, " KPFUSED_PIXELS ") -> (Tensor grad_heatmap, Tensor grad_beta)"
 #define KPFUSED_WINDOW                                                                                          \
   "(Tensor heatmap, Tensor? beta, float beta_value, int window, " KPFUSED_PIXELS ") -> (Tensor mass, Tensor stats, " \
@@ -191,12 +194,12 @@ Pair window_backward(Tensor grad, Tensor heatmap, Tensor mass, Tensor stats, Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(kpfused, m) {
   m.def("spatial_softmax2d" KPFUSED_MAP_FORWARD("probabilities"));
   m.def("_spatial_softmax2d" KPFUSED_MAP_FORWARD("probabilities"));
-  m.def("spatial_softmax2d_backward" KPFUSED_MAP_BACKWARD("grad_probabilities"));
-  m.def("_spatial_softmax2d_backward" KPFUSED_MAP_BACKWARD("grad_probabilities"));
+  m.def("spatial_softmax2d_backward" KPFUSED_MAP_BACKWARD("grad_probabilities", "of_result"));
+  m.def("_spatial_softmax2d_backward" KPFUSED_MAP_BACKWARD("grad_probabilities", "of_result"));
   m.def("expectation2d" KPFUSED_MAP_FORWARD("coordinates_"));
   m.def("_expectation2d" KPFUSED_MAP_FORWARD("coordinates_"));
-  m.def("expectation2d_backward" KPFUSED_MAP_BACKWARD("grad_coordinates"));
-  m.def("_expectation2d_backward" KPFUSED_MAP_BACKWARD("grad_coordinates"));
+  m.def("expectation2d_backward" KPFUSED_MAP_BACKWARD("grad_coordinates", "coordinates"));
+  m.def("_expectation2d_backward" KPFUSED_MAP_BACKWARD("grad_coordinates", "coordinates"));
   m.def("window_mass2d" KPFUSED_WINDOW);
   m.def("_window_mass2d" KPFUSED_WINDOW);
   m.def("_window_mass2d_at" KPFUSED_WINDOW_AT);

@@ -26,8 +26,8 @@ struct Averaged {
 template <class Backend>
 class Steps {
  public:
-  Steps(const Tensor& heatmap, Settings settings, bool is_probability)
-      : input_(heatmap), readable_(heatmap), settings_(std::move(settings)), is_probability_(is_probability) {
+  Steps(const Tensor& heatmap, Settings settings, Holds holds = Holds::logits)
+      : input_(heatmap), readable_(heatmap), settings_(std::move(settings)), holds_(holds) {
     STD_TORCH_CHECK(heatmap.dim() >= 2, "heatmap must be (..., H, W)");
   }
 
@@ -181,8 +181,7 @@ class Steps {
   void set_common(Params& p, const Layout& layout) const {
     const auto common = common_params<ForwardParams>(readable_, layout, settings_);
     const void* const stats = stats_ ? stats_->const_data_ptr() : nullptr;
-    p.softmax = {common.dtype, common.heatmap, common.view, common.pixels, common.beta, stats, stats_stride_,
-                 is_probability_};
+    p.softmax = {common.dtype, holds_, common.heatmap, common.view, common.pixels, common.beta, stats, stats_stride_};
   }
 
   Values values_of(const Averaged& of, const Layout& layout) const {
@@ -206,7 +205,7 @@ class Steps {
 
   Tensor input_, readable_;  // as given, and as kernels read it
   Settings settings_;
-  bool is_probability_;
+  Holds holds_;
   int64_t stats_stride_ = kStats;
   // What kernels write, where it is not what the caller gets.
   std::optional<Tensor> stats_, result_, target_, values_result_, values_target_;

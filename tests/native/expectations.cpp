@@ -75,8 +75,9 @@ struct Softmax {
   }
 };
 
-SoftmaxParams softmax_params(const Buffer& h, const BetaView& beta, const Pixels& pixels, const Accumulators* stats) {
-  return {h.dtype, h.bytes.get(), h.view, pixels.view, beta, stats ? stats->bytes.get() : nullptr, kStats, stats == nullptr};
+SoftmaxParams softmax_params(const Buffer& h, const BetaView& beta, const Pixels& pixels, const Accumulators* stats,
+                             Holds holds = Holds::logits) {
+  return {h.dtype, holds, h.bytes.get(), h.view, pixels.view, beta, stats ? stats->bytes.get() : nullptr, kStats};
 }
 
 double unit_of(Dtype dtype) { return dtype == Dtype::float64 ? 1e-14 : 1e-6; }
@@ -88,14 +89,16 @@ struct Call {
   Buffer h;
   Pixels pixels;
   ValueBuffer values, grad_values;
-  Accumulators stats, coordinates, expectation, grad, grad_beta;
-  Buffer grad_heatmap, softmax_map;
+  Accumulators stats, coordinates, expectation, grad, grad_beta, mean_of_result;
+  Buffer grad_heatmap, softmax_map, grad_of_result, softmax_gradient;
 
   Call(const Case& c, double b, Counted counted, const ValueView& v, int64_t columns)
       : beta(b), h(heatmap_of(c, false)), pixels(c, counted, columns), values(c, v), grad_values(c, v),
         stats(c.dtype, kStats * c.maps()), coordinates(c.dtype, 2 * c.maps()),
         expectation(c.dtype, v.channels * c.maps()), grad(c.dtype, v.channels * c.maps()), grad_beta(c.dtype, c.maps()),
-        grad_heatmap(c.dtype, h.view, kUntouched), softmax_map(c.dtype, h.view, kUntouched) {
+        mean_of_result(c.dtype, v.channels * c.maps()), grad_heatmap(c.dtype, h.view, kUntouched),
+        softmax_map(c.dtype, h.view, kUntouched), grad_of_result(c.dtype, h.view, kUntouched),
+        softmax_gradient(c.dtype, h.view, kUntouched) {
     spoil(h, pixels);
     draw_values();
     for (int64_t i = 0; i < v.channels * c.maps(); ++i) grad.set(i, uniform() - 0.5);
@@ -136,6 +139,31 @@ struct Call {
     const ExpectationValuesParams of_map = {softmax, nullptr, softmax_map.bytes.get(),
                                             {1, v.stride_outer, v.stride_inner, 0, v.stride_y, v.stride_x}};
     cpu::expectation({&f, nullptr, nullptr, &of_map});
+    if (has_exact_result()) run_of_result(of);
+  }
+
+  // Whether the softmax map has all digits of P.
+  bool has_exact_result() const { return h.dtype == Dtype::float32 || h.dtype == Dtype::float64; }
+
+  // The expectation and the heatmap's gradient, of a map that holds its softmax; and of one channel in the same call without
+  // upstream gradients, as backward of the softmax asks for them, of values that are finite also where they do not count.
+  void run_of_result(const Values& of) {
+    const SoftmaxParams held = softmax_params(softmax_map, {nullptr, beta, 1, 1}, pixels, &stats, Holds::softmax);
+    ExpectationParams e = {held, of, mean_of_result.bytes.get(), nullptr};
+    std::vector<char> workspace(size_t(cpu::expectation_workspace(e)));
+    e.workspace = workspace.data();
+    const ExpectationHeatmapParams g = {held, of, mean_of_result.bytes.get(), grad.bytes.get(), grad_of_result.bytes.get(),
+                                        h.view, nullptr, nullptr};
+    cpu::expectation({nullptr, &e, nullptr, nullptr});
+    cpu::expectation({nullptr, nullptr, &g, nullptr});
+    if (values.view.channels > 1) return;
+    const int64_t n = h.view.height * h.view.width;
+    for (int64_t i = 0; i < h.view.maps() * n; ++i) {
+      if (std::isnan(values.value(i / n, 0, i % n))) put(h.dtype, values.at(i / n, 0, i % n), 3);
+    }
+    const ExpectationHeatmapParams alone = {held, of, mean_of_result.bytes.get(), nullptr, softmax_gradient.bytes.get(),
+                                            h.view, nullptr, nullptr};
+    cpu::expectation({nullptr, &e, &alone, nullptr});
   }
 };
 
@@ -148,7 +176,7 @@ void compare(const Case& c, const Call& call, int64_t map, std::vector<double>& 
   const Softmax s(call.h, map, call.beta, call.pixels);
   const auto counts = [&](int64_t i) { return call.pixels.at(map, i / c.width, i % c.width); };
   std::vector<double> q(size_t(n), 0);
-  double mean = 0, dbeta = 0;
+  double mean = 0, mean_of_values = 0, dbeta = 0;
   for (int64_t k = 0; k < channels; ++k) {
     const double g = call.grad[map * channels + k];
     double want = 0;
@@ -157,16 +185,29 @@ void compare(const Case& c, const Call& call, int64_t map, std::vector<double>& 
       want += p * value, q[size_t(i)] += g * value;
       if (!s.empty) wanted_values[size_t(call.values.offset(map, k, i))] += p * g;
     }
-    mean += g * want;
-    check(near(call.expectation[map * channels + k], s.empty ? kEmpty : want, 4 * unit), name + " expectation");
+    mean += g * want, mean_of_values += want;
+    const auto is_mean = [&](double got) { return near(got, s.empty ? kEmpty : want, 4 * unit); };
+    check(is_mean(call.expectation[map * channels + k]), name + " expectation");
+    check(!call.has_exact_result() || is_mean(call.mean_of_result[map * channels + k]), name + " expectation of the softmax");
   }
   bool same = true, zeros = true, mass = true;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t y = i / c.width, x = i % c.width;
-    const double wq = s.p[size_t(i)] * (q[size_t(i)] - mean), got = call.grad_heatmap.value(map, y, x);
+    const double wq = s.p[size_t(i)] * (q[size_t(i)] - mean);
     dbeta += s.distance[size_t(i)] * wq;
-    same = same && near(got, call.beta * wq, step * std::fabs(call.beta * wq) + unit * size + least);
-    zeros = zeros && ((counts(i) && !s.empty) || got == 0);
+    const auto see = [&](const Buffer& gradient) {
+      const double got = gradient.value(map, y, x);
+      same = same && near(got, call.beta * wq, step * std::fabs(call.beta * wq) + unit * size + least);
+      zeros = zeros && ((counts(i) && !s.empty) || got == 0);
+    };
+    see(call.grad_heatmap);
+    if (call.has_exact_result()) see(call.grad_of_result);
+    if (call.has_exact_result() && channels == 1) {
+      const double of_p = s.p[size_t(i)] * (counts(i) ? call.values.value(map, 0, i) - mean_of_values : 0);
+      const double alone = call.softmax_gradient.value(map, y, x);
+      same = same && near(alone, call.beta * of_p, step * std::fabs(call.beta * of_p) + unit * size + least);
+      zeros = zeros && ((counts(i) && !s.empty) || alone == 0);
+    }
     const double want = s.empty ? kEmpty : s.p[size_t(i)];
     mass = mass && near(call.softmax_map.value(map, y, x), want, step * std::fabs(want) + unit + least);
   }
@@ -193,7 +234,9 @@ void run_expectation(const Case& c, double beta, Counted counted, Lie kind, int6
     }
   }
   check(same, name + " gradient of the values");
-  check(gaps_untouched(call.grad_heatmap) && gaps_untouched(call.softmax_map), name + " gaps");
+  check(gaps_untouched(call.grad_heatmap) && gaps_untouched(call.softmax_map) && gaps_untouched(call.grad_of_result) &&
+            gaps_untouched(call.softmax_gradient),
+        name + " gaps");
 }
 
 // ---- Coordinates of probability maps, and the mass of a window --------------------------------------------
@@ -205,7 +248,7 @@ void run_coordinates(const Case& c, const Buffer& h, const Pixels& pixels, const
                      Buffer& grad_heatmap, const std::string& name) {
   const double unit = unit_of(c.dtype), extent = double(c.height + c.width);
   const Values coordinates = {ValueKind::coordinates, nullptr, {2, 0, 0, 0, 0, 0}, kUnits, 0, nullptr};
-  const SoftmaxParams itself = softmax_params(h, {nullptr, 1, 1, 1}, pixels, nullptr);
+  const SoftmaxParams itself = softmax_params(h, {nullptr, 1, 1, 1}, pixels, nullptr, Holds::probabilities);
   Accumulators mean(c.dtype, 2 * c.maps());
   ExpectationParams e = {itself, coordinates, mean.bytes.get(), nullptr};
   std::vector<char> workspace(size_t(cpu::expectation_workspace(e)));

@@ -12,14 +12,15 @@ namespace harness {
 
 namespace {
 
+using kpfused::Holds;
 using kpfused::MapView;
 using kpfused::SoftmaxParams;
 using kpfused::ValueView;
 using simt::access::Use;
 
-constexpr int kResults = 5;
+constexpr int kResults = 7;
 constexpr const char* kNames[kResults] = {"expectation", "grad_heatmap", "grad_beta", "grad_heatmap without grad_beta",
-                                          "grad_values"};
+                                          "grad_values", "expectation of the softmax", "grad_heatmap of the softmax"};
 using Results = std::array<Bits, kResults>;
 
 // The extents of values as views: one for each channel, with as many maps as have values of their own.
@@ -58,9 +59,11 @@ class ExpectationRun {
         expectation_(maps_ * static_cast<size_t>(c.channels), size_of(wide_)),
         gradient_(extent(c.grad_view()), size_of(dtype_)),
         grad_beta_(maps_, size_of(wide_)),
-        centres_(maps_ * 2, 8) {
+        centres_(maps_ * 2, 8),
+        softmax_(has_softmax() ? extent(c.view()) : 0, size_of(dtype_), c.maps.lead) {
     fill();
     run_forward();
+    if (has_softmax()) fill_softmax();
   }
 
   Results operator()() {
@@ -76,6 +79,14 @@ class ExpectationRun {
       values_gradient();
       results[4] = bits_of(value_gradient_.data(), value_gradient_.bytes());
     }
+    if (has_softmax()) {
+      holds_ = Holds::softmax;
+      expectation();
+      results[5] = bits_of(expectation_.data(), expectation_.bytes());
+      heatmap_gradient(false);
+      results[6] = gather(c_.grad_view(), gradient_.data(), kpfused::element_size(dtype_));
+      holds_ = Holds::logits;
+    }
     return results;
   }
 
@@ -86,6 +97,8 @@ class ExpectationRun {
   }
 
  private:
+  // Whether P itself may take the place of logits: where it is not rounded to fewer digits.
+  bool has_softmax() const { return !c_.is_probability && dtype_ == wide_ && fixture_.watched(); }
   int64_t pixels() const { return c_.maps.height * c_.maps.width; }
   Real unit() const { return epsilon(wide_); }
   bool counted(int64_t n, int64_t i) const { return c_.maps.counted(n, i / c_.maps.width, i % c_.maps.width); }
@@ -152,16 +165,29 @@ class ExpectationRun {
     if (kpfused::cuda::soft_argmax2d_forward(p, nullptr) != 0) out_.fail("soft_argmax2d_forward returns an error");
   }
 
+  // P as its kernel leaves it, and NaN around it.
+  void fill_softmax() {
+    softmax_.fill(0xff);
+    std::vector<Reference> expected;
+    for (int64_t n = 0; n < c_.maps.maps(); ++n) expected.push_back(fixture_.expected(n));
+    each_pixel(c_.view(), [&](int64_t n, int64_t y, int64_t x, int64_t offset) {
+      const Reference& r = expected[static_cast<size_t>(n)];
+      const int64_t i = y * c_.maps.width + x;
+      const Real p = counted(n, i) ? r.probability[static_cast<size_t>(i)] : 0;
+      store(dtype_, softmax_.data(), offset, r.empty && c_.maps.fills_empty() ? kEmpty : p);
+    });
+  }
+
   SoftmaxParams softmax() const {
     SoftmaxParams p{};
     p.dtype = dtype_;
-    p.heatmap = problem_.heatmap;
+    p.holds = c_.is_probability ? Holds::probabilities : holds_;
+    p.heatmap = holds_ == Holds::softmax ? softmax_.data() : problem_.heatmap;
     p.view = c_.view();
     p.pixels = problem_.pixels;
     p.beta = problem_.beta;
     p.stats = c_.is_probability ? nullptr : stats_.data();
     p.stats_stride = stats_size_;
-    p.is_probability = c_.is_probability;
     return p;
   }
 
@@ -173,7 +199,7 @@ class ExpectationRun {
 
   // Pixels that kernels may read: all of the maps' where `only` is empty.
   void watch_heatmap(const std::vector<uint8_t>& only) const {
-    const Buffer* const heatmap = fixture_.watched();
+    const Buffer* const heatmap = holds_ == Holds::softmax ? &softmax_ : fixture_.watched();
     if (heatmap) heatmap->watch("heatmap", Use::input, only.empty() ? fixture_.pixels().data() : only.data());
   }
 
@@ -294,10 +320,14 @@ class ExpectationRun {
         const Real v = value(n, k, i), p = probability(i);
         e.add(p * v, std::fabs(p) * coarse(v));
       }
-      const Real got = load(wide_, results[0].data(), n * c_.channels + k), want = empty ? kEmpty : e.value;
-      if (!out_.close(got, want, empty ? kReferenceRounding : unit() * 64 * e.size + Tolerance::smallest))
-        out_.fail("expectation of channel %lld of map %lld: %.9Lg instead of %.9Lg", static_cast<long long>(k),
-                  static_cast<long long>(n), got, want);
+      const Real want = empty ? kEmpty : e.value;
+      for (const size_t result : {0, 5}) {
+        if (results[result].empty()) continue;
+        const Real got = load(wide_, results[result].data(), n * c_.channels + k);
+        if (!out_.close(got, want, empty ? kReferenceRounding : unit() * 64 * e.size + Tolerance::smallest))
+          out_.fail("%s of channel %lld of map %lld: %.9Lg instead of %.9Lg", kNames[result], static_cast<long long>(k),
+                    static_cast<long long>(n), got, want);
+      }
     }
     check_gradient(n, r, empty, mean, probability, results);
     for (int64_t k = 0; k < c_.channels && !of_values.empty(); ++k) {
@@ -340,7 +370,8 @@ class ExpectationRun {
       }
       const Real rounding = epsilon(dtype_) / 2 * std::fabs(want) + (dtype_ == Dtype::float16 && size != 0 ? 0x1p-25L : 0);
       const Real bound = size == 0 ? 1e-300L : unit() * 64 * size + Tolerance::smallest;
-      for (const int k : {1, 3}) {
+      for (const int k : {1, 3, 6}) {
+        if (results[static_cast<size_t>(k)].empty()) continue;
         const Real got = load(dtype_, results[static_cast<size_t>(k)].data(), n * pixels() + i);
         if (!out_.close(got, want, bound, rounding))
           out_.fail("%s of map %lld at (x, y) = (%lld, %lld): %.9Lg instead of %.9Lg", kNames[k], static_cast<long long>(n),
@@ -371,7 +402,8 @@ class ExpectationRun {
   Fixture fixture_;
   Problem problem_;
   int64_t stats_size_;
-  Buffer stats_, values_, value_gradient_, grad_, expectation_, gradient_, grad_beta_, centres_;
+  Buffer stats_, values_, value_gradient_, grad_, expectation_, gradient_, grad_beta_, centres_, softmax_;
+  Holds holds_ = Holds::logits;  // what kernels are given
 };
 
 }  // namespace
