@@ -54,31 +54,31 @@ PIXELS_OR_ALL = {"all": None, **PIXELS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("pixels", PIXELS_OR_ALL)
 @pytest.mark.parametrize("elsewhere", [-3.0, torch.inf])
-@pytest.mark.parametrize("shape", [(2, 9, 12, 17), (2, 33, 7, 5), (3, 2, 1, 1), (1, 1, 300, 301)], ids=str)
 def test_gradient_from_the_result_and_from_the_heatmap(
-    device: str, shape: tuple[int, ...], elsewhere: float, pixels: str, layout: str, dtype: torch.dtype
+    device: str, elsewhere: float, pixels: str, layout: str, dtype: torch.dtype
 ) -> None:
     """Backward reads the heatmap where beta wants a gradient, and the result where it does not.
 
     ``elsewhere``: the gradient that comes in where pixels do not count.
     """
     of_pixels = PIXELS_OR_ALL[pixels]
-    keywords = {} if of_pixels is None else on(device, of_pixels(shape))
-    heatmap = cases.LAYOUTS[layout](cases.random(shape).to(device, dtype)).requires_grad_()
     beta = torch.tensor(-1.5, device=device, dtype=dtype)
-    upstream = cases.upstream_of(heatmap).to(dtype)
-    counts = reference.counting(heatmap, keywords.get("mask"), keywords.get("valid_size"))
-    if counts is not None:
-        upstream = upstream.masked_fill(~counts, elsewhere)
-    gradients = [
-        torch.autograd.grad(kpfused.spatial_softmax2d(heatmap, b, **keywords), heatmap, upstream)[0]
-        for b in (beta, beta.clone().requires_grad_())
-    ]
-    assert gradients[0].stride() == gradients[1].stride()
-    close(gradients[0], gradients[1].double(), size=0.0)
+    for shape in [(2, 9, 12, 17), (2, 33, 7, 5), (3, 2, 1, 1), (1, 1, 300, 301)]:
+        keywords = {} if of_pixels is None else on(device, of_pixels(shape))
+        heatmap = cases.LAYOUTS[layout](cases.random(shape).to(device, dtype)).requires_grad_()
+        upstream = cases.upstream_of(heatmap).to(dtype)
+        counts = reference.counting(heatmap, keywords.get("mask"), keywords.get("valid_size"))
+        if counts is not None:
+            upstream = upstream.masked_fill(~counts, elsewhere)
+        gradients = [
+            torch.autograd.grad(kpfused.spatial_softmax2d(heatmap, b, **keywords), heatmap, upstream)[0]
+            for b in (beta, beta.clone().requires_grad_())
+        ]
+        assert gradients[0].stride() == gradients[1].stride()
+        close(gradients[0], gradients[1].double(), size=0.0)
 
 
 def saved_by_backward(heatmap: torch.Tensor, *args: object) -> list[torch.Tensor]:
