@@ -90,9 +90,12 @@ def _keep(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _source(kernel: Kernel, ctx: Any, heatmap: Tensor, result: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
     """What backward reads: the heatmap, or the result, which those who go on with it keep as well. Of half precision
     it has lost digits, and beta's gradient is not to be had from it."""
-    takes_result = kernel.composition_of_result is not None and heatmap.dtype == accumulator_dtype(heatmap.dtype)
-    if not takes_result or ctx.needs_input_grad[1] or is_distributed(heatmap):
+    if kernel.composition_of_result is None:
         return heatmap, settings
+    is_exact = heatmap.dtype == accumulator_dtype(heatmap.dtype)
+    if not is_exact or ctx.needs_input_grad[1] or is_distributed(heatmap):
+        # Of forward the setting means nothing, whatever a caller of the op gave.
+        return heatmap, (settings[0], 0, *settings[2:])
     return result, (settings[0], OF_RESULT, *settings[2:])
 
 
@@ -145,7 +148,7 @@ def _composed_gradients(
     *settings: Any,
 ) -> tuple[Tensor, ...]:
     """What the backward op computes, in differentiable PyTorch; no second gradient where there is no beta tensor."""
-    if kernel.composition_of_result is not None and settings[1] == OF_RESULT:
+    if kernel.composition_of_result is not None and settings[1]:
         return kernel.composition_of_result(*grads, heatmap, *kept, beta, *settings)
     used = [i for i, grad in zip(kernel.differentiable, grads, strict=True) if grad is not None]
 

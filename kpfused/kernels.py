@@ -77,9 +77,9 @@ class Kernel:
     """Of an op on volumes, outputs that every slice has, where all others lack the dimension of depth; None of an op on
     maps."""
     composition_of_result: Callable[..., tuple[Tensor, ...]] | None = None
-    """Of an op whose backward can take the result in place of the heatmap, with ``OF_RESULT`` for its setting, for the
-    gradient of the heatmap alone: that, in differentiable PyTorch, of ``(grad, result, *kept, beta, beta_value,
-    setting, mask, valid_size, empty_value)``."""
+    """Of an op whose backward can take the result in place of the heatmap, with ``OF_RESULT`` for its setting, or any
+    other than zero, for the gradient of the heatmap alone: that, in differentiable PyTorch, of ``(grad, result, *kept,
+    beta, beta_value, setting, mask, valid_size, empty_value)``."""
 
     def __post_init__(self) -> None:
         ops = torch.ops.kpfused

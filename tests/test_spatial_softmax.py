@@ -120,3 +120,30 @@ def test_beta_has_no_gradient_from_the_result(device: str) -> None:
     result, stats = torch.ops.kpfused.spatial_softmax2d(heatmap, None, 1.0, 0)
     with pytest.raises(RuntimeError, match="the gradient of beta needs the heatmap"):
         torch.ops.kpfused.spatial_softmax2d_backward(heatmap, result, stats, None, 1.0, 1, True)
+
+
+def test_a_setting_of_forward_is_none_of_backward(device: str) -> None:
+    """Forward takes one and has no use for it; to backward it says what it is given."""
+    ops, upstream = torch.ops.kpfused, cases.random((2, 3, 8, 9)).to(device)
+    for dtype, beta in [
+        (torch.float32, None),
+        (torch.float16, None),
+        (torch.float32, torch.tensor(1.5, device=device, requires_grad=True)),
+    ]:
+        heatmap = cases.random((2, 3, 8, 9)).to(device, dtype).requires_grad_()
+        gradients = [
+            torch.autograd.grad(ops.spatial_softmax2d(heatmap, beta, 1.5, setting)[0], heatmap, upstream.to(dtype))[0]
+            for setting in (0, 1, 2)
+        ]
+        assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_second_derivatives_of_any_setting_that_says_result(device: str) -> None:
+    ops, upstream = torch.ops.kpfused, cases.random((2, 3, 8, 9)).to(device)
+    result, stats = ops.spatial_softmax2d(cases.random((2, 3, 8, 9)).to(device), None, 1.5, 0)
+    result.requires_grad_()
+    second = []
+    for setting in (1, 2):
+        first, _ = ops.spatial_softmax2d_backward(upstream, result, stats, None, 1.5, setting, False)
+        second += torch.autograd.grad(first.square().sum(), result)
+    assert torch.equal(*second)

@@ -142,6 +142,8 @@ def spread_softmax_backward(
     *pixels: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """That of the expectation of the upstream gradient, if that were no function of the heatmap."""
+    if setting:
+        raise NotImplementedError("the result in place of a heatmap whose pixels are spread over ranks")
     values = _as_values(grad)
     _, mean = _expectation(share, values, beta, beta_value, pixels)
     if not share.has_pixels:
