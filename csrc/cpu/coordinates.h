@@ -55,14 +55,16 @@ class CoordinateRows {
 
   void run(int64_t begin, int64_t end) {
     const int64_t parts = parts_.count();
-    MapWalk walk(view_, begin / parts);
-    Part at = {begin / parts, begin % parts, nullptr, nullptr, {}, {}};
+    MapWalk walk(view_, begin / parts), next(view_, begin / parts);
+    Part at = {begin / parts, begin % parts, nullptr, nullptr, {}, {}, 0};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = at.index / parts_.x.count, j = at.index - i * parts_.x.count;
       at.all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
       at.counting = counting_of(softmax_.pixels, view_, at.map);
       if (rows_are(true, at.counting, at.all.row, at.all.rows)) at.counting.mask = nullptr;
       if (rows_are(false, at.counting, at.all.row, at.all.rows)) at.counting.rows = 0;
+      if (at.index == 0) next.advance();
+      at.skipped = parts == 1 && item + 1 < end ? next.offset() - walk.offset() - at.counting.rows * view_.stride_y : 0;
       if (steps_.expectation) at.p = static_cast<const T*>(softmax_.heatmap) + walk.offset();
       if (steps_.heatmap) at.out = static_cast<T*>(steps_.heatmap->grad_heatmap) + walk.offset(written_);
       at.counting.mask ? take<true>(at) : take<false>(at);
@@ -77,6 +79,7 @@ class CoordinateRows {
     T* out;
     PixelRange all;
     Counting counting;
+    int64_t skipped;  // elements from the row behind the last that counts to the next map
   };
 
   static bool is_dense(const MapView& view) { return view.stride_x == 1 && (view.stride_y == view.width || view.height == 1); }
@@ -150,31 +153,90 @@ class CoordinateRows {
     const int64_t end = at_most(at.all.row + at.all.rows, counting.rows);
     Vec<A> sum_x = {}, sum_y = {};
     for_blocks<kFlat>(at.all, [&](int64_t col, int64_t cols, const A* columns) __attribute__((always_inline)) {
-      const int64_t count = at_most(cols, counting.cols - col);
+      const int64_t count = at_most(cols, counting.cols - col), vectors = ceil_div(count, int64_t(L));
       for (int64_t first = at.all.row; first < end && count > 0; first += kRows) {
         // Of some rows, before they are added to others: long sums lose digits.
-        Vec<A> x[kBlock] = {}, y[kBlock] = {};
-        for (int64_t r = first; r < at_most(first + kRows, end); ++r) {
-          if (rows_are(false, counting, r, 1)) continue;
-          const T* const p = elements_of(at.p + r * view_.stride_y + col * view_.stride_x, count);
-          const uint8_t* const mask = kMasked ? mask_bytes(counting, r, col, count, mask_) : nullptr;
-          Vec<A> of_row[kBlock] = {};
-          for_vectors(count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
-            Vec<A> v = some ? load_first(p + i, count - i, Vec<A>{}) : load(p + i);
-            if (kMasked) v = keep_counted<some>(mask + i, count - i, v);
-            prefetch(p + i, kReadAhead);
-            if (kMasked && j == 0) prefetch(mask + i, kReadAhead);
-            x[j] += v * load_vector(columns + i);
-            kFlat ? y[j] += v * load_vector(flat_y_ + i) : of_row[j] += v;
+        const Run run = {first, at_most(first + kRows, end), col, count, columns};
+        Vec<A> x = {}, y = {};
+        if (kFlat || vectors > kBlock) {
+          add_wide<kMasked, kFlat>(at, run, x, y);
+        } else {
+          cpu::KPFUSED_ISA::for_blocks<kBlock>(vectors, [&](auto size, int64_t) __attribute__((always_inline)) {
+            constexpr int N = decltype(size)::value;
+            // No more than N vectors, which the compiler does not see: signed integers may wrap around.
+            add_narrow<kMasked, N>(at, {run.first, run.end, col, at_most(count, int64_t(N * L)), columns}, x, y);
           });
-          const Vec<A> of_y = splat(kFlat ? A(0) : y_of<A>(units_, view_, r));
-          for (int j = 0; j < kBlock && !kFlat; ++j) y[j] += of_row[j] * of_y;
         }
-        for (int j = 0; j < kBlock; ++j) sum_x += x[j], sum_y += y[j];
+        sum_x += x, sum_y += y;
       }
     });
     const Triple<A> sums = reduce<A>(sum_x, sum_y, Vec<A>{});
     write_expected(*steps_.expectation, at.map, parts_.count(), at.index, sums.sum, sums.x);
+  }
+
+  // Some rows of some columns.
+  struct Run {
+    int64_t first, end, col, count;
+    const A* columns;  // where they are
+  };
+
+  // Calls row(its index, its elements, which of them count) for the rows that count.
+  template <bool kMasked, class Row>
+  KPFUSED_INLINE void for_rows(const Part& at, const Run& run, const Row& row) {
+    for (int64_t r = run.first; r < run.end; ++r) {
+      if (rows_are(false, at.counting, r, 1)) continue;
+      const T* const p = elements_of(at.p + r * view_.stride_y + run.col * view_.stride_x, run.count);
+      const uint8_t* const mask = kMasked ? mask_bytes(at.counting, r, run.col, run.count, mask_) : nullptr;
+      row(r, p, mask);
+    }
+  }
+
+  template <bool kMasked, bool kSome>
+  static KPFUSED_INLINE Vec<A> load_counted(const T* p, const uint8_t* mask, int64_t i, int64_t count) {
+    const Vec<A> v = kSome ? load_first(p + i, count - i, Vec<A>{}) : load(p + i);
+    return kMasked ? keep_counted<kSome>(mask + i, count - i, v) : v;
+  }
+
+  // Bytes from row r to what is read kReadAhead later: in the next map, once the rows that count come to an end.
+  KPFUSED_INLINE int64_t ahead_of(const Part& at, int64_t r) const {
+    const int64_t elements = kReadAhead / int64_t(sizeof(T)), left = (at.counting.rows - r) * view_.stride_y;
+    return (elements + (left <= elements ? at.skipped : 0)) * int64_t(sizeof(T));
+  }
+
+  template <bool kMasked, bool kFlat>
+  KPFUSED_INLINE void add_wide(const Part& at, const Run& run, Vec<A>& sum_x, Vec<A>& sum_y) {
+    Vec<A> x[kBlock] = {}, y[kBlock] = {};
+    for_rows<kMasked>(at, run, [&](int64_t r, const T* p, const uint8_t* mask) __attribute__((always_inline)) {
+      Vec<A> of_row[kBlock] = {};
+      for_vectors(run.count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
+        prefetch(p + i, kReadAhead);
+        if (kMasked && j == 0) prefetch(mask + i, kReadAhead);
+        const Vec<A> v = load_counted<kMasked, some>(p, mask, i, run.count);
+        x[j] += v * load_vector(run.columns + i);
+        kFlat ? y[j] += v * load_vector(flat_y_ + i) : of_row[j] += v;
+      });
+      const Vec<A> of_y = splat(kFlat ? A(0) : y_of<A>(units_, view_, r));
+      for (int j = 0; j < kBlock && !kFlat; ++j) y[j] += of_row[j] * of_y;
+    });
+    for (int j = 0; j < kBlock; ++j) sum_x += x[j], sum_y += y[j];
+  }
+
+  // Rows of N vectors: a column is added up before it is multiplied by its x.
+  template <bool kMasked, int N>
+  KPFUSED_INLINE void add_narrow(const Part& at, const Run& run, Vec<A>& sum_x, Vec<A>& sum_y) {
+    constexpr int64_t kLast = (N - 1) * L;
+    Vec<A> of_columns[N] = {}, y[N] = {};
+    for_rows<kMasked>(at, run, [&](int64_t r, const T* p, const uint8_t* mask) __attribute__((always_inline)) {
+      const Vec<A> of_row = splat(y_of<A>(units_, view_, r));
+      const auto add = [&](int j, Vec<A> v) __attribute__((always_inline)) { of_columns[j] += v, y[j] += v * of_row; };
+      const int64_t ahead = ahead_of(at, r);
+      for (int j = 0; j < N; ++j) prefetch(p + j * L, ahead);
+      if (kMasked) prefetch(mask, kReadAhead);
+      for (int j = 0; j + 1 < N; ++j) add(j, load_counted<kMasked, false>(p, mask, j * L, run.count));
+      add(N - 1, kLast + L <= run.count ? load_counted<kMasked, false>(p, mask, kLast, run.count)
+                                        : load_counted<kMasked, true>(p, mask, kLast, run.count));
+    });
+    for (int j = 0; j < N; ++j) sum_x += of_columns[j] * load_vector(run.columns + j * L), sum_y += y[j];
   }
 
   template <bool kMasked, bool kFlat>
