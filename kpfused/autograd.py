@@ -21,13 +21,13 @@ def _eager(kernel: Kernel) -> Any:
 
     One for each kernel, and with all that is no tensor in one argument: every argument costs, and every attribute.
     """
-    launch, keep, has_one_result = kernel.launch_forward, kernel.keep, kernel.has_one_result
-    takes_result = kernel.composition_of_result is not None
+    launch, keep = kernel.launch_forward, kernel.keep
+    has_one_result, takes_result = kernel.has_one_result, kernel.takes_result
 
     def forward(ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> Tensor | tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = launch(heatmap, beta, *settings)
         if takes_result:
-            heatmap, settings = _source(kernel, ctx, heatmap, output[0], settings)
+            heatmap, settings = _source(ctx, heatmap, output[0], settings)
         ctx.settings = settings if len(settings) == 2 else _without_tensors(settings)
         ctx.save_for_backward(heatmap, *keep(output), beta, *settings[2:4])
         if has_one_result:  # more of them cost twice: here, and where each is told of its gradient
@@ -55,7 +55,7 @@ def _plain(kernel: Kernel, forward: Callable[..., Any], backward: Callable[..., 
     """Both directions of one result and its stats, spelt out for what most calls are, in which all pixels count: to
     go through tuples of any length takes time that ``benchmarks.host_time`` shows."""
     launch, launch_backward, is_grad_enabled = kernel.launch_forward, kernel.launch_backward, torch.is_grad_enabled
-    takes_result = kernel.composition_of_result is not None
+    takes_result = kernel.takes_result
 
     def plain_forward(ctx: Any, heatmap: Tensor, beta: Tensor | None, settings: Settings) -> Any:
         if len(settings) > 2:
@@ -63,7 +63,7 @@ def _plain(kernel: Kernel, forward: Callable[..., Any], backward: Callable[..., 
         number, setting = ctx.settings = settings
         result, stats = launch(heatmap, beta, number, setting)
         if takes_result:
-            heatmap, ctx.settings = _source(kernel, ctx, heatmap, result, settings)
+            heatmap, ctx.settings = _source(ctx, heatmap, result, settings)
         ctx.save_for_backward(heatmap, stats, beta)
         return result
 
@@ -80,18 +80,18 @@ def _plain(kernel: Kernel, forward: Callable[..., Any], backward: Callable[..., 
 
 def _keep(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     heatmap, beta, *rest = inputs
-    heatmap, settings = _source(kernel, ctx, heatmap, output[0], tuple(rest))
+    settings: Settings = tuple(rest)
+    if kernel.takes_result:
+        heatmap, settings = _source(ctx, heatmap, output[0], settings)
     ctx.settings = _without_tensors(settings)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*[output[i] for i in kernel.constant])
     ctx.save_for_backward(heatmap, *kernel.keep(output), beta, *settings[2:4])
 
 
-def _source(kernel: Kernel, ctx: Any, heatmap: Tensor, result: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
-    """What backward reads: the heatmap, or the result, which those who go on with it keep as well. Of half precision
-    it has lost digits, and beta's gradient is not to be had from it."""
-    if kernel.composition_of_result is None:
-        return heatmap, settings
+def _source(ctx: Any, heatmap: Tensor, result: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
+    """What backward reads where it can take the result: that, which those who go on with it keep as well, or the
+    heatmap. Of half precision the result has lost digits, and beta's gradient is not to be had from it."""
     is_exact = heatmap.dtype == accumulator_dtype(heatmap.dtype)
     if not is_exact or ctx.needs_input_grad[1] or is_distributed(heatmap):
         # Of forward the setting means nothing, whatever a caller of the op gave.
@@ -148,7 +148,7 @@ def _composed_gradients(
     *settings: Any,
 ) -> tuple[Tensor, ...]:
     """What the backward op computes, in differentiable PyTorch; no second gradient where there is no beta tensor."""
-    if kernel.composition_of_result is not None and settings[1]:
+    if kernel.composition_of_result is not None and settings[1] != 0:
         return kernel.composition_of_result(*grads, heatmap, *kept, beta, *settings)
     used = [i for i, grad in zip(kernel.differentiable, grads, strict=True) if grad is not None]
 

@@ -52,7 +52,7 @@ def _fake_backward(kernel: Kernel, *inputs: Any) -> tuple[Tensor, Tensor | None]
     grads, (heatmap, *rest) = inputs[: kernel.grads], inputs[kernel.grads :]
     beta, _, setting, needs_grad_beta, *_ = rest[len(kernel.kept) :]
     _check_call(kernel, heatmap, beta, setting)
-    of_result = kernel.composition_of_result is not None and setting != 0
+    of_result = kernel.takes_result and setting != 0
     _require(not (of_result and needs_grad_beta), "the gradient of beta needs the heatmap, not the result")
     leading, dtype = heatmap.shape[:-2], accumulator_dtype(heatmap.dtype)
     for tensor, i in zip(rest, kernel.kept, strict=False):

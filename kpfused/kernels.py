@@ -86,6 +86,7 @@ class Kernel:
         # Once, since every call pays for it: looking an overload up costs as much as a small kernel.
         self.differentiable = tuple(i for i in range(len(self.sizes)) if i not in self.constant)
         self.has_one_result = self.differentiable == (0,)
+        self.takes_result = self.composition_of_result is not None
         self.keep = _items(self.kept)
         self.forward, self.backward = getattr(ops, self.name).default, getattr(ops, f"{self.name}_backward").default
         self.eager_forward = getattr(ops, f"_{self.name}").default
@@ -106,6 +107,8 @@ class Kernel:
     """Outputs with a gradient."""
     has_one_result: bool = dataclasses.field(init=False)
     """Of which a caller wants nothing else."""
+    takes_result: bool = dataclasses.field(init=False)
+    """Whether backward can take the result in place of the heatmap."""
     keep: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = dataclasses.field(init=False)
     """Of the outputs, those that backward reads."""
 

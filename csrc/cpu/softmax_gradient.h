@@ -70,7 +70,7 @@ bool write_softmax_gradient(const ExpectationSteps& steps, int64_t n, const MapW
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const ExpectationHeatmapParams& params = *steps.heatmap;
-  const SoftmaxParams& softmax = params.softmax;
+  const SoftmaxParams& softmax = softmax_of(steps);
   if (is_empty(softmax.pixels, stats_of<A>(softmax, n).sum)) return false;
   const int64_t all = softmax.view.height * softmax.view.width;
   const bool some = !softmax.pixels.all();  // may not count

@@ -75,7 +75,6 @@ template <class A>
 constexpr int64_t kKept = 262144 / int64_t(sizeof(A));
 template <class A>
 constexpr int64_t kKeptTogether = 2 * kKept<A>;
-static_assert(kKeptTogether<float> <= 2 * kKept<float>);
 
 // P of some maps side by side, tile by tile.
 template <class T>
