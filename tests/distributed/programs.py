@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kpfused
 from kpfused import SoftArgmax2d
+from kpfused.kernels import OF_RESULT
 from tests.distributed.outcomes import everything
 from tests.distributed.world import ALL, BATCH, KEYPOINT, Case, H, W, World, betas, maps, shard, shard_bool, whole
 
@@ -104,6 +105,10 @@ def bad_input(world: World) -> None:
         kpfused.spatial_expectation2d(heatmap, shard(heatmap.unsqueeze(2), world.mesh(), [ALL]))
     with pytest.raises(ValueError, match="beta must be on the mesh of heatmap"):
         kpfused.soft_argmax2d(shard(heatmap, world.mesh(), [H]), shard(beta, world.mesh(2), [ALL, ALL]))
+    # The result in place of the heatmap, for which autograd never asks here.
+    softmax, stats = torch.ops.kpfused.spatial_softmax2d(shard(heatmap, world.mesh(), [H]).detach(), None, 1.0, 0)
+    with pytest.raises(NotImplementedError, match="spread over ranks"):
+        torch.ops.kpfused.spatial_softmax2d_backward(softmax, softmax, stats, None, 1.0, OF_RESULT, False)
 
 
 def compiled(world: World) -> None:
