@@ -90,8 +90,8 @@ def _keep(kernel: Kernel, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 def _source(ctx: Any, heatmap: Tensor, result: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
-    """What backward reads where it can take the result: that, which those who go on with it keep as well, or the
-    heatmap. Of half precision the result has lost digits, and beta's gradient is not to be had from it."""
+    """What a backward that takes the result reads: the result where it will do, as those who go on with it keep it
+    anyway; else the heatmap. Half precision has lost digits, and beta's gradient is not to be had from the result."""
     is_exact = heatmap.dtype == accumulator_dtype(heatmap.dtype)
     if not is_exact or ctx.needs_input_grad[1] or is_distributed(heatmap):
         # Of forward the setting means nothing, whatever a caller of the op gave.

@@ -78,8 +78,8 @@ class Kernel:
     maps."""
     composition_of_result: Callable[..., tuple[Tensor, ...]] | None = None
     """Of an op whose backward can take the result in place of the heatmap, with ``OF_RESULT`` for its setting, or any
-    other than zero, for the gradient of the heatmap alone: that, in differentiable PyTorch, of ``(grad, result, *kept,
-    beta, beta_value, setting, mask, valid_size, empty_value)``."""
+    other than zero that it accepts, for the gradient of the heatmap alone: that, in differentiable PyTorch, of ``(grad,
+    result, *kept, beta, beta_value, setting, mask, valid_size, empty_value)``."""
 
     def __post_init__(self) -> None:
         ops = torch.ops.kpfused

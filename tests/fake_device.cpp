@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A CUDA device that is no device, for fake tensors under a PyTorch without CUDA: indexing asks for one. A PyTorch with CUDA
-// has it by itself on machines without a GPU.
+// A CUDA device that is no device, for fake tensors under a PyTorch built without CUDA: indexing asks for one. FakeTensorMode
+// does the same on machines without a GPU (_ensureCUDADeviceGuardSet), but of a PyTorch with CUDA alone.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {

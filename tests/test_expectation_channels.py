@@ -34,8 +34,7 @@ def test_values_side_by_side(
 ) -> None:
     """Keypoint after keypoint, and all of their channels in each pixel."""
     lay, shape = cases.LAYOUTS[layout], (2, keypoints, *size)
-    with torch.device(device):
-        keywords = PIXELS[pixels](shape)
+    keywords = cases.on(device, PIXELS[pixels](shape))
     logits = cases.random(shape).to(device, dtype)
     if "empty_value" in keywords:  # a map of which nothing counts, and one without weight
         keywords["mask"][0, 0] = False

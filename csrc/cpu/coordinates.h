@@ -37,6 +37,8 @@ class CoordinateRows {
   using A = Acc<T>;
   static constexpr int L = kLanes<A>;
   static constexpr int64_t kRows = 16;
+  static constexpr int64_t kNarrow = 64;  // pixels of rows whose columns are added up, some vectors after the others
+  static constexpr int64_t kElementsAhead = kReadAhead / int64_t(sizeof(T));
 
   CoordinateRows(const ExpectationSteps& steps, const SoftmaxParams& softmax)
       : steps_(steps),
@@ -55,16 +57,15 @@ class CoordinateRows {
 
   void run(int64_t begin, int64_t end) {
     const int64_t parts = parts_.count();
-    MapWalk walk(view_, begin / parts), next(view_, begin / parts);
-    Part at = {begin / parts, begin % parts, nullptr, nullptr, {}, {}, 0};
+    MapWalk walk(view_, begin / parts);
+    Part at = {begin / parts, begin % parts, nullptr, nullptr, {}, {}, {}};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = at.index / parts_.x.count, j = at.index - i * parts_.x.count;
       at.all = {parts_.y.begin(i), parts_.y.size(i), parts_.x.begin(j), parts_.x.size(j)};
       at.counting = counting_of(softmax_.pixels, view_, at.map);
       if (rows_are(true, at.counting, at.all.row, at.all.rows)) at.counting.mask = nullptr;
       if (rows_are(false, at.counting, at.all.row, at.all.rows)) at.counting.rows = 0;
-      if (at.index == 0) next.advance();
-      at.skipped = parts == 1 && item + 1 < end ? next.offset() - walk.offset() - at.counting.rows * view_.stride_y : 0;
+      at.ahead = parts == 1 && item + 1 < end ? ahead_of(walk, at.counting.rows * view_.stride_y) : Ahead{0, 0, 0};
       if (steps_.expectation) at.p = static_cast<const T*>(softmax_.heatmap) + walk.offset();
       if (steps_.heatmap) at.out = static_cast<T*>(steps_.heatmap->grad_heatmap) + walk.offset(written_);
       at.counting.mask ? take<true>(at) : take<false>(at);
@@ -73,13 +74,27 @@ class CoordinateRows {
   }
 
  private:
+  // How far on lies what is fetched while a row is read: kReadAhead, of elements that are read. From one map to the next some
+  // are skipped, and it is so many maps, or one more once no more than `rest` elements of this one are left.
+  struct Ahead {
+    int64_t skipped, maps, rest;
+  };
+
+  // Of one map, of which so many elements are read.
+  Ahead ahead_of(MapWalk walk, int64_t elements) const {
+    if (elements <= 0 || view_.stride_x != 1) return {0, 0, 0};  // gathered rows are fetched by nobody
+    const int64_t here = walk.offset();
+    walk.advance();
+    return {walk.offset() - here - elements, kElementsAhead / elements, kElementsAhead % elements};
+  }
+
   struct Part {
     int64_t map, index;
     const T* p;  // of the map, and of its gradient
     T* out;
     PixelRange all;
     Counting counting;
-    int64_t skipped;  // elements from the row behind the last that counts to the next map
+    Ahead ahead;
   };
 
   static bool is_dense(const MapView& view) { return view.stride_x == 1 && (view.stride_y == view.width || view.height == 1); }
@@ -153,18 +168,19 @@ class CoordinateRows {
     const int64_t end = at_most(at.all.row + at.all.rows, counting.rows);
     Vec<A> sum_x = {}, sum_y = {};
     for_blocks<kFlat>(at.all, [&](int64_t col, int64_t cols, const A* columns) __attribute__((always_inline)) {
-      const int64_t count = at_most(cols, counting.cols - col), vectors = ceil_div(count, int64_t(L));
+      const int64_t count = at_most(cols, counting.cols - col);
       for (int64_t first = at.all.row; first < end && count > 0; first += kRows) {
         // Of some rows, before they are added to others: long sums lose digits.
-        const Run run = {first, at_most(first + kRows, end), col, count, columns};
+        const Rows some = {first, at_most(first + kRows, end), col, count, columns};
         Vec<A> x = {}, y = {};
-        if (kFlat || vectors > kBlock) {
-          add_wide<kMasked, kFlat>(at, run, x, y);
+        if (kFlat || count > kNarrow) {
+          add_wide<kMasked, kFlat>(at, some, x, y);
         } else {
-          cpu::KPFUSED_ISA::for_blocks<kBlock>(vectors, [&](auto size, int64_t) __attribute__((always_inline)) {
+          const int64_t vectors = ceil_div(count, int64_t(L));
+          cpu::KPFUSED_ISA::for_blocks<4>(vectors, [&](auto size, int64_t vector) __attribute__((always_inline)) {
             constexpr int N = decltype(size)::value;
-            // No more than N vectors, which the compiler does not see: signed integers may wrap around.
-            add_narrow<kMasked, N>(at, {run.first, run.end, col, at_most(count, int64_t(N * L)), columns}, x, y);
+            const int64_t i = vector * L;
+            add_narrow<kMasked, N>(at, {some.first, some.end, col + i, at_most(count - i, int64_t(N * L)), columns + i}, x, y);
           });
         }
         sum_x += x, sum_y += y;
@@ -175,18 +191,18 @@ class CoordinateRows {
   }
 
   // Some rows of some columns.
-  struct Run {
+  struct Rows {
     int64_t first, end, col, count;
     const A* columns;  // where they are
   };
 
   // Calls row(its index, its elements, which of them count) for the rows that count.
   template <bool kMasked, class Row>
-  KPFUSED_INLINE void for_rows(const Part& at, const Run& run, const Row& row) {
-    for (int64_t r = run.first; r < run.end; ++r) {
+  KPFUSED_INLINE void for_rows(const Part& at, const Rows& rows, const Row& row) {
+    for (int64_t r = rows.first; r < rows.end; ++r) {
       if (rows_are(false, at.counting, r, 1)) continue;
-      const T* const p = elements_of(at.p + r * view_.stride_y + run.col * view_.stride_x, run.count);
-      const uint8_t* const mask = kMasked ? mask_bytes(at.counting, r, run.col, run.count, mask_) : nullptr;
+      const T* const p = elements_of(at.p + r * view_.stride_y + rows.col * view_.stride_x, rows.count);
+      const uint8_t* const mask = kMasked ? mask_bytes(at.counting, r, rows.col, rows.count, mask_) : nullptr;
       row(r, p, mask);
     }
   }
@@ -197,22 +213,23 @@ class CoordinateRows {
     return kMasked ? keep_counted<kSome>(mask + i, count - i, v) : v;
   }
 
-  // Bytes from row r to what is read kReadAhead later: in the next map, once the rows that count come to an end.
-  KPFUSED_INLINE int64_t ahead_of(const Part& at, int64_t r) const {
-    const int64_t elements = kReadAhead / int64_t(sizeof(T)), left = (at.counting.rows - r) * view_.stride_y;
-    return (elements + (left <= elements ? at.skipped : 0)) * int64_t(sizeof(T));
+  // Bytes from row r to what is to be fetched.
+  KPFUSED_INLINE int64_t bytes_ahead(const Part& at, int64_t r) const {
+    const int64_t left = (at.counting.rows - r) * view_.stride_y, maps = at.ahead.maps + (left <= at.ahead.rest);
+    return (kElementsAhead + maps * at.ahead.skipped) * int64_t(sizeof(T));
   }
 
   template <bool kMasked, bool kFlat>
-  KPFUSED_INLINE void add_wide(const Part& at, const Run& run, Vec<A>& sum_x, Vec<A>& sum_y) {
+  KPFUSED_INLINE void add_wide(const Part& at, const Rows& rows, Vec<A>& sum_x, Vec<A>& sum_y) {
     Vec<A> x[kBlock] = {}, y[kBlock] = {};
-    for_rows<kMasked>(at, run, [&](int64_t r, const T* p, const uint8_t* mask) __attribute__((always_inline)) {
+    for_rows<kMasked>(at, rows, [&](int64_t r, const T* p, const uint8_t* mask) __attribute__((always_inline)) {
       Vec<A> of_row[kBlock] = {};
-      for_vectors(run.count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
-        prefetch(p + i, kReadAhead);
+      const int64_t ahead = kFlat ? kReadAhead : bytes_ahead(at, r);
+      for_vectors(rows.count, [&](int64_t i, int j, auto some) __attribute__((always_inline)) {
+        prefetch(p + i, ahead);
         if (kMasked && j == 0) prefetch(mask + i, kReadAhead);
-        const Vec<A> v = load_counted<kMasked, some>(p, mask, i, run.count);
-        x[j] += v * load_vector(run.columns + i);
+        const Vec<A> v = load_counted<kMasked, some>(p, mask, i, rows.count);
+        x[j] += v * load_vector(rows.columns + i);
         kFlat ? y[j] += v * load_vector(flat_y_ + i) : of_row[j] += v;
       });
       const Vec<A> of_y = splat(kFlat ? A(0) : y_of<A>(units_, view_, r));
@@ -221,22 +238,22 @@ class CoordinateRows {
     for (int j = 0; j < kBlock; ++j) sum_x += x[j], sum_y += y[j];
   }
 
-  // Rows of N vectors: a column is added up before it is multiplied by its x.
+  // N vectors of each row: a column is added up before it is multiplied by its x.
   template <bool kMasked, int N>
-  KPFUSED_INLINE void add_narrow(const Part& at, const Run& run, Vec<A>& sum_x, Vec<A>& sum_y) {
+  KPFUSED_INLINE void add_narrow(const Part& at, const Rows& rows, Vec<A>& sum_x, Vec<A>& sum_y) {
     constexpr int64_t kLast = (N - 1) * L;
     Vec<A> of_columns[N] = {}, y[N] = {};
-    for_rows<kMasked>(at, run, [&](int64_t r, const T* p, const uint8_t* mask) __attribute__((always_inline)) {
+    for_rows<kMasked>(at, rows, [&](int64_t r, const T* p, const uint8_t* mask) __attribute__((always_inline)) {
       const Vec<A> of_row = splat(y_of<A>(units_, view_, r));
       const auto add = [&](int j, Vec<A> v) __attribute__((always_inline)) { of_columns[j] += v, y[j] += v * of_row; };
-      const int64_t ahead = ahead_of(at, r);
+      const int64_t ahead = bytes_ahead(at, r);
       for (int j = 0; j < N; ++j) prefetch(p + j * L, ahead);
       if (kMasked) prefetch(mask, kReadAhead);
-      for (int j = 0; j + 1 < N; ++j) add(j, load_counted<kMasked, false>(p, mask, j * L, run.count));
-      add(N - 1, kLast + L <= run.count ? load_counted<kMasked, false>(p, mask, kLast, run.count)
-                                        : load_counted<kMasked, true>(p, mask, kLast, run.count));
+      for (int j = 0; j + 1 < N; ++j) add(j, load_counted<kMasked, false>(p, mask, j * L, rows.count));
+      add(N - 1, kLast + L <= rows.count ? load_counted<kMasked, false>(p, mask, kLast, rows.count)
+                                        : load_counted<kMasked, true>(p, mask, kLast, rows.count));
     });
-    for (int j = 0; j < N; ++j) sum_x += of_columns[j] * load_vector(run.columns + j * L), sum_y += y[j];
+    for (int j = 0; j < N; ++j) sum_x += of_columns[j] * load_vector(rows.columns + j * L), sum_y += y[j];
   }
 
   template <bool kMasked, bool kFlat>
