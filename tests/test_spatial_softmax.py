@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kpfused
 from kpfused import reference
@@ -147,3 +148,18 @@ def test_second_derivatives_of_any_setting_that_says_result(device: str) -> None
         first, _ = ops.spatial_softmax2d_backward(upstream, result, stats, None, 1.5, setting, False)
         second += torch.autograd.grad(first.square().sum(), result)
     assert torch.equal(*second)
+
+
+@pytest.mark.parametrize("setting", [-1, 99])
+def test_settings_that_mean_nothing(device: str, setting: int) -> None:
+    """Forward and backward, real and fake, refuse the same."""
+    ops, heatmap = torch.ops.kpfused, cases.random((2, 3, 8, 9)).to(device)
+    result, stats = ops.spatial_softmax2d(heatmap, None, 1.5, 0)
+    for op, call in [
+        (ops.spatial_softmax2d, (heatmap, None, 1.5, setting)),
+        (ops.spatial_softmax2d_backward, (heatmap, result, stats, None, 1.5, setting, False)),
+    ]:
+        with pytest.raises(RuntimeError):
+            op(*call)
+        with FakeTensorMode() as mode, pytest.raises(RuntimeError):
+            op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in call])

@@ -67,7 +67,8 @@ Pair softmax_forward(Tensor heatmap, std::optional<Tensor> beta, double beta_val
   return {result, stats};
 }
 
-// `of_result`: the result of forward takes the heatmap's place, for the gradient of the heatmap alone.
+// `of_result`: the result of forward takes the heatmap's place, for the gradient of the heatmap alone. It is checked as
+// the setting of forward is, for which coordinates stand: both refuse the same.
 template <class Backend>
 Pair softmax_backward(Tensor grad, Tensor heatmap, Tensor stats, std::optional<Tensor> beta, double beta_value,
                       int64_t of_result, bool needs_grad_beta, std::optional<Tensor> mask,
@@ -77,7 +78,7 @@ Pair softmax_backward(Tensor grad, Tensor heatmap, Tensor stats, std::optional<T
   const Tensor values = one_channel(grad);
   check_values(heatmap, values);
   const Holds holds = of_result ? Holds::softmax : Holds::logits;
-  Steps<Backend> steps(heatmap, {beta, beta_value, 0, mask, valid_size, empty_value}, holds);
+  Steps<Backend> steps(heatmap, {beta, beta_value, of_result, mask, valid_size, empty_value}, holds);
   steps.use_stats(stats);
   const Tensor mean = steps.add_expectation(of(values));
   Pair result = steps.add_heatmap_gradient(of(values), &mean, nullptr, needs_grad_beta);
