@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kpfused import SpatialMoments, reference
@@ -163,6 +164,11 @@ def on(device: str, pixels: dict[str, Any]) -> dict[str, Any]:
         return value.to(device) if isinstance(value, Tensor) else value
 
     return {k: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for k, v in pixels.items()}
+
+
+def faked(mode: FakeTensorMode, call: Iterable[Any]) -> list[Any]:
+    """Arguments of an op, with fake tensors in place of real ones."""
+    return [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in call]
 
 
 def oracle(heatmap: Tensor, beta: Tensor | float = 1.0, coordinates: str = "pixel") -> Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -245,10 +245,6 @@ def samples(device: str) -> Iterator[tuple[Any, ...]]:
     yield overlapping(device)
 
 
-def faked(mode: FakeTensorMode, call: Iterable[Any]) -> list[Any]:
-    return [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in call]
-
-
 def described(results: tuple[Tensor | None, ...]) -> list[tuple[Any, ...] | None]:
     return [
         t if t is None else (tuple(map(int, t.shape)), tuple(map(int, t.stride())), t.dtype, t.device) for t in results
@@ -265,7 +261,7 @@ def test_fake_results_are_like_the_real_ones(device: str, symbolic: bool) -> Non
             calls += [(op, backward_arguments(forward, needs), needs) for op in BACKWARD]
         for op, call, has_all in calls:
             with FakeTensorMode(shape_env=ShapeEnv() if symbolic else None) as mode:
-                promised = op(*faked(mode, call))
+                promised = op(*cases.faked(mode, call))
             assert all(isinstance(t, FakeTensor) for t in (promised if has_all else promised[:-1]))
             assert has_all or promised[-1] is None  # the gradient of beta, which nobody asked for
             assert described(promised) == described(op(*call)), (op, call[0].shape, call[0].stride())
@@ -293,7 +289,7 @@ def test_fake_and_real_refuse_the_same(name: str) -> None:
         with pytest.raises((RuntimeError, TypeError, ValueError)):
             op(*call)
         with FakeTensorMode() as mode, pytest.raises((RuntimeError, TypeError, ValueError)):
-            op(*faked(mode, call))
+            op(*cases.faked(mode, call))
 
 
 @pytest.mark.parametrize("position", [0, 2], ids=["grad", "stats"])
@@ -305,7 +301,7 @@ def test_fake_and_real_backward_refuse_the_same(position: int) -> None:
             with pytest.raises(RuntimeError):
                 op(*wrong)
             with FakeTensorMode() as mode, pytest.raises(RuntimeError):
-                op(*faked(mode, wrong))
+                op(*cases.faked(mode, wrong))
 
 
 CHECKED = [

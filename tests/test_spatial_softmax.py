@@ -162,4 +162,4 @@ def test_settings_that_mean_nothing(device: str, setting: int) -> None:
         with pytest.raises(RuntimeError):
             op(*call)
         with FakeTensorMode() as mode, pytest.raises(RuntimeError):
-            op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in call])
+            op(*cases.faked(mode, call))
